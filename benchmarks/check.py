@@ -1,0 +1,158 @@
+"""Is a peer right? Its loss and gradients against float64, before anything is timed.
+
+The gradients are compared on a sample of their rows, so that no `[N, V]` tensor is needed. `throughput.py` calls
+`sampled_step` twice, in float64 for the truth and in the batch's dtype for what that dtype allows, then `errors` for
+each peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.inputs import Batch, apply_softcap
+from benchmarks.peers import BETA
+
+# A peer fails when its error exceeds this multiple of the error of plain PyTorch in the same dtype.
+ERROR_FACTOR = 3.0
+HIDDEN_ROWS = 64
+VOCAB_ROWS = 256
+TOKENS_PER_TILE, VOCAB_PER_TILE = 1024, 8192  # 64 MiB of float64 logits
+
+
+@dataclass
+class SampledStep:
+    """Loss of each pair and the sampled rows of the gradients of their mean."""
+
+    losses: torch.Tensor  # [B]
+    dhidden: torch.Tensor  # [R, H]
+    dweight: torch.Tensor | None  # [K, H]
+
+
+@dataclass(frozen=True)
+class Errors:
+    """`loss`: absolute, of the mean; the gradients: relative L2 norm over the sampled rows."""
+
+    loss: float
+    dhidden: float
+    dweight: float | None
+
+    def exceeded(self, bound: Errors) -> list[str]:
+        """The names of the errors above their bound. NaN exceeds every bound."""
+        limits = asdict(bound)
+        return [name for name, error in asdict(self).items() if error is not None and not error <= limits[name]]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which rows of the gradients are looked at."""
+
+    rows: torch.Tensor  # [R], of hidden flattened to [N, H]
+    vocab: torch.Tensor  # [K], half of them labels: the other rows have almost no gradient
+
+
+def choose_sample(batch: Batch, seed: int) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+
+    def some_of(values: torch.Tensor, count: int) -> torch.Tensor:
+        return values[torch.randperm(len(values), generator=generator)[:count].to(values.device)]
+
+    labels = batch.labels.flatten()
+    tokens = torch.arange(len(labels), device=labels.device)
+    vocab = torch.arange(batch.weight.shape[0], device=labels.device)
+    chosen = torch.cat([some_of(labels.unique(), VOCAB_ROWS // 2), some_of(vocab, VOCAB_ROWS // 2)])
+    return Sample(rows=some_of(tokens, HIDDEN_ROWS).sort().values, vocab=chosen.unique())
+
+
+@torch.no_grad()
+def sampled_step(
+    batch: Batch, sample: Sample, dtype: torch.dtype, tick: Callable[[int], object] = lambda tokens: None
+) -> SampledStep:
+    """The step as eager PyTorch in `dtype` would take it: logits and their gradient are rounded to `dtype`, the
+    softmax is fp32 (float64 for float64). `tick` is told the number of (token, vocabulary tile) pairs done.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden = batch.hidden.flatten(0, 1)  # [N, H]
+    labels = batch.labels.flatten()  # [N]
+
+    def logits(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return apply_softcap((rows.to(dtype) @ weight.to(dtype).T).to(wide), batch.softcap)
+
+    def dlogits(
+        z: torch.Tensor, lse: torch.Tensor, g: torch.Tensor, labels: torch.Tensor, vocab: torch.Tensor
+    ) -> torch.Tensor:
+        dz = g[:, None] * ((labels[:, None] == vocab).to(wide) - (z - lse[:, None]).exp())
+        if batch.softcap is not None:
+            dz *= 1 - (z / batch.softcap) ** 2
+        return dz.to(dtype)
+
+    lse = torch.full(labels.shape, float("-inf"), dtype=wide, device=labels.device)
+    target = torch.zeros_like(lse)
+    for start, weight in vocab_tiles(batch.weight, dtype):
+        for rows in torch.arange(len(labels), device=labels.device).split(TOKENS_PER_TILE):
+            z = logits(hidden[rows], weight)
+            lse[rows] = torch.logaddexp(lse[rows], z.logsumexp(-1))
+            local = labels[rows] - start
+            inside = (local >= 0) & (local < len(weight))
+            target[rows[inside]] = z[inside, local[inside]]
+            tick(len(rows))
+
+    scores = (target - lse).view(batch.labels.shape).sum(-1) - batch.ref_logps.to(wide)  # [2B]
+    chosen, rejected = scores.chunk(2)
+    u = BETA * (chosen - rejected)
+    slope = -BETA * torch.sigmoid(-u) / len(u)  # of the mean loss, by the chosen log-probs
+    g = torch.cat([slope, -slope]).repeat_interleave(batch.labels.shape[1])  # [N]
+
+    rows = sample.rows
+    dhidden = torch.zeros(len(rows), hidden.shape[1], dtype=wide, device=labels.device)
+    for start, weight in vocab_tiles(batch.weight, dtype):
+        vocab = torch.arange(start, start + len(weight), device=labels.device)
+        dz = dlogits(logits(hidden[rows], weight), lse[rows], g[rows], labels[rows], vocab)
+        dhidden += (dz @ weight).to(wide)
+
+    dweight = None
+    if batch.weight.requires_grad:
+        z = logits(hidden, batch.weight[sample.vocab])
+        dweight = dlogits(z, lse, g, labels, sample.vocab).T @ hidden.to(dtype)
+    return SampledStep(-F.logsigmoid(u), dhidden.to(dtype), dweight)
+
+
+def vocab_tiles(weight: torch.Tensor, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor]]:
+    for start in range(0, weight.shape[0], VOCAB_PER_TILE):
+        yield start, weight[start : start + VOCAB_PER_TILE].to(dtype)
+
+
+def ticks(batch: Batch) -> int:
+    """What `tick` of one `sampled_step` sums to."""
+    return batch.labels.numel() * -(-batch.weight.shape[0] // VOCAB_PER_TILE)
+
+
+def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.norm()).item()
+
+
+def error_bound(truth: SampledStep, same_dtype: SampledStep, dtype: torch.dtype) -> Errors:
+    """The largest errors that pass: `ERROR_FACTOR` times those of plain PyTorch in the same dtype."""
+    # One mean loss may be right by luck. The root mean square over the pairs is not, and bounds the mean's error.
+    loss = (same_dtype.losses.double() - truth.losses).square().mean().sqrt().item()
+    smallest = torch.finfo(dtype).eps
+    return Errors(
+        loss=ERROR_FACTOR * max(loss, torch.finfo(torch.float32).eps),
+        dhidden=ERROR_FACTOR * max(relative_error(same_dtype.dhidden, truth.dhidden), smallest),
+        dweight=None
+        if truth.dweight is None or same_dtype.dweight is None
+        else ERROR_FACTOR * max(relative_error(same_dtype.dweight, truth.dweight), smallest),
+    )
+
+
+def errors(loss: torch.Tensor, gradients: list[torch.Tensor], sample: Sample, truth: SampledStep) -> Errors:
+    """Errors of one peer's step; `gradients` in the order of `Batch.differentiated`."""
+    dhidden = gradients[0].flatten(0, 1)[sample.rows]
+    return Errors(
+        loss=abs(loss.double() - truth.losses.mean()).item(),
+        dhidden=relative_error(dhidden, truth.dhidden),
+        dweight=None if truth.dweight is None else relative_error(gradients[1][sample.vocab], truth.dweight),
+    )

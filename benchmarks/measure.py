@@ -1,0 +1,191 @@
+"""Time and memory of a training step. `throughput.py` calls `interleaved_times` and `peak_extra_bytes`."""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A forward pass, and the backward pass that takes its result (None where there is nothing to differentiate)."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[Any], Any] | None
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of each measured run, in the order in which they ran."""
+
+    samples: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    def as_ms(self) -> dict[str, Any]:
+        samples = [round(1e3 * sample, 4) for sample in self.samples]
+        return {
+            "median": statistics.median(samples),
+            "min": min(samples),
+            "max": max(samples),
+            "samples": samples,
+        }
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """`both` is timed as one stretch in the same runs, not added up afterwards."""
+
+    forward: Times
+    backward: Times
+    both: Times
+
+
+def interleaved_times(
+    steps: Mapping[str, Step],
+    device: torch.device,
+    warmup: int,
+    repeats: int,
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, StepTimes]:
+    """Times of every step, measured in rounds (A B C, A B C, ...) so that a slow moment of the machine meets all."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    for round_ in range(warmup + repeats):
+        for name, step in steps.items():
+            sample = time_once(step, device)
+            if round_ >= warmup:
+                samples[name].append(sample)
+            tick()
+    return {
+        name: StepTimes(
+            forward=Times([forward for forward, _ in runs]),
+            backward=Times([both - forward for forward, both in runs]),
+            both=Times([both for _, both in runs]),
+        )
+        for name, runs in samples.items()
+    }
+
+
+def time_once(step: Step, device: torch.device) -> tuple[float, float]:
+    """Seconds until the end of the forward and until the end of the backward."""
+    if device.type == "cuda":
+        start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda.synchronize(device)
+        start.record()
+        result = step.forward()
+        middle.record()
+        if step.backward is not None:
+            step.backward(result)
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(middle) / 1e3, start.elapsed_time(end) / 1e3
+
+    began = time.perf_counter()
+    result = step.forward()
+    forward = time.perf_counter() - began
+    if step.backward is not None:
+        step.backward(result)
+    return forward, time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """Bytes that a call needed at its peak beyond what was there before it and what it returned."""
+
+    extra: int
+    # The process had been larger before the call than during it, so that `extra` is only an upper limit.
+    upper_limit: bool = False
+
+
+def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.device) -> PeakMemory:
+    """Peak memory of one call. What it returns (a step's gradients) is counted out: any method must hold that.
+
+    On CUDA the caching allocator knows it. On the CPU the kernel does: VmHWM is the largest resident size that the
+    process ever had, every byte of it, GEMM packing buffers included, with no sampling that could miss a peak and no
+    hooks that could miss an allocator. Writing 5 to /proc/self/clear_refs sets it back to the present size. Only a
+    fresh process gives a true answer (`in_fresh_process`): in an old one the call would find freed memory that the
+    allocator kept. getrusage's ru_maxrss is the fall-back outside Linux; on Linux a child inherits its parent's.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        returned = tensor_bytes(call())
+        torch.cuda.synchronize(device)
+        return PeakMemory(max(0, torch.cuda.max_memory_allocated(device) - before - returned))
+
+    return_freed_memory()
+    reset_peak_resident()
+    before, peak_before = resident_bytes(), peak_resident_bytes()
+    returned = tensor_bytes(call())
+    peak = peak_resident_bytes()
+    # The counters lag by some pages per core, hence the slack; without a reset the two may be far apart.
+    upper_limit = peak <= peak_before and peak_before - before > 8 * 2**20
+    return PeakMemory(max(0, peak - before - returned), upper_limit)
+
+
+def tensor_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def return_freed_memory() -> None:
+    """Give the C allocator's free memory back to the system, where it can be asked to (glibc)."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+
+
+def reset_peak_resident() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass  # not Linux, or not allowed: the caller compares the peak before with the peak after
+
+
+def resident_bytes() -> int:
+    return psutil.Process().memory_info().rss
+
+
+def peak_resident_bytes() -> int:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else 1024 * peak
+    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
+    """Result of a module-level function called in a new interpreter; `BrokenProcessPool` if that one is killed."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = psutil.virtual_memory().available
+    # A container's limit does not show in /proc/meminfo.
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.exists() and used.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free

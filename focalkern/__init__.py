@@ -1,0 +1,8 @@
+"""focalkern: preference-optimisation losses fused with the LM head."""
+
+from focalkern.functional import LinearLogps, linear_logps
+from focalkern.loss import Certificate, FocalPOOutput, FusedFocalPOLoss
+
+__version__ = "0.1.0"
+
+__all__ = ["Certificate", "FocalPOOutput", "FusedFocalPOLoss", "LinearLogps", "linear_logps"]

@@ -1,0 +1,233 @@
+"""Argument checks of the public functions: what was expected, what came, and the argument's name.
+
+Values that live on a GPU are checked there by a device-side assertion, so that no check waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+
+from focalkern.objective import MODULATIONS
+
+BACKENDS = ("auto", "triton", "torch")
+BACKWARDS = ("certified", "exact")
+REDUCTIONS = ("mean", "sum", "none")
+OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_number(
+    name: str, value: object, low: float = -math.inf, high: float = math.inf, exclude_low: bool = False
+) -> None:
+    """A finite real number in [low, high], or in (low, high] with `exclude_low`."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+    too_low = value <= low if exclude_low else value < low
+    if not math.isfinite(value) or too_low or value > high:
+        bounds = [f"{'>' if exclude_low else '>='} {low:g}"] if low > -math.inf else []
+        bounds += [f"<= {high:g}"] if high < math.inf else []
+        raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
+
+
+def check_head_options(
+    ignore_index: object,
+    temperature: object,
+    softcap: object,
+    logit_scale: object,
+    backward: object,
+    tau: object,
+    backend: object,
+) -> None:
+    """The options that `linear_logps` and `FusedFocalPOLoss` share."""
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__} {ignore_index!r}")
+    check_number("temperature", temperature, low=0.0, exclude_low=True)
+    if softcap is not None:
+        check_number("softcap", softcap, low=0.0, exclude_low=True)
+    check_number("logit_scale", logit_scale)
+    check_choice("backward", backward, BACKWARDS)
+    if isinstance(tau, str):
+        if tau != "auto":
+            raise ValueError(f"tau must be 'auto' or a number >= 0; got {tau!r}")
+    else:
+        check_number("tau", tau, low=0.0)
+    check_choice("backend", backend, BACKENDS)
+
+
+def check_objective_options(
+    beta: object,
+    gamma: object,
+    modulation: object,
+    margin: object,
+    label_smoothing: object,
+    reduction: object,
+) -> None:
+    check_number("beta", beta, low=0.0, exclude_low=True)
+    check_number("gamma", gamma, low=0.0)
+    check_choice("modulation", modulation, MODULATIONS)
+    check_number("margin", margin)
+    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
+    check_choice("reduction", reduction, REDUCTIONS)
+
+
+def check_outputs(outputs: object) -> tuple[str, ...]:
+    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)  # type: ignore[arg-type]
+    for name in names:
+        check_choice("outputs", name, OUTPUTS)
+    return names
+
+
+def check_tensor(name: str, value: object) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+    return value
+
+
+def check_head(
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+) -> None:
+    """Shapes, dtypes and devices of the head's inputs, after autocast."""
+    for name, value in (("hidden", hidden), ("weight", weight)):
+        check_tensor(name, value)
+        if value.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float32, float16, bfloat16 or float64; got {value.dtype}")
+    if weight.dim() != 2 or not weight.numel():
+        raise ValueError(
+            f"weight must be [V, H] with V, H > 0; got {_shape(weight)}"
+            + (" (a parameter sharded by ZeRO-3 or FSDP? gather it first)" if not weight.numel() else "")
+        )
+    if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden must be [..., H] with H = {weight.shape[1]}, the width of weight; got {_shape(hidden)}"
+        )
+    if weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"weight must have the dtype of hidden, {hidden.dtype}; got {weight.dtype} (autocast casts both)"
+        )
+    _check_device("weight", weight, hidden)
+    if bias is not None:
+        check_tensor("bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias must be [V] = [{weight.shape[0]}]; got {_shape(bias)}")
+        if bias.dtype != weight.dtype:
+            raise TypeError(f"bias must have the dtype of weight, {weight.dtype}; got {bias.dtype}")
+        _check_device("bias", bias, hidden)
+
+
+def check_labels(labels: torch.Tensor, hidden: torch.Tensor) -> None:
+    """dtype, device and shape; the values are checked by `check_label_values` once they are aligned."""
+    check_tensor("labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
+    if labels.shape != hidden.shape[:-1]:
+        raise ValueError(
+            f"labels must be {list(hidden.shape[:-1])}, the shape of hidden without its last dimension;"
+            f" got {_shape(labels)}"
+        )
+    _check_device("labels", labels, hidden)
+
+
+def check_label_values(
+    labels: torch.Tensor,  # aligned
+    vocab_size: int,
+    ignore_index: int,
+) -> None:
+    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
+
+    def describe() -> str:
+        position = bad.nonzero()[0].tolist()
+        return f"; got {labels[tuple(position)].item()} at position {position} of the (shifted) labels"
+
+    expected = f"labels must be in [0, {vocab_size}) or ignore_index = {ignore_index}"
+    _fail_if(bad.any(), expected, describe)
+
+
+def check_pair_layout(
+    hidden: torch.Tensor, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None
+) -> None:
+    """Two layouts: hidden [2B, T, H] with labels [2B, T], or packed hidden [N, H] with labels [N] and cu_seqlens."""
+    check_flag("shift", shift)
+    if cu_seqlens is None:
+        if hidden.dim() != 3:
+            raise ValueError(f"hidden must be [2B, T, H], or [N, H] with cu_seqlens; got {_shape(hidden)}")
+        if hidden.shape[0] == 0 or hidden.shape[0] % 2:
+            raise ValueError(
+                f"hidden must hold an even number of sequences, B chosen then B rejected; got {_shape(hidden)}"
+            )
+        if shift and hidden.shape[1] == 0:
+            raise ValueError(f"hidden must have T > 0 positions to shift; got {_shape(hidden)}")
+        return
+    check_tensor("cu_seqlens", cu_seqlens)
+    if hidden.dim() != 2:
+        raise ValueError(f"hidden must be [N, H] when cu_seqlens is given; got {_shape(hidden)}")
+    if cu_seqlens.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
+        raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
+    _check_device("cu_seqlens", cu_seqlens, hidden)
+    n = labels.shape[0]
+    in_order = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
+    _fail_if(
+        ~in_order,
+        f"cu_seqlens must start at 0, never decrease and end at N = {n}",
+        lambda: f"; got {cu_seqlens.tolist()}",
+    )
+
+
+def check_completions(lengths: torch.Tensor) -> None:
+    """Length normalisation divides by the number of completion tokens: 0/0 is an error, not a value."""
+    _fail_if(
+        (lengths == 0).any(),
+        "labels must leave at least one completion token in every sequence when length_normalize=True",
+        lambda: f"; got none in sequences {(lengths == 0).nonzero().squeeze(-1).tolist()}",
+    )
+
+
+def check_ref_logps(name: str, ref_logps: torch.Tensor | None, pairs: int, required: bool, like: torch.Tensor) -> None:
+    if ref_logps is None:
+        if required:
+            raise ValueError(
+                f"{name} must be given, [B] = [{pairs}] sums over completion tokens, unless reference_free=True;"
+                " got None"
+            )
+        return
+    check_tensor(name, ref_logps)
+    if not ref_logps.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {ref_logps.dtype}")
+    if ref_logps.shape != (pairs,):
+        raise ValueError(f"{name} must be [B] = [{pairs}]; got {_shape(ref_logps)}")
+    if ref_logps.requires_grad:
+        raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
+    _check_device(name, ref_logps, like)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return str(list(tensor.shape))
+
+
+def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None:
+    if tensor.device != hidden.device:
+        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {tensor.device}")
+
+
+def _fail_if(condition: torch.Tensor, expected: str, describe) -> None:
+    """Raise ValueError now where the value is at hand, or fail the step on the device without waiting for it."""
+    if condition.is_cuda:
+        torch._assert_async(~condition, expected)
+    elif condition.item():
+        raise ValueError(expected + describe())

@@ -1,0 +1,132 @@
+"""`linear_logps`: per-token log-probs of an LM head, the operator under every loss of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from focalkern import checks
+from focalkern.autograd import DroppedMass, LinearLogpsFunction
+from focalkern.backends import LogitTransform, select_backend
+from focalkern.layout import aligned_labels, pick_rows
+
+
+@dataclass(frozen=True)
+class LinearLogps:
+    """What `linear_logps` returns. Per-token tensors have the shape of the (shifted) labels, 0/False where ignored."""
+
+    logps: torch.Tensor  # fp32 (fp64 for fp64 inputs), differentiable
+    entropy: torch.Tensor | None = None  # −Σ_v p_v log p_v in nats, differentiable
+    mean_logits: torch.Tensor | None = None  # mean over the vocabulary of the transformed logits z
+    is_top1: torch.Tensor | None = None  # bool: the label is the (first) maximum of z
+    log_sum_sq_probs: torch.Tensor | None = None  # log Σ_v p_v²
+    dropped_mass: torch.Tensor | None = None  # fp32, NaN until the backward has run; None when exact
+    kept_share: torch.Tensor | None = None  # [] fp32, likewise
+
+
+@torch.compiler.disable
+def linear_logps(
+    hidden: torch.Tensor,  # [..., T, H]
+    weight: torch.Tensor,  # [V, H]
+    labels: torch.Tensor,  # [..., T]
+    *,
+    bias: torch.Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backward: str = "certified",
+    tau: str | float = "auto",
+    backend: str = "auto",
+    outputs: Sequence[str] = (),
+) -> LinearLogps:
+    """Per-token log-probs of `labels` under an LM head, without holding the `[tokens, vocab]` logits.
+
+        z = logit_scale·(hidden @ weightᵀ + bias);  z = softcap·tanh(z/softcap);  z = z/temperature
+        logps_t = z[t, y_t] − logsumexp_v z[t, v]
+
+    Args:
+        hidden: `[..., T, H]` fp32, fp16 or bf16 (fp64 with the torch backend): the last hidden states.
+        weight: `[V, H]`, dtype of hidden: the head. Under autocast both are cast to the autocast dtype.
+        labels: `[..., T]` int64 or int32, in [0, V) or `ignore_index`.
+        bias: `[V]`, dtype of weight.
+        shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T − 1]`. One
+            dimension is one sequence.
+        backward: "certified" may drop vocabulary blocks of negligible probability, "exact" never does. At present both
+            are exact: nothing is dropped.
+        tau: threshold of the certified backward, >= 0, or "auto" for the one of the dtype.
+        backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
+        outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
+
+    Returns:
+        `LinearLogps`: `.logps` and the named outputs, in fp32, shape of the (shifted) labels, 0/False where ignored.
+        Masked positions take no part, NaN there included; NaN or inf elsewhere in hidden or weight gives NaN.
+
+    Raises:
+        ValueError, TypeError: naming the argument. A label out of range on CUDA fails the step with a device-side
+            assertion instead, as no step waits for the device.
+    """
+    checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
+    checks.check_flag("shift", shift)
+    outputs = checks.check_outputs(outputs)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    checks.check_head(hidden, weight, bias)
+    checks.check_labels(labels, hidden)
+    if shift and labels.shape[-1] == 0:
+        raise ValueError(f"labels must have at least one position to shift; got {list(labels.shape)}")
+    return head_logps(
+        hidden,
+        weight,
+        bias,
+        aligned_labels(labels, ignore_index, shift),
+        ignore_index,
+        LogitTransform(float(temperature), softcap, float(logit_scale)),
+        exact=backward == "exact",
+        backend=backend,
+        outputs=outputs,
+    )
+
+
+def autocast_head(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As autocast does for a linear layer: all three in its dtype, float64 left alone."""
+    checks.check_tensor("hidden", hidden)
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x):
+        is_narrow = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        return x.to(dtype) if is_narrow else x
+
+    return cast(hidden), cast(weight), cast(bias)
+
+
+def head_logps(
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    labels: torch.Tensor,  # aligned
+    ignore_index: int,
+    transform: LogitTransform,
+    exact: bool,
+    backend: str,
+    outputs: tuple[str, ...],
+) -> LinearLogps:
+    """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
+    module = select_backend(backend, hidden)
+    checks.check_label_values(labels, weight.shape[0], ignore_index)
+    rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=module.EXACT_ROW_COUNT)
+    dropped = None if exact else DroppedMass.pending(labels.shape, labels.device)
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    values = LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, module)
+    names = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    shaped = {name: None if x is None else x.view(labels.shape) for name, x in zip(names, values, strict=True)}
+    if dropped is not None:
+        shaped |= {"dropped_mass": dropped.per_token, "kept_share": dropped.kept_share}
+    return LinearLogps(**shaped)

@@ -1,0 +1,94 @@
+"""The definition in plain PyTorch: materialises the `[tokens, vocab]` logits and leaves the gradient to autograd.
+
+Slow and short on purpose. Every test compares with it, in float64 where it can. Nothing in the library calls it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def linear_logps(
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+    labels: torch.Tensor,  # [...]
+    bias: torch.Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """Per-token log-probs and the optional outputs, 0/False where ignored; labels are aligned with hidden."""
+    keep = labels != ignore_index
+    z = F.linear(hidden[keep], weight, bias) * logit_scale  # the rows that count: NaN elsewhere takes no part
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    log_p = torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=-1)
+
+    target = labels[keep]
+    values = {
+        "logps": log_p.gather(-1, target[:, None]).squeeze(-1),
+        "entropy": -(log_p.exp() * log_p).sum(-1),
+        "mean_logits": z.to(log_p.dtype).mean(-1),
+        "is_top1": z.argmax(-1) == target,
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, dim=-1),
+    }
+    return {name: value.new_zeros(labels.shape).masked_scatter(keep, value) for name, value in values.items()}
+
+
+def pair_losses(
+    chosen_logps: torch.Tensor,  # [B] sums over completion tokens
+    rejected_logps: torch.Tensor,  # [B]
+    ref_chosen_logps: torch.Tensor | float,  # [B]; 0 when reference-free
+    ref_rejected_logps: torch.Tensor | float,
+    chosen_lengths: torch.Tensor | float = 1.0,  # [B]; 1 when not length-normalised
+    rejected_lengths: torch.Tensor | float = 1.0,
+    beta: float = 0.1,
+    gamma: float = 0.05,
+    modulation: str = "focalpo",
+    margin: float | torch.Tensor = 0.0,
+    label_smoothing: float = 0.0,
+) -> torch.Tensor:  # [B]
+    """Loss of each pair, as FocalPO Eq. 3 and 4 write it (α-DPO Eq. 12 for the margin)."""
+    score_w = (chosen_logps - ref_chosen_logps) / chosen_lengths
+    score_l = (rejected_logps - ref_rejected_logps) / rejected_lengths
+    u = beta * (score_w - score_l) - margin
+
+    def loss(u: torch.Tensor) -> torch.Tensor:
+        p = torch.sigmoid(u)
+        w = {"focalpo": p**gamma, "inverse": (1 - p) ** -gamma, "focal": (1 - p) ** gamma}[modulation]
+        return -w * F.logsigmoid(u)
+
+    return (1 - label_smoothing) * loss(u) + label_smoothing * loss(-u)
+
+
+def focalpo_loss(
+    hidden: torch.Tensor,  # [2B, T, H]
+    weight: torch.Tensor,  # [V, H]
+    labels: torch.Tensor,  # [2B, T]
+    bias: torch.Tensor | None = None,
+    ref_chosen_logps: torch.Tensor | None = None,
+    ref_rejected_logps: torch.Tensor | None = None,
+    *,
+    length_normalize: bool = False,
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    **objective,
+) -> torch.Tensor:  # [B]
+    """Losses of B pairs from hidden states: `linear_logps`, a sum over each sequence, `pair_losses`."""
+    logps = linear_logps(hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale)["logps"]
+    chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
+    chosen_lengths, rejected_lengths = (labels != ignore_index).sum(-1).chunk(2) if length_normalize else (1.0, 1.0)
+    return pair_losses(
+        chosen_logps,
+        rejected_logps,
+        0.0 if ref_chosen_logps is None else ref_chosen_logps,
+        0.0 if ref_rejected_logps is None else ref_rejected_logps,
+        chosen_lengths,
+        rejected_lengths,
+        **objective,
+    )
