@@ -43,7 +43,9 @@ class Errors:
     def exceeded(self, bound: Errors) -> list[str]:
         """The names of the errors above their bound. NaN exceeds every bound."""
         limits = asdict(bound)
-        return [name for name, error in asdict(self).items() if error is not None and not error <= limits[name]]
+        return [
+            name for name, error in asdict(self).items() if error is not None and not error <= limits[name]
+        ]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
-CALIBRATION_ROWS = 32
+CALIBRATION_ROWS = 128
 # An entry counts as present when it has at least this probability: below it bf16 cannot tell p from 0 beside 1.
 PRESENT = 2.0**-12
 # The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so that

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
-import resource
 import statistics
 import sys
 import time
@@ -120,7 +119,7 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
     process ever had, every byte of it, GEMM packing buffers included, with no sampling that could miss a peak and no
     hooks that could miss an allocator. Writing 5 to /proc/self/clear_refs sets it back to the present size. Only a
     fresh process gives a true answer (`in_fresh_process`): in an old one the call would find freed memory that the
-    allocator kept. getrusage's ru_maxrss is the fall-back outside Linux; on Linux a child inherits its parent's.
+    allocator kept. (getrusage's ru_maxrss would not do on Linux: a child starts with its parent's.)
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -167,8 +166,11 @@ def peak_resident_bytes() -> int:
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else 1024 * peak
+        if sys.platform == "win32":
+            return psutil.Process().memory_info().peak_wset
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
 
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from benchmarks.inputs import Batch, Shape, apply_softcap
 
 BETA = 0.1
-BYTES_PER_LOGIT = 20  # held by eager PyTorch at its peak: logits, their fp32 copy and three fp32 gradients of them
 
 LossFn = Callable[[Batch], torch.Tensor]
 
@@ -26,17 +25,17 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute the loss: its name in the table, how to get it, and how many logits it holds at once."""
+    """One way to compute the loss: its name in the table, how to get it, and what it holds besides gradients."""
 
     name: str
     load: Callable[[str], LossFn]  # takes the device type
-    logits_held: Callable[[int, int], int]  # of (tokens, vocab)
+    held_bytes: Callable[[int, int], int]  # of (tokens, vocab): roughly, as measured on a CPU, rounded up
 
     def estimated_bytes(self, shape: Shape, tokens: int, dtype: torch.dtype, frozen_head: bool) -> int:
         """Memory beyond the inputs that a step may need, gradients included; rather too high than too low."""
         gradients = tokens * shape.hidden + (0 if frozen_head else shape.vocab * shape.hidden)
         # A peer may sum a gradient in fp32 and round it afterwards.
-        return BYTES_PER_LOGIT * self.logits_held(tokens, shape.vocab) + gradients * (4 + dtype.itemsize)
+        return self.held_bytes(tokens, shape.vocab) + gradients * (4 + dtype.itemsize)
 
 
 def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
@@ -115,12 +114,12 @@ def all_peers(backward: str) -> dict[str, Peer]:
         return Peer(
             name=f"focalkern ({backend})",
             load=lambda device_type: load_focalkern(device_type, backend, backward),
-            logits_held=lambda tokens, vocab: tokens * min(vocab, 4096),
+            held_bytes=lambda tokens, vocab: 12 * tokens * min(vocab, 4096),
         )
 
     return {
         "triton": focalkern("triton"),
         "torch": focalkern("torch"),
-        "eager": Peer("eager PyTorch", load_eager, lambda tokens, vocab: tokens * vocab),
-        "trl": Peer("TRL head", load_trl, lambda tokens, vocab: min(tokens, 4096) * min(vocab, 32768)),
+        "eager": Peer("eager PyTorch", load_eager, lambda tokens, vocab: 16 * tokens * vocab),
+        "trl": Peer("TRL head", load_trl, lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768)),
     }

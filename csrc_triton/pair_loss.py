@@ -1,0 +1,119 @@
+"""Kernels of the pairwise objective: sums over sequences, then u, p, the loss and its analytic gradient per pair.
+
+Between the two is the place for statistics over the batch or over ranks: all values stay on the device. The same
+formulas, with their sources, are in `focalkern/objective.py`. Launched by `focalkern.backends.triton_backend`.
+"""
+
+import triton
+import triton.language as tl
+
+from csrc_triton.scalar import softplus
+
+FOCALPO = tl.constexpr(0)
+INVERSE = tl.constexpr(1)
+FOCAL = tl.constexpr(2)
+
+
+@triton.jit
+def sequence_sum_fwd_kernel(
+    logps_ptr,  # [outputs], 0 where ignored
+    offsets_ptr,  # [S + 1] int64
+    sums_ptr,  # [S] out
+    BLOCK: tl.constexpr,
+):
+    """Σ of the log-probs of one sequence per program, in fp32, in a fixed order."""
+    i_s = tl.program_id(0)
+    start = tl.load(offsets_ptr + i_s)
+    end = tl.load(offsets_ptr + i_s + 1)
+    o_t = tl.arange(0, BLOCK)
+    b_sum = tl.zeros([BLOCK], dtype=tl.float32)
+    for i_t in range(start, end, BLOCK):
+        b_sum += tl.load(logps_ptr + i_t + o_t, mask=i_t + o_t < end, other=0.0)
+    tl.store(sums_ptr + i_s, tl.sum(b_sum, axis=0))
+
+
+@triton.jit
+def modulated_nll(b_u, gamma, MODULATION: tl.constexpr):
+    """ℓ(u) = −w(p)·log p and dℓ/du, each product as one exponent."""
+    b_nll = softplus(-b_u)  # −log p
+    b_flipped = softplus(b_u)  # −log(1−p)
+    if MODULATION == FOCALPO:
+        b_loss = tl.exp(-gamma * b_nll) * b_nll
+        b_slope = -tl.exp(-gamma * b_nll - b_flipped) * (1.0 - gamma * b_nll)
+    elif MODULATION == INVERSE:
+        # log softplus(−u) = −u for large u, where softplus(−u) itself underflows.
+        b_log_nll = tl.where(b_u > 20.0, -b_u, tl.log(tl.where(b_u > 20.0, 1.0, b_nll)))
+        b_loss = tl.exp(gamma * b_flipped + b_log_nll)
+        b_slope = -tl.exp((gamma - 1.0) * b_flipped) * ((1.0 - gamma) + gamma * one_minus_r(b_u, b_nll))
+    else:
+        b_loss = tl.exp(-gamma * b_flipped) * b_nll
+        b_slope = -tl.exp(-gamma * b_flipped) * (tl.exp(-b_flipped) + gamma * tl.exp(-b_nll) * b_nll)
+    return b_loss, b_slope
+
+
+@triton.jit
+def one_minus_r(b_u, b_nll):
+    """1 − e^u·softplus(−u), by its series in x = e^−u where the difference would cancel."""
+    m_small = b_u > 2.5
+    b_x = tl.where(m_small, tl.exp(-tl.maximum(b_u, 2.5)), 0.0)
+    b_series = -1.0 / 9.0
+    b_series = b_series * b_x + 1.0 / 8.0
+    b_series = b_series * b_x - 1.0 / 7.0
+    b_series = b_series * b_x + 1.0 / 6.0
+    b_series = b_series * b_x - 1.0 / 5.0
+    b_series = b_series * b_x + 1.0 / 4.0
+    b_series = b_series * b_x - 1.0 / 3.0
+    b_series = b_series * b_x + 1.0 / 2.0
+    return tl.where(m_small, b_series * b_x, 1.0 - tl.exp(tl.minimum(b_u, 2.5)) * b_nll)
+
+
+@triton.jit
+def pair_loss_fwd_kernel(
+    logps_ptr,  # [2B] sums over completion tokens
+    ref_logps_ptr,  # [2B]
+    lengths_ptr,  # [2B] int64
+    losses_ptr,  # [B] out
+    prob_ptr,  # [B] out
+    slope_ptr,  # [B] out: dL/du
+    rewards_ptr,  # [2B] out: β·score
+    grad_logps_ptr,  # [2B] out: dL/dlogps of every token of the sequence
+    pairs,
+    beta,
+    gamma,
+    margin,
+    label_smoothing,
+    MODULATION: tl.constexpr,
+    HAS_REF: tl.constexpr,
+    LENGTH_NORMALIZE: tl.constexpr,
+    LABEL_SMOOTHING: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_b = o_b < pairs
+    b_score_w = tl.load(logps_ptr + o_b, mask=m_b, other=0.0)
+    b_score_l = tl.load(logps_ptr + pairs + o_b, mask=m_b, other=0.0)
+    if HAS_REF:
+        b_score_w -= tl.load(ref_logps_ptr + o_b, mask=m_b, other=0.0)
+        b_score_l -= tl.load(ref_logps_ptr + pairs + o_b, mask=m_b, other=0.0)
+    b_per_w = tl.full([BLOCK], 1.0, tl.float32)
+    b_per_l = tl.full([BLOCK], 1.0, tl.float32)
+    if LENGTH_NORMALIZE:
+        b_per_w = 1.0 / tl.load(lengths_ptr + o_b, mask=m_b, other=1).to(tl.float32)
+        b_per_l = 1.0 / tl.load(lengths_ptr + pairs + o_b, mask=m_b, other=1).to(tl.float32)
+    b_score_w *= b_per_w
+    b_score_l *= b_per_l
+
+    b_u = beta * (b_score_w - b_score_l) - margin
+    b_loss, b_slope = modulated_nll(b_u, gamma, MODULATION)
+    if LABEL_SMOOTHING:
+        b_loss_flipped, b_slope_flipped = modulated_nll(-b_u, gamma, MODULATION)
+        b_loss = (1.0 - label_smoothing) * b_loss + label_smoothing * b_loss_flipped
+        b_slope = (1.0 - label_smoothing) * b_slope - label_smoothing * b_slope_flipped
+
+    tl.store(losses_ptr + o_b, b_loss, mask=m_b)
+    tl.store(prob_ptr + o_b, tl.exp(-softplus(-b_u)), mask=m_b)
+    tl.store(slope_ptr + o_b, b_slope, mask=m_b)
+    tl.store(rewards_ptr + o_b, beta * b_score_w, mask=m_b)
+    tl.store(rewards_ptr + pairs + o_b, beta * b_score_l, mask=m_b)
+    tl.store(grad_logps_ptr + o_b, beta * b_slope * b_per_w, mask=m_b)
+    tl.store(grad_logps_ptr + pairs + o_b, -beta * b_slope * b_per_l, mask=m_b)

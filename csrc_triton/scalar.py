@@ -1,0 +1,52 @@
+"""Scalar functions that the kernels share, accurate where the hardware's approximations are not."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def log1p_unit(x):
+    """log(1 + x) for 0 <= x <= 1 to fp32 rounding: 2·atanh(x / (2 + x)) by its series.
+
+    The hardware logarithm is accurate to an absolute 1e-7 near 1, which is nothing of log(1 + 1e-8).
+    """
+    s = x / (2.0 + x)
+    s2 = s * s
+    series = 1.0 / 15.0
+    series = series * s2 + 1.0 / 13.0
+    series = series * s2 + 1.0 / 11.0
+    series = series * s2 + 1.0 / 9.0
+    series = series * s2 + 1.0 / 7.0
+    series = series * s2 + 1.0 / 5.0
+    series = series * s2 + 1.0 / 3.0
+    return 2.0 * s * (series * s2 + 1.0)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), with full relative accuracy for very negative x."""
+    return tl.maximum(x, 0.0) + log1p_unit(tl.exp(-tl.abs(x)))
+
+
+@triton.jit
+def logaddexp(a, b):
+    """log(e^a + e^b); -inf stands for an empty sum."""
+    high = tl.maximum(a, b)
+    gap = tl.where(a == b, 0.0, -tl.abs(a - b))
+    return high + log1p_unit(tl.exp(gap))
+
+
+@triton.jit
+def logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP: tl.constexpr):
+    """z = T(x) and dz/dx: x·in_scale, or out_scale·tanh(x·in_scale) with a softcap."""
+    b_y = b_x * in_scale
+    if HAS_SOFTCAP:
+        # 1 − tanh² = 4e/(1 + e)² with e = exp(−2|y|): no cancellation where the cap saturates.
+        b_e = tl.exp(-2.0 * tl.abs(b_y))
+        b_t = (1.0 - b_e) / (1.0 + b_e)
+        b_z = out_scale * tl.where(b_y < 0.0, -b_t, b_t)
+        b_slope = in_scale * out_scale * 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+    else:
+        b_z = b_y
+        b_slope = in_scale + tl.zeros_like(b_y)
+    return b_z, b_slope

@@ -1,0 +1,324 @@
+"""Launches the kernels of `csrc_triton`: allocates what they write and picks their tiles. No step waits for the device.
+
+Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, for tests.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+
+import torch
+import triton
+
+from csrc_triton import linear_logps as kernels
+from csrc_triton import pair_loss as pair_kernels
+from csrc_triton.launch import GROUP_M, Launch, launch_config
+from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.layout import Rows, Sequences
+
+EXACT_ROW_COUNT = False
+
+# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows). Each chunk reads and
+# writes the fp32 partial sums of dhidden once, which costs about 160/chunk of the backward on an A100 or H200.
+_VOCAB_CHUNK = 4096
+_MAX_DZ_BYTES = 128 * 2**20
+_MIN_VOCAB_CHUNK = 2048
+
+_MODULATIONS = {"focalpo": 0, "inverse": 1, "focal": 2}
+
+
+def head_forward(
+    hidden: torch.Tensor,  # [M, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    rows: Rows,
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+) -> HeadForward:
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    n, vocab_size = rows.targets.numel(), weight.shape[0]
+    blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
+    in_scale, out_scale = _scales(transform)
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+
+    def per_output(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
+        if name != "logps" and not outputs:
+            return None
+        return torch.zeros(rows.output_shape.numel(), dtype=dtype, device=hidden.device)
+
+    target_z, lse, one_minus_p, block_lse = fp32(n), fp32(n), fp32(n), fp32(n, blocks)
+    stats = fp32(4, n, blocks) if outputs else None
+    logps = per_output("logps")
+    entropy, mean_logits, log_sum_sq = per_output("entropy"), per_output("mean_logits"), per_output("log_sum_sq_probs")
+    is_top1 = per_output("is_top1", torch.int8)
+
+    if n:
+        config = _config("fwd", hidden)
+        grid = (triton.cdiv(n, config.block_m) * triton.cdiv(vocab_size, config.block_n),)
+        with _on_device(hidden):
+            kernels.linear_logps_fwd_kernel[grid](
+                hidden,
+                weight,
+                bias,
+                rows.hidden_index,
+                rows.targets,
+                rows.count,
+                target_z,
+                block_lse,
+                stats,
+                n * blocks,
+                vocab_size,
+                hidden.shape[1],
+                blocks,
+                hidden.stride(0),
+                weight.stride(0),
+                in_scale,
+                out_scale,
+                HAS_BIAS=bias is not None,
+                HAS_SOFTCAP=transform.softcap is not None,
+                HAS_STATS=stats is not None,
+                **_logits_tile_options(config, hidden),
+            )
+            kernels.linear_logps_reduce_kernel[(n,)](
+                target_z,
+                block_lse,
+                stats,
+                rows.targets,
+                rows.output_index,
+                rows.count,
+                lse,
+                one_minus_p,
+                logps,
+                entropy,
+                mean_logits,
+                is_top1,
+                log_sum_sq,
+                n * blocks,
+                vocab_size,
+                blocks,
+                HAS_STATS=stats is not None,
+                BLOCK_NB=triton.next_power_of_2(blocks),
+            )
+
+    def asked(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
+        return value if name in outputs else None
+
+    assert logps is not None
+    return HeadForward(
+        logps=logps,
+        lse=lse,
+        one_minus_p=one_minus_p,
+        block_lse=block_lse,
+        entropy=asked("entropy", entropy),
+        mean_logits=asked("mean_logits", mean_logits),
+        is_top1=asked("is_top1", None if is_top1 is None else is_top1.bool()),
+        log_sum_sq_probs=asked("log_sum_sq_probs", log_sum_sq),
+    )
+
+
+def head_backward(
+    hidden: torch.Tensor,  # [M, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    rows: Rows,
+    transform: LogitTransform,
+    lse: torch.Tensor,  # [n]
+    one_minus_p: torch.Tensor,  # [n]
+    entropy: torch.Tensor | None,  # [outputs]
+    grad_logps: torch.Tensor | None,  # [outputs]
+    grad_entropy: torch.Tensor | None,  # [outputs]
+    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Exact: per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
+    needs_hidden, needs_weight, needs_bias = needs
+    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    n, (vocab_size, hidden_size) = rows.targets.numel(), weight.shape
+    in_scale, out_scale = _scales(transform)
+    device, dtype = hidden.device, hidden.dtype
+
+    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
+    dweight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
+    dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
+    grad_logps = torch.zeros(rows.output_shape.numel(), device=device) if grad_logps is None else grad_logps
+    grad_logps = grad_logps.contiguous()
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+
+    chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
+    dz = torch.empty((n, chunk), dtype=dtype, device=device)
+    partial = None if dhidden is None else torch.empty((n, hidden_size), device=device)
+    configs = {name: _config(name, hidden) for name in ("bwd_dz", "bwd_dweight", "bwd_dhidden")}
+
+    def grid(name: str, m: int, n: int) -> tuple[int]:
+        return (triton.cdiv(m, configs[name].block_m) * triton.cdiv(n, configs[name].block_n),)
+
+    with _on_device(hidden):
+        for start in range(0, vocab_size, chunk):
+            size = min(chunk, vocab_size - start)
+            if n:
+                kernels.linear_logps_bwd_dz_kernel[grid("bwd_dz", n, size)](
+                    hidden,
+                    weight,
+                    bias,
+                    rows.hidden_index,
+                    rows.output_index,
+                    rows.targets,
+                    rows.count,
+                    lse,
+                    one_minus_p,
+                    entropy,
+                    grad_logps,
+                    grad_entropy,
+                    dz,
+                    start,
+                    size,
+                    chunk,
+                    vocab_size,
+                    hidden_size,
+                    hidden.stride(0),
+                    weight.stride(0),
+                    in_scale,
+                    out_scale,
+                    HAS_BIAS=bias is not None,
+                    HAS_SOFTCAP=transform.softcap is not None,
+                    HAS_ENTROPY_GRAD=grad_entropy is not None,
+                    **_logits_tile_options(configs["bwd_dz"], hidden),
+                )
+            if dweight is not None:
+                kernels.linear_logps_bwd_dweight_kernel[grid("bwd_dweight", size, hidden_size)](
+                    dz,
+                    hidden,
+                    rows.hidden_index,
+                    rows.count,
+                    dweight,
+                    start,
+                    size,
+                    chunk,
+                    hidden_size,
+                    hidden.stride(0),
+                    **_gemm_options(configs["bwd_dweight"], hidden),
+                )
+            if dbias is not None:
+                kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
+                    dz, rows.count, dbias, start, size, chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
+                )
+            if dhidden is not None and n:
+                kernels.linear_logps_bwd_dhidden_kernel[grid("bwd_dhidden", n, hidden_size)](
+                    dz,
+                    weight,
+                    rows.hidden_index,
+                    rows.count,
+                    partial,
+                    dhidden,
+                    start,
+                    size,
+                    chunk,
+                    vocab_size,
+                    hidden_size,
+                    weight.stride(0),
+                    **_gemm_options(configs["bwd_dhidden"], hidden),
+                )
+    return dhidden, dweight, dbias
+
+
+def pair_forward(
+    logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
+    sequences: Sequences,
+    ref_logps: torch.Tensor | None,  # [2B]; None when reference-free
+    objective: PairObjective,
+) -> PairForward:
+    count = sequences.lengths.numel()
+    pairs = count // 2
+
+    def fp32(size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float32, device=logps.device)
+
+    result = PairForward(fp32(pairs), fp32(pairs), fp32(pairs), fp32(count), fp32(count), fp32(count))
+    with _on_device(logps):
+        pair_kernels.sequence_sum_fwd_kernel[(count,)](logps, sequences.offsets, result.logps, BLOCK=1024)
+        pair_kernels.pair_loss_fwd_kernel[(triton.cdiv(pairs, 128),)](
+            result.logps,
+            ref_logps,
+            sequences.lengths,
+            result.losses,
+            result.prob,
+            result.slope,
+            result.rewards,
+            result.grad_logps,
+            pairs,
+            objective.beta,
+            objective.gamma,
+            objective.margin,
+            objective.label_smoothing,
+            MODULATION=_MODULATIONS[objective.modulation],
+            HAS_REF=ref_logps is not None,
+            LENGTH_NORMALIZE=objective.length_normalize,
+            LABEL_SMOOTHING=objective.label_smoothing > 0,
+            BLOCK=128,
+        )
+    return result
+
+
+def _unit_stride(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _scales(transform: LogitTransform) -> tuple[float, float]:
+    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap."""
+    if transform.softcap is None:
+        return transform.logit_scale / transform.temperature, 1.0
+    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+
+
+def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
+    fitting = _MAX_DZ_BYTES // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
+    chunk = min(max(fitting, _MIN_VOCAB_CHUNK), _VOCAB_CHUNK)
+    return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
+
+
+def _config(kernel: str, hidden: torch.Tensor) -> Launch:
+    return launch_config(kernel, _arch(hidden.device), hidden.element_size() * 8)
+
+
+@lru_cache
+def _arch(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "interpret"
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _logits_tile_options(config: Launch, hidden: torch.Tensor) -> dict[str, object]:
+    return {
+        "EVEN_H": hidden.shape[1] % config.block_k == 0,
+        "PRECISION": _precision(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_V": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _gemm_options(config: Launch, hidden: torch.Tensor) -> dict[str, object]:
+    return {
+        "PRECISION": _precision(),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": GROUP_M,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def _precision() -> str:
+    # As torch.matmul does for fp32: full precision unless the user chose otherwise. No effect on fp16 and bf16.
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
