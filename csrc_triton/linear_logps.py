@@ -350,11 +350,11 @@ def linear_logps_bwd_dweight_kernel(
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for i_k in range(0, count, BLOCK_K):
         m_k = i_k + o_k < count
-        o_row = tl.load(hidden_index_ptr + i_k + o_k, mask=m_k, other=0)
+        o_row = tl.load(hidden_index_ptr + tl.minimum(i_k + o_k, count - 1))
         o_dz = (i_k + o_k)[:, None].to(tl.int64) * C + o_c[None, :]
         b_dz = tl.load(dz_ptr + o_dz, mask=m_k[:, None] & m_c[None, :], other=0.0)
         o_hidden = o_row[:, None] * stride_hidden + o_h[None, :]
-        b_hidden = tl.load(hidden_ptr + o_hidden, mask=m_k[:, None] & m_h[None, :], other=0.0)
+        b_hidden = tl.load(hidden_ptr + o_hidden, mask=m_h[None, :], other=0.0)
         b_acc = tl.dot(tl.trans(b_dz), b_hidden, b_acc, input_precision=PRECISION)
 
     o_out = (chunk_start + o_c)[:, None].to(tl.int64) * H + o_h[None, :]
