@@ -1,1 +1,2 @@
-"""The Triton kernels of focalkern and their launch configurations. Imports torch-free; nothing here knows focalkern."""
+"""The Triton kernels of focalkern and their launch configurations. Imports torch-free; nothing here knows
+focalkern."""

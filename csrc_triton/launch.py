@@ -1,8 +1,8 @@
-"""Launch configurations of the GEMM-shaped kernels, per architecture and element width. A table, not an autotuner:
-nothing is compiled or timed at start-up beyond what runs.
+"""Launch configurations of the GEMM-shaped kernels, per architecture and element width. A table, not an
+autotuner: nothing is compiled or timed at start-up beyond what runs.
 
-`estimated`: chosen from ahead-of-time compilation (registers, spills, shared memory, occupancy); `measured`: timed on
-that device. Every entry is compiled by `tests/test_compile.py`.
+`estimated`: chosen from ahead-of-time compilation (registers, spills, shared memory); `measured`: timed on
+that device. `tests/test_compile.py` compiles every entry and holds it to its architecture's limits.
 """
 
 from __future__ import annotations
@@ -25,46 +25,76 @@ class Launch:
 # Row tiles in flight together: their hidden states and one head tile stay in L2.
 GROUP_M = 8
 
-# What each kernel's tile is made of (m × n over k):
-#   fwd, bwd_dz   rows × vocabulary over hidden size (block_n: a multiple of 128, the vocabulary block)
-#   bwd_dweight   vocabulary × hidden size over rows
-#   bwd_dhidden   rows × hidden size over vocabulary
-KERNELS = ("fwd", "bwd_dz", "bwd_dweight", "bwd_dhidden")
+# What each kernel's tile is made of, m × n over k:
+#   fwd, bwd_dz                rows × vocabulary over hidden size; n is a multiple of 128, the vocabulary
+#   block fwd_outputs, bwd_dz_rich   the same with optional outputs; with softcap or entropy gradient: larger
+#   epilogues, which
+#                              spill registers on the larger tile
+#   bwd_dweight                vocabulary × hidden size over rows; its rows are gathered, and the pipeliner
+#   spends half
+#                              of num_stages on the index: 5 stages give it the two tiles in flight that 3
+#                              give others
+#   bwd_dhidden                rows × hidden size over vocabulary
+KERNELS = ("fwd", "fwd_outputs", "bwd_dz", "bwd_dz_rich", "bwd_dweight", "bwd_dhidden")
 
+# fp32 products run without tensor cores unless the user allows tf32: bound by arithmetic, the tile matters
+# little.
+_FP32 = {
+    "fwd": Launch(64, 128, 32, 8, 3),
+    "fwd_outputs": Launch(64, 128, 32, 8, 3),
+    "bwd_dz": Launch(64, 128, 32, 8, 3),
+    "bwd_dz_rich": Launch(64, 128, 32, 8, 3),
+    "bwd_dweight": Launch(64, 128, 32, 8, 5),
+    "bwd_dhidden": Launch(64, 128, 32, 8, 3),
+}
+# mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
 _AMPERE = {
-    16: {
-        "fwd": Launch(128, 128, 64, 8, 3),
-        "bwd_dz": Launch(128, 128, 64, 8, 3),
-        "bwd_dweight": Launch(128, 128, 64, 8, 3),
-        "bwd_dhidden": Launch(128, 128, 64, 8, 3),
-    },
-    32: {
-        "fwd": Launch(64, 128, 32, 8, 3),
-        "bwd_dz": Launch(64, 128, 32, 8, 3),
-        "bwd_dweight": Launch(64, 128, 32, 8, 3),
-        "bwd_dhidden": Launch(64, 128, 32, 8, 3),
-    },
+    "fwd": Launch(128, 256, 32, 8, 4),
+    "fwd_outputs": Launch(64, 128, 64, 8, 3),
+    "bwd_dz": Launch(128, 256, 32, 8, 4),
+    "bwd_dz_rich": Launch(64, 128, 64, 8, 3),
+    "bwd_dweight": Launch(128, 256, 64, 8, 5),
+    "bwd_dhidden": Launch(128, 128, 64, 8, 4),
 }
+# 100 KB of shared memory where the A100 has 164.
+_CONSUMER = {
+    **_AMPERE,
+    "bwd_dweight": Launch(128, 128, 64, 8, 5),
+    "bwd_dhidden": Launch(128, 128, 64, 8, 3),
+}
+# wgmma reads its operands from shared memory: fewer registers, deeper tiles.
+_HOPPER = {
+    "fwd": Launch(128, 256, 64, 8, 3),
+    "fwd_outputs": Launch(64, 128, 64, 8, 3),
+    "bwd_dz": Launch(128, 256, 64, 8, 3),
+    "bwd_dz_rich": Launch(128, 128, 64, 8, 3),
+    "bwd_dweight": Launch(128, 256, 64, 8, 5),
+    "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+}
+
 LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
-    "sm_80": _AMPERE,
-    "sm_90": _AMPERE,
+    "sm_80": {16: _AMPERE, 32: _FP32},
+    "sm_86": {16: _CONSUMER, 32: _FP32},
+    "sm_89": {16: _CONSUMER, 32: _FP32},
+    "sm_90": {16: _HOPPER, 32: _FP32},
+    "sm_100": {16: _HOPPER, 32: _FP32},
+    "sm_120": {16: _CONSUMER, 32: _FP32},
 }
-# The interpreter runs the kernels on the CPU for tests: small tiles, so that small shapes have several of them.
-_INTERPRET = {width: dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1)) for width in (16, 32)}
+# The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
+_INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
 
 
 def launch_config(kernel: str, arch: str, element_bits: int) -> Launch:
-    """The entry for an architecture (`sm_80`, …, or `interpret`); unknown ones take that of the nearest older."""
+    """The entry for an architecture (`sm_80`, …, or `interpret`); one not in the table takes the nearest
+    older's."""
     if arch == "interpret":
-        return _INTERPRET[element_bits][kernel]
-    return LAUNCH_TABLE[nearest_arch(arch)][element_bits][kernel]
+        return _INTERPRET[kernel]
+    return LAUNCH_TABLE[_nearest(arch)][element_bits][kernel]
 
 
-def nearest_arch(arch: str) -> str:
-    known = sorted(LAUNCH_TABLE, key=_number)
-    older = [name for name in known if _number(name) <= _number(arch)]
-    return older[-1] if older else known[0]
+def _nearest(arch: str) -> str:
+    def number(name: str) -> int:
+        return int(name.removeprefix("sm_"))
 
-
-def _number(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
+    known = sorted(LAUNCH_TABLE, key=number)
+    return next((name for name in reversed(known) if number(name) <= number(arch)), known[0])

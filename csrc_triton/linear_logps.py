@@ -1,8 +1,10 @@
-"""Kernels of the operator `linear_logps`: LM-head GEMM, log-softmax statistics, label log-probs, exact backward.
+"""Kernels of the operator `linear_logps`: LM-head GEMM, log-softmax statistics, label log-probs, exact
+backward.
 
-Names: n rows (completion tokens) of which `count` are real, V vocabulary, H hidden size, NB = ceil(V / 128) vocabulary
-blocks; `i_*` program indices, `o_*` offsets, `m_*` masks, `b_*` block values. Every output element has one writer and
-a fixed order of summation: results are bitwise reproducible. Launched by `focalkern.backends.triton_backend`.
+Names: n rows (completion tokens) of which `count` are real, V vocabulary, H hidden size, NB = ceil(V / 128)
+vocabulary blocks; `i_*` program indices, `o_*` offsets, `m_*` masks, `b_*` block values. Every output element
+has one writer and a fixed order of summation: results are bitwise reproducible. Launched by
+`focalkern.backends.triton_backend`.
 """
 
 import triton
@@ -41,7 +43,8 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden @ weightᵀ + bias of one tile in fp32, and NaN per row where the product is not finite, else 0."""
+    """hidden @ weightᵀ + bias of one tile in fp32, and NaN per row where the product is not finite, else
+    0."""
     # Columns past V repeat the last one: no mask in the inner loop, and the caller drops them.
     o_v = tl.minimum(o_v, V - 1)
     o_k = tl.arange(0, BLOCK_K)
@@ -61,7 +64,8 @@ def logits_tile(
         p_hidden += BLOCK_K
         p_weight += BLOCK_K
 
-    # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is meant.
+    # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is
+    # meant.
     b_poison = tl.sum(b_acc - b_acc, axis=1)
     if HAS_BIAS:
         b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
@@ -149,8 +153,8 @@ def linear_logps_fwd_kernel(
     tl.store(block_lse_ptr + o_out, b_shift + b_log_sum, mask=m_out)
 
     if HAS_STATS:
-        # The label is the top-1 if it is above all before it and at least equal to all after it. In its own block
-        # that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
+        # The label is the top-1 if it is above all before it and at least equal to all after it. In its own
+        # block that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
         b_own_z = b_target_z[:, None]
         b_wins = tl.where(o_v[None, :] < b_y[:, None], b_own_z > b_z, b_own_z >= b_z) | ~m_rest
         b_wins = tl.min(tl.reshape(b_wins.to(tl.int32), [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK]), axis=2)

@@ -1,7 +1,9 @@
-"""Kernels of the pairwise objective: sums over sequences, then u, p, the loss and its analytic gradient per pair.
+"""Kernels of the pairwise objective: sums over sequences, then u, p, the loss and its analytic gradient per
+pair.
 
-Between the two is the place for statistics over the batch or over ranks: all values stay on the device. The same
-formulas, with their sources, are in `focalkern/objective.py`. Launched by `focalkern.backends.triton_backend`.
+Between the two is the place for statistics over the batch or over ranks: all values stay on the device. The
+same formulas, with their sources, are in `focalkern/objective.py`. Launched by
+`focalkern.backends.triton_backend`.
 """
 
 import triton

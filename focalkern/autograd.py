@@ -1,4 +1,5 @@
-"""The two operators as `torch.autograd.Function`s: per-token log-probs of the head, and the loss of each pair.
+"""The two operators as `torch.autograd.Function`s: per-token log-probs of the head, and the loss of each
+pair.
 
 The first knows nothing of preferences, the second nothing of heads. Called by `focalkern.functional` and
 `focalkern.loss`; both hand the work to a backend.
@@ -36,8 +37,8 @@ class DroppedMass:
 class LinearLogpsFunction(torch.autograd.Function):
     """logps_t = z[t, y_t] − logsumexp_v z[t, v] with z = T(hidden @ weightᵀ + bias), without holding z.
 
-    Returns (logps, entropy, mean_logits, is_top1, log_sum_sq_probs), flat over the output positions, None where not
-    asked for. The first two are differentiable in hidden, weight and bias.
+    Returns (logps, entropy, mean_logits, is_top1, log_sum_sq_probs), flat over the output positions, None
+    where not asked for. The first two are differentiable in hidden, weight and bias.
     """
 
     @staticmethod
@@ -67,7 +68,12 @@ class LinearLogpsFunction(torch.autograd.Function):
             result.one_minus_p,
             result.entropy,
         )
-        ctx.output_shape, ctx.transform, ctx.dropped, ctx.backend = rows.output_shape, transform, dropped, backend
+        ctx.output_shape, ctx.transform, ctx.dropped, ctx.backend = (
+            rows.output_shape,
+            transform,
+            dropped,
+            backend,
+        )
         silent = (result.mean_logits, result.is_top1, result.log_sum_sq_probs)
         ctx.mark_non_differentiable(*(x for x in silent if x is not None))
         return result.logps, result.entropy, *silent
@@ -78,7 +84,9 @@ class LinearLogpsFunction(torch.autograd.Function):
         no_grad_for_options = (None,) * 5
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_grad_for_options
-        hidden, weight, bias, hidden_index, output_index, targets, count, lse, one_minus_p, entropy = ctx.saved_tensors
+        hidden, weight, bias, hidden_index, output_index, targets, count, lse, one_minus_p, entropy = (
+            ctx.saved_tensors
+        )
         rows = Rows(hidden_index, output_index, targets, count, ctx.output_shape)
         with torch.autocast(hidden.device.type, enabled=False):
             gradients = ctx.backend.head_backward(
@@ -102,7 +110,8 @@ class LinearLogpsFunction(torch.autograd.Function):
 class PairLossFunction(torch.autograd.Function):
     """L = −w(p)·log p of each pair from per-token log-probs, with the analytic dL/du (FocalPO Eq. 4 and 6).
 
-    Returns the fields of `PairForward` but the last; only the losses are differentiable, in the log-probs alone.
+    Returns the fields of `PairForward` but the last; only the losses are differentiable, in the log-probs
+    alone.
     """
 
     @staticmethod

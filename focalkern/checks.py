@@ -34,7 +34,9 @@ def check_number(
     if not math.isfinite(value) or too_low or value > high:
         bounds = [f"{'>' if exclude_low else '>='} {low:g}"] if low > -math.inf else []
         bounds += [f"<= {high:g}"] if high < math.inf else []
-        raise ValueError(f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {value!r}")
+        raise ValueError(
+            f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {value!r}"
+        )
 
 
 def check_flag(name: str, value: object) -> None:
@@ -160,14 +162,16 @@ def check_label_values(
 def check_pair_layout(
     hidden: torch.Tensor, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None
 ) -> None:
-    """Two layouts: hidden [2B, T, H] with labels [2B, T], or packed hidden [N, H] with labels [N] and cu_seqlens."""
+    """Two layouts: hidden [2B, T, H] with labels [2B, T], or packed hidden [N, H] with labels [N] and
+    cu_seqlens."""
     check_flag("shift", shift)
     if cu_seqlens is None:
         if hidden.dim() != 3:
             raise ValueError(f"hidden must be [2B, T, H], or [N, H] with cu_seqlens; got {_shape(hidden)}")
         if hidden.shape[0] == 0 or hidden.shape[0] % 2:
             raise ValueError(
-                f"hidden must hold an even number of sequences, B chosen then B rejected; got {_shape(hidden)}"
+                "hidden must hold an even number of sequences, B chosen then B rejected;"
+                f" got {_shape(hidden)}"
             )
         if shift and hidden.shape[1] == 0:
             raise ValueError(f"hidden must have T > 0 positions to shift; got {_shape(hidden)}")
@@ -198,12 +202,14 @@ def check_completions(lengths: torch.Tensor) -> None:
     )
 
 
-def check_ref_logps(name: str, ref_logps: torch.Tensor | None, pairs: int, required: bool, like: torch.Tensor) -> None:
+def check_ref_logps(
+    name: str, ref_logps: torch.Tensor | None, pairs: int, required: bool, like: torch.Tensor
+) -> None:
     if ref_logps is None:
         if required:
             raise ValueError(
-                f"{name} must be given, [B] = [{pairs}] sums over completion tokens, unless reference_free=True;"
-                " got None"
+                f"{name} must be given, [B] = [{pairs}] sums over completion tokens, unless"
+                " reference_free=True; got None"
             )
         return
     check_tensor(name, ref_logps)
@@ -226,7 +232,8 @@ def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None
 
 
 def _fail_if(condition: torch.Tensor, expected: str, describe) -> None:
-    """Raise ValueError now where the value is at hand, or fail the step on the device without waiting for it."""
+    """Raise ValueError now where the value is at hand, or fail the step on the device without waiting for
+    it."""
     if condition.is_cuda:
         torch._assert_async(~condition, expected)
     elif condition.item():

@@ -15,7 +15,8 @@ from focalkern.layout import aligned_labels, pick_rows
 
 @dataclass(frozen=True)
 class LinearLogps:
-    """What `linear_logps` returns. Per-token tensors have the shape of the (shifted) labels, 0/False where ignored."""
+    """What `linear_logps` returns. Per-token tensors have the shape of the (shifted) labels, 0/False where
+    ignored."""
 
     logps: torch.Tensor  # fp32 (fp64 for fp64 inputs), differentiable
     entropy: torch.Tensor | None = None  # −Σ_v p_v log p_v in nats, differentiable
@@ -53,21 +54,22 @@ def linear_logps(
         weight: `[V, H]`, dtype of hidden: the head. Under autocast both are cast to the autocast dtype.
         labels: `[..., T]` int64 or int32, in [0, V) or `ignore_index`.
         bias: `[V]`, dtype of weight.
-        shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T − 1]`. One
-            dimension is one sequence.
-        backward: "certified" may drop vocabulary blocks of negligible probability, "exact" never does. At present both
-            are exact: nothing is dropped.
+        shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T −
+            1]`. One dimension is one sequence.
+        backward: "certified" may drop vocabulary blocks of negligible probability, "exact" never does. At
+            present both are exact: nothing is dropped.
         tau: threshold of the certified backward, >= 0, or "auto" for the one of the dtype.
         backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
         outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
 
     Returns:
-        `LinearLogps`: `.logps` and the named outputs, in fp32, shape of the (shifted) labels, 0/False where ignored.
-        Masked positions take no part, NaN there included; NaN or inf elsewhere in hidden or weight gives NaN.
+        `LinearLogps`: `.logps` and the named outputs, in fp32, shape of the (shifted) labels, 0/False where
+        ignored. Masked positions take no part, NaN there included; NaN or inf elsewhere in hidden or weight
+        gives NaN.
 
     Raises:
-        ValueError, TypeError: naming the argument. A label out of range on CUDA fails the step with a device-side
-            assertion instead, as no step waits for the device.
+        ValueError, TypeError: naming the argument. A label out of range on CUDA fails the step with a
+            device-side assertion instead, as no step waits for the device.
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     checks.check_flag("shift", shift)
@@ -126,7 +128,9 @@ def head_logps(
     flat = hidden.reshape(-1, hidden.shape[-1])
     values = LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, module)
     names = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-    shaped = {name: None if x is None else x.view(labels.shape) for name, x in zip(names, values, strict=True)}
+    shaped = {
+        name: None if x is None else x.view(labels.shape) for name, x in zip(names, values, strict=True)
+    }
     if dropped is not None:
         shaped |= {"dropped_mass": dropped.per_token, "kept_share": dropped.kept_share}
     return LinearLogps(**shaped)

@@ -1,7 +1,9 @@
-"""Where the completion tokens are: turns labels (padded, shifted or packed) into the rows the head has to work on.
+"""Where the completion tokens are: turns labels (padded, shifted or packed) into the rows the head has to
+work on.
 
-Called by the public functions. Hidden states are never copied or shifted here, only indexed. On CUDA nothing waits for
-the device: the arrays have the length of the worst case, and `count` tells the kernels how much of them is real.
+Called by the public functions. Hidden states are never copied or shifted here, only indexed. On CUDA nothing
+waits for the device: the arrays have the length of the worst case, and `count` tells the kernels how much of
+them is real.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import torch
 
 @dataclass(frozen=True)
 class Rows:
-    """The completion tokens of a batch. Entries of the index arrays past `count` are 0 and stand for nothing."""
+    """The completion tokens of a batch. Entries of the index arrays past `count` are 0 and stand for
+    nothing."""
 
     hidden_index: torch.Tensor  # [n] int64, row of hidden.reshape(-1, H)
     output_index: torch.Tensor  # [n] int64, position in the flattened output
@@ -38,8 +41,8 @@ def aligned_labels(
 ) -> torch.Tensor:
     """Labels in the shape of the output, each beside the hidden state that predicts it.
 
-    Padded: `[S, T]`, or `[S, T − 1]` when shifted. One-dimensional without `cu_seqlens`: one sequence. Packed: `[N]`,
-    where the last position of each sequence predicts nothing and becomes `ignore_index`.
+    Padded: `[S, T]`, or `[S, T − 1]` when shifted. One-dimensional without `cu_seqlens`: one sequence.
+    Packed: `[N]`, where the last position of each sequence predicts nothing and becomes `ignore_index`.
     """
     if not shift:
         return labels
@@ -47,7 +50,8 @@ def aligned_labels(
         return labels[..., 1:]
     if not labels.numel():
         return labels
-    # An empty sequence repeats its predecessor's end; at the very start that is -1, the end of the last sequence.
+    # An empty sequence repeats its predecessor's end; at the very start that is -1, the end of the last
+    # sequence.
     ends = (cu_seqlens[1:].long() - 1) % labels.numel()
     return torch.roll(labels, -1).index_fill(0, ends, ignore_index)
 

@@ -1,4 +1,4 @@
-"""`FusedFocalPOLoss`: the preference loss from hidden states and head, for a trainer or a loop of one's own."""
+"""`FusedFocalPOLoss`: the preference loss from hidden states and head, for a trainer or a custom loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from focalkern.layout import aligned_labels, sequence_ranges
 
 @dataclass(frozen=True)
 class Certificate:
-    """How much of the gradient the last backward left out. All zero, and `kept_share` 1, when it was exact."""
+    """How much of the gradient the last backward left out: nothing, and `kept_share` 1, when it was exact."""
 
     mean_dropped_mass: float  # over completion tokens: probability mass of the vocabulary blocks left out
     max_dropped_mass: float
@@ -26,7 +26,8 @@ class Certificate:
     def __str__(self) -> str:
         return (
             f"dropped mass {self.mean_dropped_mass:.2e} mean, {self.max_dropped_mass:.2e} max per token;"
-            f" {self.kept_share:.1%} of the vocabulary blocks kept; error of a dhidden row <= {self.dhidden_bound:.2e}"
+            f" {self.kept_share:.1%} of the vocabulary blocks kept;"
+            f" error of a dhidden row <= {self.dhidden_bound:.2e}"
         )
 
 
@@ -35,10 +36,11 @@ class FocalPOOutput:
     """What `FusedFocalPOLoss` returns. fp32 (fp64 for fp64 inputs); only `loss` is differentiable.
 
     Per pair, [B]: `losses`, `chosen_logps` and `rejected_logps` (sums over completion tokens, in nats),
-    `chosen_rewards` and `rejected_rewards` (β·score), `prob` (p = σ(u)), `weight` (−dL/du of the pair's own loss).
-    Per sequence, [2B]: `lengths` in completion tokens. Per token, in the shape of the (shifted) labels:
-    `dropped_mass`, 0 where ignored; it and the 0-dim `kept_share` are NaN until `loss.backward()` fills them in place,
-    and None when the backward is exact. With `reduction="none"`, `loss` is `losses`, both differentiable.
+    `chosen_rewards` and `rejected_rewards` (β·score), `prob` (p = σ(u)), `weight` (−dL/du of the pair's own
+    loss). Per sequence, [2B]: `lengths` in completion tokens. Per token, in the shape of the (shifted)
+    labels: `dropped_mass`, 0 where ignored; it and the 0-dim `kept_share` are NaN until `loss.backward()`
+    fills them in place, and None when the backward is exact. With `reduction="none"`, `loss` is `losses`,
+    both differentiable.
     """
 
     loss: torch.Tensor
@@ -67,7 +69,9 @@ class FocalPOOutput:
         # The backward is exact at present: nothing is ever dropped, and the error it bounds is zero.
         tokens = self.lengths.sum().clamp(min=1)
         mass = self.dropped_mass
-        return Certificate((mass.sum() / tokens).item(), mass.max().item() if mass.numel() else 0.0, kept_share, 0.0)
+        return Certificate(
+            (mass.sum() / tokens).item(), mass.max().item() if mass.numel() else 0.0, kept_share, 0.0
+        )
 
 
 class FusedFocalPOLoss(nn.Module):
@@ -83,8 +87,8 @@ class FusedFocalPOLoss(nn.Module):
     | `"inverse"` | (1−p)^(−γ) | FocalPO Eq. 3                   |
     | `"focal"`   | (1−p)^γ    | FocalPO Fig. 4; the focal loss  |
 
-    Worth knowing: with "focalpo", dL/du changes sign where p < e^(−1/γ) (γ = 0.1: p < 4.5e-5). Below, the loss pushes
-    a misranked pair further down; `out.weight < 0` counts such pairs.
+    Worth knowing: with "focalpo", dL/du changes sign where p < e^(−1/γ) (γ = 0.1: p < 4.5e-5). Below, the
+    loss pushes a misranked pair further down; `out.weight < 0` counts such pairs.
 
     Args:
         beta: β > 0.
@@ -136,7 +140,9 @@ class FusedFocalPOLoss(nn.Module):
         checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
         checks.check_number("alpha", alpha, low=0.0)
         if alpha:
-            raise NotImplementedError(f"alpha must be 0: the adaptive margin of α-DPO is not available yet; got {alpha}")
+            raise NotImplementedError(
+                f"alpha must be 0: the adaptive margin of α-DPO is not available yet; got {alpha}"
+            )
         self.beta = float(beta)
         self.gamma = float(gamma)
         self.modulation = modulation
@@ -171,7 +177,16 @@ class FusedFocalPOLoss(nn.Module):
         return cls(beta=beta, margin=margin, **{**fixed, **options})
 
     def extra_repr(self) -> str:
-        names = ("beta", "gamma", "modulation", "margin", "reference_free", "length_normalize", "reduction", "backward")
+        names = (
+            "beta",
+            "gamma",
+            "modulation",
+            "margin",
+            "reference_free",
+            "length_normalize",
+            "reduction",
+            "backward",
+        )
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @torch.compiler.disable
@@ -193,15 +208,15 @@ class FusedFocalPOLoss(nn.Module):
             weight: `[V, H]`, dtype of hidden: the head. Under autocast both are cast to the autocast dtype.
             labels: `[2B, T]` or `[N]`, int64 or int32: completion tokens in [0, V), `ignore_index` elsewhere.
             bias: `[V]`, dtype of weight.
-            ref_chosen_logps, ref_rejected_logps: `[B]` floating point, constants: the reference model's sums over the
-                same completion tokens. Needed unless `reference_free`.
+            ref_chosen_logps, ref_rejected_logps: `[B]` floating point, constants: the reference model's sums
+                over the same completion tokens. Needed unless `reference_free`.
             shift: labels are the input ids with the prompt masked; position t predicts label t+1.
             cu_seqlens: `[2B + 1]` int32 or int64, boundaries of the packed sequences, from 0 to N.
 
         Raises:
-            ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens` or an
-                empty completion under `length_normalize` fail the step with a device-side assertion instead, as no
-                step waits for the device.
+            ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens`
+                or an empty completion under `length_normalize` fail the step with a device-side assertion
+                instead, as no step waits for the device.
         """
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         checks.check_head(hidden, weight, bias)
@@ -232,7 +247,11 @@ class FusedFocalPOLoss(nn.Module):
         if not self.reference_free:
             ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(head.logps.dtype)
         losses, prob, slope, logps, rewards = PairLossFunction.apply(
-            head.logps.reshape(-1), ref_logps, sequences, self._objective(), select_backend(self.backend, hidden)
+            head.logps.reshape(-1),
+            ref_logps,
+            sequences,
+            self._objective(),
+            select_backend(self.backend, hidden),
         )
         loss = losses if self.reduction == "none" else getattr(losses, self.reduction)()
         chosen_logps, rejected_logps = logps.chunk(2)

@@ -1,7 +1,7 @@
 """The pairwise objective of the FocalPO, DynamicFocalPO and α-DPO papers, in log space.
 
-Called by the torch backend; the Triton kernel in `csrc_triton/pair_loss.py` computes the same formulas. Knows nothing
-of tokens, tiles or heads: everything here is one value per pair.
+Called by the torch backend; the Triton kernel in `csrc_triton/pair_loss.py` computes the same formulas. Knows
+nothing of tokens, tiles or heads: everything here is one value per pair.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from torch.nn.functional import softplus
 
 MODULATIONS = ("focalpo", "inverse", "focal")
 
-# Above this, log softplus(-u) = -u - e^-u / 2 to the last bit of float64, and softplus(-u) itself soon underflows.
+# Above this, log softplus(-u) = -u - e^-u / 2 to the last bit of float64, and softplus(-u) itself soon
+# underflows.
 _LARGE_U = 20.0
 # Below this x = e^-u, the series of 1 - log1p(x)/x is more accurate than the difference.
 _SMALL_X = 0.1
@@ -31,8 +32,8 @@ def modulated_nll(
     | inverse    | (1−p)^(−γ) | −(1−p)^(−γ) [(1−p) + γ p log p]| FocalPO Eq. 3    |
     | focal      | (1−p)^γ    | −(1−p)^γ [(1−p) − γ p log p]   | FocalPO Fig. 4   |
 
-    Every product is formed as one exponent, so none of its factors can overflow alone: finite for |u| up to 1e4 and
-    γ ≤ 1 in fp32.
+    Every product is formed as one exponent, so none of its factors can overflow alone: finite for |u| up to
+    1e4 and γ ≤ 1 in fp32.
     """
     nll = _softplus(-u)  # −log p
     nll_flipped = _softplus(u)  # −log(1−p)
@@ -42,7 +43,8 @@ def modulated_nll(
         slope = -torch.exp(-gamma * nll - nll_flipped) * (1 - gamma * nll)
     elif modulation == "inverse":
         loss = torch.exp(gamma * nll_flipped + _log_softplus_neg(u, nll))
-        # (1−p) + γ p log p = (1−p)·[(1−γ) + γ·(1−r)], r = e^u·softplus(−u): no difference of two nearly equal terms.
+        # (1−p) + γ p log p = (1−p)·[(1−γ) + γ·(1−r)], r = e^u·softplus(−u): no difference of two nearly equal
+        # terms.
         slope = -torch.exp((gamma - 1) * nll_flipped) * ((1 - gamma) + gamma * _one_minus_r(u, nll))
     else:
         loss = torch.exp(-gamma * nll_flipped) * nll
@@ -84,7 +86,9 @@ def _softplus(x: torch.Tensor) -> torch.Tensor:
 def _log_softplus_neg(u: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:
     # softplus(−u) underflows for large u, its logarithm does not.
     large = u > _LARGE_U
-    return torch.where(large, -u - torch.exp(-u.clamp(min=_LARGE_U)) / 2, torch.log(nll.masked_fill(large, 1.0)))
+    return torch.where(
+        large, -u - torch.exp(-u.clamp(min=_LARGE_U)) / 2, torch.log(nll.masked_fill(large, 1.0))
+    )
 
 
 def _one_minus_r(u: torch.Tensor, nll: torch.Tensor) -> torch.Tensor:

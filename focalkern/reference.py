@@ -1,6 +1,8 @@
-"""The definition in plain PyTorch: materialises the `[tokens, vocab]` logits and leaves the gradient to autograd.
+"""The definition in plain PyTorch: materialises the `[tokens, vocab]` logits and leaves the gradient to
+autograd.
 
-Slow and short on purpose. Every test compares with it, in float64 where it can. Nothing in the library calls it.
+Slow and short on purpose. Every test compares with it, in float64 where it can. Nothing in the library calls
+it.
 """
 
 from __future__ import annotations
@@ -80,9 +82,13 @@ def focalpo_loss(
     **objective,
 ) -> torch.Tensor:  # [B]
     """Losses of B pairs from hidden states: `linear_logps`, a sum over each sequence, `pair_losses`."""
-    logps = linear_logps(hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale)["logps"]
+    logps = linear_logps(hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale)[
+        "logps"
+    ]
     chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
-    chosen_lengths, rejected_lengths = (labels != ignore_index).sum(-1).chunk(2) if length_normalize else (1.0, 1.0)
+    chosen_lengths, rejected_lengths = (
+        (labels != ignore_index).sum(-1).chunk(2) if length_normalize else (1.0, 1.0)
+    )
     return pair_losses(
         chosen_logps,
         rejected_logps,

@@ -1,7 +1,9 @@
-"""What a backend takes and returns, and the choice between the two. A backend is a module with three functions:
+"""What a backend takes and returns, and the choice between the two. A backend is a module with three
+functions:
 
     head_forward(hidden, weight, bias, rows, transform, outputs) -> HeadForward
-    head_backward(hidden, weight, bias, rows, transform, lse, one_minus_p, entropy, grad_logps, grad_entropy, needs)
+    head_backward(hidden, weight, bias, rows, transform, lse, one_minus_p, entropy, grad_logps, grad_entropy,
+    needs)
         -> dhidden, dweight, dbias, None where not needed
     pair_forward(logps, sequences, ref_logps, objective) -> PairForward
 
@@ -82,7 +84,8 @@ class PairForward:
 
 
 def select_backend(name: str, hidden: torch.Tensor) -> ModuleType:
-    """The backend's module. `auto`: triton where it runs (CUDA of capability 8.0 or later, not float64), else torch."""
+    """The backend's module. `auto`: triton where it runs (CUDA of capability 8.0 or later, not float64), else
+    torch."""
     if name == "auto":
         name = "torch" if _why_not_triton(hidden) else "triton"
     elif name == "triton":

@@ -1,7 +1,8 @@
 """The algorithm in plain PyTorch, by chunks: what CPUs use, and any device without triton.
 
-The same steps as the Triton kernels, on tiles small enough to stay in the processor's cache. Products are formed in
-fp32 whatever the input dtype: on CPU a bf16 product rounds its result to bf16, which costs a gradient error of 5e-2.
+The same steps as the Triton kernels, on tiles small enough to stay in the processor's cache. Products are
+formed in fp32 whatever the input dtype: on CPU a bf16 product rounds its result to bf16, which costs a
+gradient error of 5e-2.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from focalkern.objective import pair_loss, sequence_scores
 
 EXACT_ROW_COUNT = True
 
-# A tile of logits: 16 MB in fp32. Larger ones leave the cache, smaller ones pay for more calls (measured on 2 cores
-# of an AMD EPYC, torch 2.13: 8 to 16 MB is best, 64 MB is 1.5x slower).
+# A tile of logits: 16 MB in fp32. Larger ones leave the cache, smaller ones pay for more calls (measured on 2
+# cores of an AMD EPYC, torch 2.13: 8 to 16 MB is best, 64 MB is 1.5x slower).
 _TILE_ELEMENTS = 4 * 2**20
 _TILE_ROWS = 2048
 _MAX_VOCAB_CHUNK = 4096
@@ -131,7 +132,8 @@ def pair_forward(
 
 
 class _BlockStats:
-    """Statistics per row and vocabulary block, the label left out, and their reduction to per-token values."""
+    """Statistics per row and vocabulary block, the label left out, and their reduction to per-token
+    values."""
 
     def __init__(
         self, n: int, vocab_size: int, dtype: torch.dtype, device: torch.device, outputs: tuple[str, ...]
@@ -140,7 +142,8 @@ class _BlockStats:
         self.vocab_size = vocab_size
         self.target_z = torch.empty(n, dtype=dtype, device=device)
         self.lse = torch.empty(n, blocks, dtype=dtype, device=device)
-        # Entropy and log Σp² of the distribution within the block; both do not change when all logits are shifted.
+        # Entropy and log Σp² of the distribution within the block; both do not change when all logits are
+        # shifted.
         self.entropy = torch.empty_like(self.lse) if "entropy" in outputs else None
         self.log_sum_sq = torch.empty_like(self.lse) if "log_sum_sq_probs" in outputs else None
         self.sum_z = self.target_z.new_zeros(n) if "mean_logits" in outputs else None
@@ -149,7 +152,8 @@ class _BlockStats:
         self.max_z = torch.empty_like(self.lse) if "is_top1" in outputs else None
 
     def add_tile(self, z: torch.Tensor, column: torch.Tensor, rows: slice, start: int) -> None:
-        """Take in logits [rows, vocab chunk from `start`]; `column` is the label's place in it, inside or not."""
+        """Take in logits [rows, vocab chunk from `start`]; `column` is the label's place in it, inside or
+        not."""
         row, column = _targets_in(column, z.shape[1])
         if self.sum_z is not None:
             self.sum_z[rows] += z.sum(-1)
@@ -239,7 +243,8 @@ def _targets_in(column: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.T
 
 
 def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ bᵀ (+ bias). On CPU through oneDNN, whose fp32 product is 2x faster than MKL's on AMD, the same on Intel."""
+    """a @ bᵀ (+ bias). On CPU through oneDNN, whose fp32 product is 2x faster than MKL's on AMD, the same on
+    Intel."""
     if a.device.type == "cpu" and a.dtype == torch.float32 and a.numel() and _HAS_ONEDNN_LINEAR:
         return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
     return torch.nn.functional.linear(a, b, bias)
@@ -259,7 +264,8 @@ def _transform(x: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor
 
 
 def _nonfinite_to_nan(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """NaN where x holds NaN or inf, else 0: an inf that a softmax would turn into 0, or a tanh into 1, must show."""
+    """NaN where x holds NaN or inf, else 0: an inf that a softmax would turn into 0, or a tanh into 1, must
+    show."""
     low, high = torch.aminmax(x) if dim is None else torch.aminmax(x, dim=dim)
     return (low - low) + (high - high)
 

@@ -1,4 +1,5 @@
-"""Launches the kernels of `csrc_triton`: allocates what they write and picks their tiles. No step waits for the device.
+"""Launches the kernels of `csrc_triton`: allocates what they write and picks their tiles. No step waits for
+the device.
 
 Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, for tests.
 """
@@ -19,8 +20,9 @@ from focalkern.layout import Rows, Sequences
 
 EXACT_ROW_COUNT = False
 
-# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows). Each chunk reads and
-# writes the fp32 partial sums of dhidden once, which costs about 160/chunk of the backward on an A100 or H200.
+# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows). Each chunk
+# reads and writes the fp32 partial sums of dhidden once, which costs about 160/chunk of the backward on an
+# A100 or H200.
 _VOCAB_CHUNK = 4096
 _MAX_DZ_BYTES = 128 * 2**20
 _MIN_VOCAB_CHUNK = 2048
@@ -52,14 +54,17 @@ def head_forward(
     target_z, lse, one_minus_p, block_lse = fp32(n), fp32(n), fp32(n), fp32(n, blocks)
     stats = fp32(4, n, blocks) if outputs else None
     logps = per_output("logps")
-    entropy, mean_logits, log_sum_sq = per_output("entropy"), per_output("mean_logits"), per_output("log_sum_sq_probs")
+    entropy, mean_logits, log_sum_sq = (
+        per_output("entropy"),
+        per_output("mean_logits"),
+        per_output("log_sum_sq_probs"),
+    )
     is_top1 = per_output("is_top1", torch.int8)
 
     if n:
-        config = _config("fwd", hidden)
-        grid = (triton.cdiv(n, config.block_m) * triton.cdiv(vocab_size, config.block_n),)
+        config = _config("fwd_outputs" if outputs else "fwd", hidden)
         with _on_device(hidden):
-            kernels.linear_logps_fwd_kernel[grid](
+            kernels.linear_logps_fwd_kernel[_grid(config, n, vocab_size)](
                 hidden,
                 weight,
                 bias,
@@ -80,7 +85,8 @@ def head_forward(
                 HAS_BIAS=bias is not None,
                 HAS_SOFTCAP=transform.softcap is not None,
                 HAS_STATS=stats is not None,
-                **_logits_tile_options(config, hidden),
+                EVEN_H=hidden.shape[1] % config.block_k == 0,
+                **_tile_options(config, "BLOCK_V"),
             )
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
@@ -149,16 +155,15 @@ def head_backward(
     chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
     dz = torch.empty((n, chunk), dtype=dtype, device=device)
     partial = None if dhidden is None else torch.empty((n, hidden_size), device=device)
-    configs = {name: _config(name, hidden) for name in ("bwd_dz", "bwd_dweight", "bwd_dhidden")}
-
-    def grid(name: str, m: int, n: int) -> tuple[int]:
-        return (triton.cdiv(m, configs[name].block_m) * triton.cdiv(n, configs[name].block_n),)
+    rich = transform.softcap is not None or grad_entropy is not None
+    dz_config = _config("bwd_dz_rich" if rich else "bwd_dz", hidden)
+    dweight_config, dhidden_config = _config("bwd_dweight", hidden), _config("bwd_dhidden", hidden)
 
     with _on_device(hidden):
         for start in range(0, vocab_size, chunk):
             size = min(chunk, vocab_size - start)
             if n:
-                kernels.linear_logps_bwd_dz_kernel[grid("bwd_dz", n, size)](
+                kernels.linear_logps_bwd_dz_kernel[_grid(dz_config, n, size)](
                     hidden,
                     weight,
                     bias,
@@ -184,10 +189,11 @@ def head_backward(
                     HAS_BIAS=bias is not None,
                     HAS_SOFTCAP=transform.softcap is not None,
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
-                    **_logits_tile_options(configs["bwd_dz"], hidden),
+                    EVEN_H=hidden_size % dz_config.block_k == 0,
+                    **_tile_options(dz_config, "BLOCK_V"),
                 )
             if dweight is not None:
-                kernels.linear_logps_bwd_dweight_kernel[grid("bwd_dweight", size, hidden_size)](
+                kernels.linear_logps_bwd_dweight_kernel[_grid(dweight_config, size, hidden_size)](
                     dz,
                     hidden,
                     rows.hidden_index,
@@ -198,14 +204,14 @@ def head_backward(
                     chunk,
                     hidden_size,
                     hidden.stride(0),
-                    **_gemm_options(configs["bwd_dweight"], hidden),
+                    **_tile_options(dweight_config, "BLOCK_N"),
                 )
             if dbias is not None:
                 kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
                     dz, rows.count, dbias, start, size, chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
                 )
             if dhidden is not None and n:
-                kernels.linear_logps_bwd_dhidden_kernel[grid("bwd_dhidden", n, hidden_size)](
+                kernels.linear_logps_bwd_dhidden_kernel[_grid(dhidden_config, n, hidden_size)](
                     dz,
                     weight,
                     rows.hidden_index,
@@ -218,7 +224,7 @@ def head_backward(
                     vocab_size,
                     hidden_size,
                     weight.stride(0),
-                    **_gemm_options(configs["bwd_dhidden"], hidden),
+                    **_tile_options(dhidden_config, "BLOCK_N"),
                 )
     return dhidden, dweight, dbias
 
@@ -290,24 +296,15 @@ def _arch(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
-def _logits_tile_options(config: Launch, hidden: torch.Tensor) -> dict[str, object]:
-    return {
-        "EVEN_H": hidden.shape[1] % config.block_k == 0,
-        "PRECISION": _precision(),
-        "BLOCK_M": config.block_m,
-        "BLOCK_V": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": GROUP_M,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _grid(config: Launch, m: int, n: int) -> tuple[int]:
+    return (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
 
 
-def _gemm_options(config: Launch, hidden: torch.Tensor) -> dict[str, object]:
+def _tile_options(config: Launch, block_n: str) -> dict[str, object]:
     return {
         "PRECISION": _precision(),
         "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
+        block_n: config.block_n,
         "BLOCK_K": config.block_k,
         "GROUP_M": GROUP_M,
         "num_warps": config.num_warps,
@@ -316,7 +313,8 @@ def _gemm_options(config: Launch, hidden: torch.Tensor) -> dict[str, object]:
 
 
 def _precision() -> str:
-    # As torch.matmul does for fp32: full precision unless the user chose otherwise. No effect on fp16 and bf16.
+    # As torch.matmul does for fp32: full precision unless the user chose otherwise. No effect on fp16 and
+    # bf16.
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
