@@ -57,7 +57,8 @@ class Recipe:
         """Hidden states `[2B, T, H]` and head `[V, H]`.
 
         The logit of token v is `scale * N(0, 1) - log(1 + v)`: Gaussian evidence from the context on top of Zipf's
-        law, with ids ordered by frequency as a tokenizer's are.
+        law, with ids ordered by frequency as a tokenizer's are. A trained LM of the same sharpness has smaller logits
+        (its evidence is not Gaussian), so the rounding of bf16 logits shows more here than there.
         """
         shape = self.shape
         generator = torch.Generator(self.device).manual_seed(self.seed)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -366,7 +367,7 @@ def print_times(comparison: Comparison, console: Console) -> None:
     recipe = comparison.recipe
     table = Table(
         title=f"{name_of(recipe.dtype)}, {recipe.device.upper()}: {recipe.tokens} x {recipe.shape.hidden} x "
-        f"{recipe.shape.vocab}, milliseconds; bare GEMM {1e3 * comparison.floor:.4g} ms; "
+        f"{recipe.shape.vocab}, milliseconds; bare GEMM {milliseconds(comparison.floor)}; "
         f"fp32 logits {comparison.fp32_logits_bytes / MIB:.0f} MiB",
         title_justify="left",
     )
@@ -386,23 +387,28 @@ def print_times(comparison: Comparison, console: Console) -> None:
         if row.times is None:
             table.add_row(row.peer, row.status, *[""] * 7)
             continue
-        both = row.times.both.as_ms()
+        both = row.times.both
         table.add_row(
             row.peer,
-            f"{1e3 * row.times.forward.median:.4g}",
-            f"{1e3 * row.times.backward.median:.4g}",
-            f"{both['median']:.4g}",
-            f"{both['min']:.4g}-{both['max']:.4g}",
-            f"{row.times.both.median / comparison.floor:.2f}",
-            f"{recipe.tokens / row.times.both.median:,.0f}",
+            milliseconds(row.times.forward.median),
+            milliseconds(row.times.backward.median),
+            milliseconds(both.median),
+            f"{milliseconds(min(both.samples))}-{milliseconds(max(both.samples))}",
+            f"{both.median / comparison.floor:.2f}",
+            f"{recipe.tokens / both.median:,.0f}",
             *memory_cells(row.memory, comparison.fp32_logits_bytes),
         )
     console.print(table)
     for row in comparison.rows.values():
         if row.status == "ok" and row.note:  # the others' notes stand in the table of errors
             console.print(f"{row.peer}: {row.note}", highlight=False, markup=False)
-    for line in ratios(comparison):
-        console.print(line, highlight=False, markup=False)
+    for speed in speed_ratios(comparison):
+        owner = {"TRL head": "TRL's", "eager PyTorch": "eager PyTorch's"}[speed["over"]]
+        console.print(
+            f"{speed['peer']} is {speed['ratio']:.2f}x {owner} speed, forward+backward, {name_of(recipe.dtype)}",
+            highlight=False,
+            markup=False,
+        )
 
 
 def memory_cells(memory: PeakMemory | None, logits: int) -> tuple[str, str]:
@@ -412,19 +418,21 @@ def memory_cells(memory: PeakMemory | None, logits: int) -> tuple[str, str]:
     return f"{sign}{memory.extra / MIB:,.0f}", f"{sign}{memory.extra / logits:.3f}"
 
 
-def ratios(comparison: Comparison) -> list[str]:
-    """Each of our backends against TRL's head and eager PyTorch, in words."""
-    lines = []
+def speed_ratios(comparison: Comparison) -> list[dict[str, Any]]:
+    """How many times faster each of our backends is than TRL's head and eager PyTorch, forward+backward."""
+    ratios = []
     for ours in ("triton", "torch"):
-        for other, owner in (("trl", "TRL's"), ("eager", "eager PyTorch's")):
+        for other in ("trl", "eager"):
             mine, theirs = (comparison.rows.get(name) for name in (ours, other))
             if mine and theirs and mine.times and theirs.times:
                 ratio = theirs.times.both.median / mine.times.both.median
-                lines.append(
-                    f"{mine.peer} is {ratio:.2f}x {owner} speed, forward+backward, "
-                    f"{name_of(comparison.recipe.dtype)}"
-                )
-    return lines
+                ratios.append({"peer": mine.peer, "over": theirs.peer, "ratio": ratio})
+    return ratios
+
+
+def milliseconds(seconds: float) -> str:
+    ms = 1e3 * seconds
+    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}"
 
 
 def scientific(value: float | None) -> str:
@@ -453,7 +461,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "bare_gemm_ms": comparison.floor_ms,
         "fp32_logits_bytes": comparison.fp32_logits_bytes,
         "rows": [row_as_json(row, comparison) for row in comparison.rows.values()],
-        "ratios": ratios(comparison),
+        "speed_ratios": speed_ratios(comparison),
     }
 
 
@@ -477,8 +485,7 @@ def row_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
 def finite(values: dict[str, float | None]) -> dict[str, float | str | None]:
     """JSON has no NaN or infinity: they become words."""
     return {
-        name: str(value) if value is not None and not torch.tensor(value).isfinite() else value
-        for name, value in values.items()
+        name: value if value is None or math.isfinite(value) else str(value) for name, value in values.items()
     }
 
 

@@ -26,35 +26,47 @@ class Launch:
 GROUP_M = 8
 
 # What each kernel's tile is made of, m × n over k:
-#   fwd, bwd_dz                rows × vocabulary over hidden size; n is a multiple of 128, the vocabulary
-#   block fwd_outputs, bwd_dz_rich   the same with optional outputs; with softcap or entropy gradient: larger
-#   epilogues, which
-#                              spill registers on the larger tile
-#   bwd_dweight                vocabulary × hidden size over rows; its rows are gathered, and the pipeliner
-#   spends half
-#                              of num_stages on the index: 5 stages give it the two tiles in flight that 3
-#                              give others
-#   bwd_dhidden                rows × hidden size over vocabulary
-KERNELS = ("fwd", "fwd_outputs", "bwd_dz", "bwd_dz_rich", "bwd_dweight", "bwd_dhidden")
+#   fwd, bwd_dz    rows × vocabulary over hidden size; n is a multiple of 128, the vocabulary block
+#   bwd_dweight    vocabulary × hidden size over rows; its rows are gathered, and the pipeliner spends half of
+#                  num_stages on the index: 5 stages give it the two tiles in flight that 3 give the others
+#   bwd_dhidden    rows × hidden size over vocabulary
+# `*_small` where the large tile would spill registers: optional outputs, softcap or entropy gradient in the
+# backward, or a hidden size that is not a multiple of 64.
+KERNELS = (
+    "fwd",
+    "fwd_small",
+    "bwd_dz",
+    "bwd_dz_small",
+    "bwd_dweight",
+    "bwd_dweight_small",
+    "bwd_dhidden",
+    "bwd_dhidden_small",
+)
 
-# fp32 products run without tensor cores unless the user allows tf32: bound by arithmetic, the tile matters
-# little.
+_SMALL = {
+    "fwd_small": Launch(64, 128, 64, 8, 3),
+    "bwd_dz_small": Launch(64, 128, 64, 8, 3),
+    "bwd_dweight_small": Launch(64, 128, 32, 8, 5),
+    "bwd_dhidden_small": Launch(64, 128, 32, 8, 3),
+}
+# fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the tile.
 _FP32 = {
     "fwd": Launch(64, 128, 32, 8, 3),
-    "fwd_outputs": Launch(64, 128, 32, 8, 3),
+    "fwd_small": Launch(32, 128, 32, 8, 3),
     "bwd_dz": Launch(64, 128, 32, 8, 3),
-    "bwd_dz_rich": Launch(64, 128, 32, 8, 3),
+    "bwd_dz_small": Launch(32, 128, 32, 8, 3),
     "bwd_dweight": Launch(64, 128, 32, 8, 5),
+    "bwd_dweight_small": Launch(64, 64, 32, 8, 5),
     "bwd_dhidden": Launch(64, 128, 32, 8, 3),
+    "bwd_dhidden_small": Launch(64, 64, 32, 8, 3),
 }
 # mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
 _AMPERE = {
     "fwd": Launch(128, 256, 32, 8, 4),
-    "fwd_outputs": Launch(64, 128, 64, 8, 3),
     "bwd_dz": Launch(128, 256, 32, 8, 4),
-    "bwd_dz_rich": Launch(64, 128, 64, 8, 3),
     "bwd_dweight": Launch(128, 256, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    **_SMALL,
 }
 # 100 KB of shared memory where the A100 has 164.
 _CONSUMER = {
@@ -65,11 +77,16 @@ _CONSUMER = {
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles.
 _HOPPER = {
     "fwd": Launch(128, 256, 64, 8, 3),
-    "fwd_outputs": Launch(64, 128, 64, 8, 3),
     "bwd_dz": Launch(128, 256, 64, 8, 3),
-    "bwd_dz_rich": Launch(128, 128, 64, 8, 3),
     "bwd_dweight": Launch(128, 256, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    **_SMALL,
+}
+# The accumulator lies in tensor memory; read back whole for the epilogue, 128 × 256 of it spills.
+_BLACKWELL = {
+    **_HOPPER,
+    "fwd": Launch(128, 128, 64, 8, 4),
+    "bwd_dz": Launch(128, 128, 64, 8, 4),
 }
 
 LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
@@ -77,7 +94,7 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_86": {16: _CONSUMER, 32: _FP32},
     "sm_89": {16: _CONSUMER, 32: _FP32},
     "sm_90": {16: _HOPPER, 32: _FP32},
-    "sm_100": {16: _HOPPER, 32: _FP32},
+    "sm_100": {16: _BLACKWELL, 32: _FP32},
     "sm_120": {16: _CONSUMER, 32: _FP32},
 }
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.

@@ -62,7 +62,7 @@ def head_forward(
     is_top1 = per_output("is_top1", torch.int8)
 
     if n:
-        config = _config("fwd_outputs" if outputs else "fwd", hidden)
+        config = _config("fwd", hidden, small=bool(outputs))
         with _on_device(hidden):
             kernels.linear_logps_fwd_kernel[_grid(config, n, vocab_size)](
                 hidden,
@@ -155,8 +155,7 @@ def head_backward(
     chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
     dz = torch.empty((n, chunk), dtype=dtype, device=device)
     partial = None if dhidden is None else torch.empty((n, hidden_size), device=device)
-    rich = transform.softcap is not None or grad_entropy is not None
-    dz_config = _config("bwd_dz_rich" if rich else "bwd_dz", hidden)
+    dz_config = _config("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
     dweight_config, dhidden_config = _config("bwd_dweight", hidden), _config("bwd_dhidden", hidden)
 
     with _on_device(hidden):
@@ -284,7 +283,10 @@ def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
     return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
 
 
-def _config(kernel: str, hidden: torch.Tensor) -> Launch:
+def _config(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
+    # A hidden size that is not a multiple of 64 needs masked or unvectorised loads: more registers for addresses.
+    if small or hidden.shape[1] % 64:
+        kernel += "_small"
     return launch_config(kernel, _arch(hidden.device), hidden.element_size() * 8)
 
 

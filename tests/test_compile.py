@@ -1,0 +1,127 @@
+"""Every kernel, as its launcher launches it and with every entry of the launch table, compiles for GPUs that are not
+here: no spilled registers, shared memory within the architecture's limit, tensor cores in use.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import INTERPRETED
+
+pytest.importorskip("triton", reason="no triton on this platform: nothing to compile")
+if INTERPRETED:
+    pytest.skip("kernels are decorated for the interpreter in this process", allow_module_level=True)
+
+from aot import compile_launch, float32_matmul_precision, recorded_launches
+
+from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
+from focalkern.backends import LogitTransform, PairObjective, triton_backend
+from focalkern.layout import Rows, Sequences
+
+# CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+}
+TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
+GEMM_KERNELS = ("fwd", "dz", "dweight", "dhidden")
+
+VARIANTS = {
+    "plain": {},
+    "softcap, bias, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100},
+    "outputs and entropy gradient": {"outputs": True},
+    "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": True},
+}
+
+
+def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False, n=8192, vocab_size=128256):
+    """Run forward and backward launches of a Llama-3 head on tensors without storage."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    hidden, weight = meta(n, hidden_size, dtype=dtype), meta(vocab_size, hidden_size, dtype=dtype)
+    bias = meta(vocab_size, dtype=dtype) if bias else None
+    index = meta(n, dtype=torch.int64)
+    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
+    transform = LogitTransform(softcap=softcap)
+    names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs") if outputs else ()
+    forward = triton_backend.head_forward(hidden, weight, bias, rows, transform, names)
+    triton_backend.head_backward(
+        hidden,
+        weight,
+        bias,
+        rows,
+        transform,
+        forward.lse,
+        forward.one_minus_p,
+        forward.entropy,
+        meta(n),
+        meta(n) if outputs else None,
+        (True, True, bias is not None),
+    )
+
+
+def check_head_kernels(arch, dtype, precision="highest", **variant):
+    with float32_matmul_precision(precision):
+        launches = recorded_launches(arch, lambda: launch_head(dtype, **variant))
+    has_tensor_cores = dtype != torch.float32 or precision != "highest"
+    for launch in launches:
+        resources = compile_launch(launch, arch)
+        print(f"{arch} {launch}: {resources.registers} registers, {resources.shared_bytes} bytes shared")
+        assert resources.spilled_bytes == 0, f"{launch} spills {resources.spilled_bytes} bytes"
+        assert resources.shared_bytes <= SHARED_LIMIT[arch], str(launch)
+        is_gemm = launch.name.removesuffix("_kernel").endswith(GEMM_KERNELS)
+        if is_gemm and has_tensor_cores:
+            assert TENSOR_CORE.get(arch, "mma.sync") in resources.ptx, f"{launch} does not use tensor cores"
+    assert len(launches) >= 5
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_head_kernels_compile_without_spills(arch, dtype, variant):
+    check_head_kernels(arch, dtype, **VARIANTS[variant])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_fp32_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
+    check_head_kernels(arch, torch.float32, precision="high")
+
+
+@pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
+def test_launch_table_fits_other_architectures(arch):
+    check_head_kernels(arch, torch.bfloat16)
+    check_head_kernels(arch, torch.bfloat16, **VARIANTS["everything, odd hidden size"])
+
+
+@pytest.mark.parametrize("modulation", ["focalpo", "inverse", "focal"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_pair_kernels_compile_without_spills(arch, modulation):
+    def run():
+        logps = torch.empty(4096, device="meta")
+        offsets = torch.empty(17, dtype=torch.int64, device="meta")
+        sequences = Sequences(offsets, offsets[1:])
+        objective = PairObjective(0.1, 0.05, modulation, 0.5, True, 0.1)
+        triton_backend.pair_forward(logps, sequences, torch.empty(16, device="meta"), objective)
+
+    launches = recorded_launches(arch, run)
+    assert [launch.name for launch in launches] == ["sequence_sum_fwd_kernel", "pair_loss_fwd_kernel"]
+    for launch in launches:
+        assert compile_launch(launch, arch).spilled_bytes == 0
+
+
+def test_launch_table_names_every_kernel_and_the_source_of_every_entry():
+    for arch, widths in LAUNCH_TABLE.items():
+        for width, entries in widths.items():
+            assert set(entries) == set(KERNELS), (arch, width)
+            assert {entry.source for entry in entries.values()} <= {"estimated", "measured"}
+
+
+def test_unknown_architecture_takes_the_entry_of_the_nearest_older_one():
+    assert launch_config("fwd", "sm_103", 16) is LAUNCH_TABLE["sm_100"][16]["fwd"]
+    assert launch_config("fwd", "sm_87", 16) is LAUNCH_TABLE["sm_86"][16]["fwd"]
