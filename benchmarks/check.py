@@ -1,8 +1,8 @@
 """Is a peer right? Its loss and gradients against float64, before anything is timed.
 
-The gradients are compared on a sample of their rows, so that no `[N, V]` tensor is needed. `throughput.py` calls
-`sampled_step` twice, in float64 for the truth and in the batch's dtype for what that dtype allows, then `errors` for
-each peer.
+The gradients are compared on a sample of their rows, so that no `[N, V]` tensor is needed. `throughput.py`
+calls `sampled_step` twice, in float64 for the truth and in the batch's dtype for what that dtype allows, then
+`errors_of` for each peer.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from benchmarks.inputs import Batch, apply_softcap
 from benchmarks.peers import BETA
 
-# A peer fails when its error exceeds this multiple of the error of plain PyTorch in the same dtype.
-ERROR_FACTOR = 3.0
+# A peer fails when its error exceeds this multiple of the error of plain PyTorch in the same dtype. Two fp32
+# GEMMs differ by a factor of 2 (MKL and oneDNN, 512 terms); a wrong rounding or a lost term costs far more.
+ERROR_FACTOR = 4.0
 HIDDEN_ROWS = 64
 VOCAB_ROWS = 256
 TOKENS_PER_TILE, VOCAB_PER_TILE = 1024, 8192  # 64 MiB of float64 logits
@@ -73,8 +74,8 @@ def choose_sample(batch: Batch, seed: int) -> Sample:
 def sampled_step(
     batch: Batch, sample: Sample, dtype: torch.dtype, tick: Callable[[int], object] = lambda tokens: None
 ) -> SampledStep:
-    """The step as eager PyTorch in `dtype` would take it: logits and their gradient are rounded to `dtype`, the
-    softmax is fp32 (float64 for float64). `tick` is told the number of (token, vocabulary tile) pairs done.
+    """The step as eager PyTorch in `dtype` would take it: logits and their gradient are rounded to `dtype`,
+    the softmax is fp32 (float64 for float64). `tick` is told how many tokens went through a vocabulary tile.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     hidden = batch.hidden.flatten(0, 1)  # [N, H]
@@ -138,7 +139,7 @@ def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 def error_bound(truth: SampledStep, same_dtype: SampledStep, dtype: torch.dtype) -> Errors:
     """The largest errors that pass: `ERROR_FACTOR` times those of plain PyTorch in the same dtype."""
-    # One mean loss may be right by luck. The root mean square over the pairs is not, and bounds the mean's error.
+    # One mean loss may be right by luck. The root mean square over the pairs is not, and bounds its error.
     loss = (same_dtype.losses.double() - truth.losses).square().mean().sqrt().item()
     smallest = torch.finfo(dtype).eps
     return Errors(
@@ -150,7 +151,9 @@ def error_bound(truth: SampledStep, same_dtype: SampledStep, dtype: torch.dtype)
     )
 
 
-def errors(loss: torch.Tensor, gradients: list[torch.Tensor], sample: Sample, truth: SampledStep) -> Errors:
+def errors_of(
+    loss: torch.Tensor, gradients: list[torch.Tensor], sample: Sample, truth: SampledStep
+) -> Errors:
     """Errors of one peer's step; `gradients` in the order of `Batch.differentiated`."""
     dhidden = gradients[0].flatten(0, 1)[sample.rows]
     return Errors(

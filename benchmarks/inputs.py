@@ -1,22 +1,22 @@
 """Benchmark input: hidden states, head and preference batch whose softmax is as sharp as a trained LM's.
 
-`throughput.py` calls `calibrate`, then `preference_batch`; a memory measurement, which runs in a process of its own,
+`throughput.py` calls `calibrate`, then `preference_batch`. A memory measurement, in a process of its own,
 rebuilds the same tensors from the `Recipe`.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
 CALIBRATION_ROWS = 128
-# An entry counts as present when it has at least this probability: below it bf16 cannot tell p from 0 beside 1.
+# Entries of at least this probability are counted: sharpness as the authors of CCE state it.
 PRESENT = 2.0**-12
-# The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so that
-# u = beta * (score_w - score_l) is of order one and no pair is saturated.
+# The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so
+# that u = beta * (score_w - score_l) is of order one and no pair is saturated.
 SCORE_STD = 10.0
 
 
@@ -56,9 +56,9 @@ class Recipe:
     def build(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states `[2B, T, H]` and head `[V, H]`.
 
-        The logit of token v is `scale * N(0, 1) - log(1 + v)`: Gaussian evidence from the context on top of Zipf's
-        law, with ids ordered by frequency as a tokenizer's are. A trained LM of the same sharpness has smaller logits
-        (its evidence is not Gaussian), so the rounding of bf16 logits shows more here than there.
+        The logit of token v is `scale * N(0, 1) - log(1 + v)`: Gaussian evidence from the context on top of
+        Zipf's law, with ids ordered by frequency as a tokenizer's are. A trained LM of the same sharpness has
+        smaller logits (its evidence is not Gaussian): the rounding of bf16 logits shows less there than here.
         """
         shape = self.shape
         generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -75,7 +75,7 @@ class Recipe:
 
 @dataclass
 class Batch:
-    """What every peer receives: the same tensors, labels already aligned with the hidden states, nothing masked."""
+    """What every peer receives: the same tensors, labels aligned with the hidden states, nothing masked."""
 
     hidden: torch.Tensor  # [2B, T, H], chosen first, then their rejected
     weight: torch.Tensor  # [V, H]
@@ -124,10 +124,11 @@ def apply_softcap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 
 
 def calibrate(recipe: Recipe, entries: float) -> Recipe:
-    """The recipe whose softmax has about this many entries above 2^-12 per row, by bisection over its scale."""
-    context, weight = Recipe(
-        recipe.shape, CALIBRATION_ROWS, 1, torch.float32, recipe.device, 1.0, recipe.seed + 1
-    ).build()
+    """The recipe whose softmax has about this many entries above 2^-12 per row, by bisection of its scale."""
+    sample = replace(
+        recipe, tokens=CALIBRATION_ROWS, pairs=1, dtype=torch.float32, scale=1.0, seed=recipe.seed + 1
+    )
+    context, weight = sample.build()
     evidence = (context.flatten(0, 1) - 1.0) @ weight.T  # [rows, V]
     frequency = weight.sum(dim=1)  # [V]
 
@@ -135,19 +136,17 @@ def calibrate(recipe: Recipe, entries: float) -> Recipe:
         logps = apply_softcap(scale * evidence + frequency, recipe.shape.softcap).log_softmax(-1)
         return (logps > math.log(PRESENT)).sum(-1).double().mean().item()
 
-    # Below a scale of 3 the count may fall again, since a flat softmax over a large vocabulary has no such entry.
+    # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
     low, high = 3.0, 64.0
     for _ in range(14):
         middle = (low + high) / 2
         low, high = (middle, high) if entries_at(middle) > entries else (low, middle)
-    return Recipe(
-        recipe.shape, recipe.tokens, recipe.pairs, recipe.dtype, recipe.device, round(low, 3), recipe.seed
-    )
+    return replace(recipe, scale=round(low, 3))
 
 
 @torch.no_grad()
 def preference_batch(recipe: Recipe) -> tuple[Batch, Sharpness]:
-    """A batch whose labels are drawn from the softmax itself, so that its NLL is the entropy, and its sharpness."""
+    """A batch and its sharpness. The labels are drawn from the softmax itself: the NLL is the entropy."""
     hidden, weight = recipe.build()
     generator = torch.Generator(recipe.device).manual_seed(recipe.seed + 2)
     labels = torch.empty(recipe.tokens, dtype=torch.long, device=recipe.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import statistics
@@ -21,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Step:
-    """A forward pass, and the backward pass that takes its result (None where there is nothing to differentiate)."""
+    """A forward pass, and the backward pass that takes its result (None where there is none)."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None
@@ -63,7 +64,7 @@ def interleaved_times(
     repeats: int,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, StepTimes]:
-    """Times of every step, measured in rounds (A B C, A B C, ...) so that a slow moment of the machine meets all."""
+    """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all."""
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
         for name, step in steps.items():
@@ -113,13 +114,14 @@ class PeakMemory:
 
 
 def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.device) -> PeakMemory:
-    """Peak memory of one call. What it returns (a step's gradients) is counted out: any method must hold that.
+    """Peak memory of one call. What it returns (a step's gradients) is counted out: any method must hold it.
 
-    On CUDA the caching allocator knows it. On the CPU the kernel does: VmHWM is the largest resident size that the
-    process ever had, every byte of it, GEMM packing buffers included, with no sampling that could miss a peak and no
-    hooks that could miss an allocator. Writing 5 to /proc/self/clear_refs sets it back to the present size. Only a
-    fresh process gives a true answer (`in_fresh_process`): in an old one the call would find freed memory that the
-    allocator kept. (getrusage's ru_maxrss would not do on Linux: a child starts with its parent's.)
+    On CUDA the caching allocator knows it. On the CPU the system does: VmHWM is the largest resident size
+    that the process ever had, every byte of it, GEMM packing buffers included, with no sampling that could
+    miss a peak and no hooks that could miss an allocator. Writing 5 to /proc/self/clear_refs sets it back to
+    the present size. Only a fresh process gives a true answer (`in_fresh_process`): in an old one the call
+    would find freed memory that the allocator kept. (ru_maxrss would not do on Linux: a child starts with its
+    parent's.)
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -152,10 +154,9 @@ def return_freed_memory() -> None:
 
 
 def reset_peak_resident() -> None:
-    try:
+    # Where it does not exist or is not allowed, the caller sees that the old peak still stands.
+    with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        pass  # not Linux, or not allowed: the caller compares the peak before with the peak after
 
 
 def resident_bytes() -> int:
@@ -175,7 +176,7 @@ def peak_resident_bytes() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of a module-level function called in a new interpreter; `BrokenProcessPool` if that one is killed."""
+    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 

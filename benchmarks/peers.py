@@ -1,11 +1,12 @@
 """The peers of the benchmark: each computes the DPO loss of a `Batch` its own way.
 
-A peer is a loader. `throughput.py` calls it once; it imports what the peer needs and returns the loss function, or
-raises `Unavailable` with the reason why the peer cannot run here.
+A peer is a loader. `throughput.py` calls it once; it imports what the peer needs and returns the loss
+function, or raises `Unavailable` with the reason why the peer cannot run here.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute the loss: its name in the table, how to get it, and what it holds besides gradients."""
+    """One way to compute the loss: its name in the table, how to get it, what it holds besides gradients."""
 
     name: str
     load: Callable[[str], LossFn]  # takes the device type
@@ -45,7 +46,7 @@ def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
 
 
 def load_eager(device_type: str) -> LossFn:
-    """PyTorch as TRL's trainers did it before their fused head: logits, upcast to fp32, gather minus logsumexp."""
+    """As TRL's trainers did it before their fused head: logits, upcast to fp32, gather minus logsumexp."""
 
     def loss(batch: Batch) -> torch.Tensor:
         logits = apply_softcap(F.linear(batch.hidden, batch.weight).float(), batch.softcap)  # [2B, T, V]
@@ -59,12 +60,13 @@ def load_eager(device_type: str) -> LossFn:
 def load_trl(device_type: str) -> LossFn:
     """TRL's fused head with its default vocabulary chunk, asked for the log-probs alone."""
     try:
-        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE, _ChunkedLogProbFunction
+        from trl.kernels import ChunkedLogProbFunction
+        from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
     except ImportError as error:
         raise Unavailable(f"TRL with a fused LM head (>= 1.16) cannot be imported: {error}") from error
 
     def loss(batch: Batch) -> torch.Tensor:
-        logps = _ChunkedLogProbFunction.apply(
+        logps = ChunkedLogProbFunction.apply(
             batch.hidden.flatten(0, 1),
             batch.weight,
             None,  # bias
@@ -88,15 +90,15 @@ def load_focalkern(device_type: str, backend: str, backward: str) -> LossFn:
         from focalkern import FusedFocalPOLoss
     except ImportError as error:
         raise Unavailable(f"cannot be imported: {error}") from error
-    losses: dict[float | None, FusedFocalPOLoss] = {}
+
+    @functools.cache
+    def configured(softcap: float | None) -> FusedFocalPOLoss:
+        loss = FusedFocalPOLoss(beta=BETA, gamma=0.0, softcap=softcap, backend=backend, backward=backward)
+        return loss.to(device_type)
 
     def loss(batch: Batch) -> torch.Tensor:
-        if batch.softcap not in losses:
-            losses[batch.softcap] = FusedFocalPOLoss(
-                beta=BETA, gamma=0.0, softcap=batch.softcap, backend=backend, backward=backward
-            ).to(batch.hidden.device)
         ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
-        return losses[batch.softcap](
+        return configured(batch.softcap)(
             batch.hidden,
             batch.weight,
             batch.labels,

@@ -1,96 +1,65 @@
 """Speed and memory of focalkern beside other ways to the same loss and gradients, on one input.
 
-    python benchmarks/throughput.py                                       # what this machine can do in a minute
+    python benchmarks/throughput.py                        # a size that suits the machine
     python benchmarks/throughput.py --shape llama3-8b --tokens 8192 --dtype bf16 --json result.json
 
 Each peer's loss and gradients are compared with float64 first; one that is wrong is not timed. The columns:
 
-    forward, backward, both   median of the runs, which alternate between the peers; the range is that of `both`
+    forward, backward, both   medians of runs that alternate between the peers; `range` is that of `both`
     x floor                   `both` over the time of one bare GEMM `hidden @ weight.T` in the same dtype
-    extra memory              peak beyond the inputs and the returned gradients, and its share of the fp32 logits
+    extra MiB, of logits      peak memory beyond the inputs and the returned gradients, also as a share of the
+                              fp32 logits; on a CPU measured in a process of its own
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import math
-import os
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.check import (
-    ERROR_FACTOR,
     Errors,
     Sample,
     SampledStep,
     choose_sample,
     error_bound,
-    errors,
+    errors_of,
     sampled_step,
     ticks,
 )
-from benchmarks.inputs import SHAPES, Batch, Recipe, Shape, Sharpness, calibrate, preference_batch
+from benchmarks.inputs import SHAPES, Batch, Recipe, Shape, calibrate, preference_batch
 from benchmarks.measure import (
     PeakMemory,
     Step,
-    StepTimes,
+    Times,
     available_bytes,
     in_fresh_process,
     interleaved_times,
     peak_extra_bytes,
+    time_once,
 )
 from benchmarks.peers import LossFn, Peer, Unavailable, all_peers
+from benchmarks.report import (
+    DTYPES,
+    Comparison,
+    Row,
+    as_json,
+    environment,
+    print_correctness,
+    print_times,
+    short,
+)
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CPU_SHAPE = Shape("small", 512, 32768)
 GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
-MIB = 2**20
-
-
-@dataclass
-class Row:
-    """What was found out about one peer."""
-
-    peer: str
-    status: str = "ok"  # or "skipped", or "failed"
-    note: str = ""
-    errors: Errors | None = None
-    times: StepTimes | None = None
-    memory: PeakMemory | None = None
-
-
-@dataclass
-class Comparison:
-    """All peers on one input."""
-
-    recipe: Recipe
-    sharpness: Sharpness
-    frozen_head: bool
-    bound: Errors
-    floor_ms: dict[str, Any] = field(default_factory=dict)
-    floor: float = float("nan")  # seconds
-    rows: dict[str, Row] = field(default_factory=dict)  # by the peer's short name
-
-    @property
-    def fp32_logits_bytes(self) -> int:
-        return 4 * self.recipe.tokens * self.recipe.shape.vocab
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     settle_exp()
     # Not a terminal: a file or a pipe has no width of its own, and 80 columns break the table.
     console = Console() if sys.stdout.isatty() else Console(width=120)
-    about = environment(options)
+    about = environment(options.device)
     console.print(
         f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}; "
         f"{options.shape.name}: {options.tokens} tokens x {options.shape.hidden} x {options.shape.vocab}, "
@@ -112,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         print_times(comparison, console)
         comparisons.append(comparison)
     if options.json:
+        about |= {"repeats": options.repeats, "backward": options.backward}
         report = {**about, "comparisons": [as_json(comparison) for comparison in comparisons]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
@@ -194,22 +164,21 @@ def compare(options: argparse.Namespace, dtype: torch.dtype, console: Console) -
     recipe = calibrate(recipe, options.sharpness)
     batch, sharpness = preference_batch(recipe)
     batch.requires_grad_(options.frozen_head)
-    console.print(f"\n[bold]{name_of(dtype)}[/bold]  input: {sharpness}", highlight=False)
+    console.print(f"\n[bold]{short(dtype)}[/bold]  input: {sharpness}", highlight=False)
 
     rows, losses = load_peers(options, batch, dtype)
     sample = choose_sample(batch, options.seed)
     truth, bound = reference(batch, sample, dtype)
     for name, loss in losses.items():
-        check(rows[name], loss, batch, sample, truth, bound)
-    comparison = Comparison(recipe, sharpness, options.frozen_head, bound, rows=rows)
-    print_correctness(comparison, sample, console)
+        check_peer(rows[name], loss, batch, sample, truth, bound)
+    print_correctness(rows.values(), bound, sample, dtype, console)
 
     losses = {name: loss for name, loss in losses.items() if rows[name].status == "ok"}
-    measure_times(comparison, losses, batch, options.repeats)
+    floor = measure_times(rows, losses, batch, options.repeats)
     if not options.no_memory:
         for name in tqdm(losses, desc="memory", leave=False, disable=None):
             measure_memory(rows[name], name, losses[name], batch, recipe, options)
-    return comparison
+    return Comparison(recipe, sharpness, options.frozen_head, bound, floor, rows)
 
 
 def load_peers(
@@ -236,6 +205,7 @@ def load_peers(
 def memory_shortage(peer: Peer, options: argparse.Namespace, batch: Batch, dtype: torch.dtype) -> str:
     """Why the peer is not tried, or nothing. A peer that does run out may take the whole process with it."""
     needed = peer.estimated_bytes(options.shape, options.tokens, dtype, options.frozen_head)
+    needed += min(GEMM_OUTPUT_BYTES, options.tokens * options.shape.vocab * dtype.itemsize)
     if options.device == "cpu":
         # The process that measures the memory has inputs of its own.
         needed += (batch.hidden.numel() + batch.weight.numel()) * dtype.itemsize
@@ -253,15 +223,17 @@ def reference(batch: Batch, sample: Sample, dtype: torch.dtype) -> tuple[Sampled
     return truth, error_bound(truth, same_dtype, dtype)
 
 
-def check(row: Row, loss: LossFn, batch: Batch, sample: Sample, truth: SampledStep, bound: Errors) -> None:
+def check_peer(
+    row: Row, loss: LossFn, batch: Batch, sample: Sample, truth: SampledStep, bound: Errors
+) -> None:
     """Run the peer once and compare; a wrong result or an exception makes it a failed row."""
     try:
         value = loss(batch)
         gradients = torch.autograd.grad(value, batch.differentiated())
-        row.errors = errors(value.detach(), list(gradients), sample, truth)
+        row.errors = errors_of(value.detach(), list(gradients), sample, truth)
     except torch.OutOfMemoryError:
         row.status, row.note = "skipped", "ran out of memory"
-    except Exception as error:  # noqa: BLE001 - whatever a peer raises, the others are still to be measured
+    except Exception as error:  # whatever a peer raises, the others are still to be measured
         row.status, row.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
     else:
         exceeded = row.errors.exceeded(bound)
@@ -269,7 +241,8 @@ def check(row: Row, loss: LossFn, batch: Batch, sample: Sample, truth: SampledSt
             row.status, row.note = "failed", f"wrong: error of {' and '.join(exceeded)} beyond the bound"
 
 
-def measure_times(comparison: Comparison, losses: dict[str, LossFn], batch: Batch, repeats: int) -> None:
+def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch, repeats: int) -> Times:
+    """Times of the peers, into their rows, and of the bare GEMM."""
     floor, inputs = "bare GEMM", batch.differentiated()
     steps = {floor: Step(bare_gemm(batch), None)}
     for name, loss in losses.items():
@@ -279,25 +252,35 @@ def measure_times(comparison: Comparison, losses: dict[str, LossFn], batch: Batc
     device = batch.hidden.device
     # On a CPU, where a run may take minutes, the run that was compared with float64 is warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
-    steps[floor].forward()
     with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
         times = interleaved_times(steps, device, warmup, repeats, bar.update)
-    comparison.floor, comparison.floor_ms = times[floor].both.median, times[floor].both.as_ms()
     for name in losses:
-        comparison.rows[name].times = times[name]
+        rows[name].times = times[name]
+    return times[floor].both
 
 
 def bare_gemm(batch: Batch) -> Callable[[], None]:
-    """`hidden @ weight.T` and nothing else, into a buffer that is there already: the floor of every head."""
+    """`hidden @ weight.T` and nothing else, the fastest way that PyTorch has: the floor of every head."""
     hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
     rows = min(len(hidden), max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())))
     out = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
 
-    def run() -> None:
+    def into_buffer() -> None:
         for part in hidden.split(rows):
             torch.mm(part, weight.T, out=out[: len(part)])
 
-    return run
+    def onednn_tiles() -> None:
+        for part in hidden.split(2048):
+            for tile in weight.split(2048):
+                torch.ops.mkldnn._linear_pointwise(part, tile, None, "none", [], "")
+
+    ways = [into_buffer]
+    # On a CPU, torch.mm takes fp32 to MKL, which is twice as slow as oneDNN on AMD.
+    if weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        ways.append(onednn_tiles)
+    for way in ways:
+        way()
+    return min(ways, key=lambda way: time_once(Step(way, None), weight.device))
 
 
 def measure_memory(
@@ -317,8 +300,8 @@ def measure_memory(
             batch.ref_logps.tolist(),
             options.threads,
         )
-    except BrokenProcessPool:
-        row.note = "killed while its memory was measured: the machine has too little"
+    except RuntimeError as error:  # out of memory: refused by the allocator, or the process was killed
+        row.note = f"its memory could not be measured: {error}".splitlines()[0]
 
 
 def cpu_memory(
@@ -343,194 +326,6 @@ def cpu_memory(
 
 def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss(batch), batch.differentiated()))
-
-
-def print_correctness(comparison: Comparison, sample: Sample, console: Console) -> None:
-    bound = comparison.bound
-    table = Table(
-        title=f"Errors against float64 on {len(sample.rows)} rows of hidden and {len(sample.vocab)} of weight; "
-        f"bound: {ERROR_FACTOR:g} x plain PyTorch in {name_of(comparison.recipe.dtype)}",
-        title_justify="left",
-    )
-    for column in ("peer", "loss", "dhidden", "dweight"):
-        table.add_column(column, justify="left" if column == "peer" else "right")
-    table.add_column("verdict", overflow="fold")
-    for row in comparison.rows.values():
-        found = row.errors
-        cells = [scientific(value) for value in (asdict(found).values() if found else (None, None, None))]
-        table.add_row(row.peer, *cells, f"{row.status}: {row.note}" if row.note else row.status)
-    table.add_row("bound", *(scientific(value) for value in asdict(bound).values()), "", style="dim")
-    console.print(table)
-
-
-def print_times(comparison: Comparison, console: Console) -> None:
-    recipe = comparison.recipe
-    table = Table(
-        title=f"{name_of(recipe.dtype)}, {recipe.device.upper()}: {recipe.tokens} x {recipe.shape.hidden} x "
-        f"{recipe.shape.vocab}, milliseconds; bare GEMM {milliseconds(comparison.floor)}; "
-        f"fp32 logits {comparison.fp32_logits_bytes / MIB:.0f} MiB",
-        title_justify="left",
-    )
-    for column in (
-        "peer",
-        "forward",
-        "backward",
-        "both",
-        "range",
-        "x floor",
-        "tokens/s",
-        "extra MiB",
-        "of logits",
-    ):
-        table.add_column(column, justify="left" if column == "peer" else "right")
-    for row in comparison.rows.values():
-        if row.times is None:
-            table.add_row(row.peer, row.status, *[""] * 7)
-            continue
-        both = row.times.both
-        table.add_row(
-            row.peer,
-            milliseconds(row.times.forward.median),
-            milliseconds(row.times.backward.median),
-            milliseconds(both.median),
-            f"{milliseconds(min(both.samples))}-{milliseconds(max(both.samples))}",
-            f"{both.median / comparison.floor:.2f}",
-            f"{recipe.tokens / both.median:,.0f}",
-            *memory_cells(row.memory, comparison.fp32_logits_bytes),
-        )
-    console.print(table)
-    for row in comparison.rows.values():
-        if row.status == "ok" and row.note:  # the others' notes stand in the table of errors
-            console.print(f"{row.peer}: {row.note}", highlight=False, markup=False)
-    for speed in speed_ratios(comparison):
-        owner = {"TRL head": "TRL's", "eager PyTorch": "eager PyTorch's"}[speed["over"]]
-        console.print(
-            f"{speed['peer']} is {speed['ratio']:.2f}x {owner} speed, forward+backward, {name_of(recipe.dtype)}",
-            highlight=False,
-            markup=False,
-        )
-
-
-def memory_cells(memory: PeakMemory | None, logits: int) -> tuple[str, str]:
-    if memory is None:
-        return "", ""
-    sign = "<= " if memory.upper_limit else ""
-    return f"{sign}{memory.extra / MIB:,.0f}", f"{sign}{memory.extra / logits:.3f}"
-
-
-def speed_ratios(comparison: Comparison) -> list[dict[str, Any]]:
-    """How many times faster each of our backends is than TRL's head and eager PyTorch, forward+backward."""
-    ratios = []
-    for ours in ("triton", "torch"):
-        for other in ("trl", "eager"):
-            mine, theirs = (comparison.rows.get(name) for name in (ours, other))
-            if mine and theirs and mine.times and theirs.times:
-                ratio = theirs.times.both.median / mine.times.both.median
-                ratios.append({"peer": mine.peer, "over": theirs.peer, "ratio": ratio})
-    return ratios
-
-
-def milliseconds(seconds: float) -> str:
-    ms = 1e3 * seconds
-    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}"
-
-
-def scientific(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    recipe = comparison.recipe
-    return {
-        "shape": asdict(recipe.shape),
-        "tokens": recipe.tokens,
-        "pairs": recipe.pairs,
-        "dtype": name_of(recipe.dtype),
-        "frozen_head": comparison.frozen_head,
-        "input": {
-            "kind": "LM-like",
-            "seed": recipe.seed,
-            "scale": recipe.scale,
-            **asdict(comparison.sharpness),
-        },
-        "error_bound": finite(asdict(comparison.bound)),
-        "bare_gemm_ms": comparison.floor_ms,
-        "fp32_logits_bytes": comparison.fp32_logits_bytes,
-        "rows": [row_as_json(row, comparison) for row in comparison.rows.values()],
-        "speed_ratios": speed_ratios(comparison),
-    }
-
-
-def row_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
-    result: dict[str, Any] = {"peer": row.peer, "status": row.status, "note": row.note}
-    if row.errors is not None:
-        result["errors"] = finite(asdict(row.errors))
-    if row.times is not None:
-        result["forward_ms"] = row.times.forward.as_ms()
-        result["backward_ms"] = row.times.backward.as_ms()
-        result["both_ms"] = row.times.both.as_ms()
-        result["x_floor"] = row.times.both.median / comparison.floor
-        result["tokens_per_second"] = comparison.recipe.tokens / row.times.both.median
-    if row.memory is not None:
-        result["extra_bytes"] = row.memory.extra
-        result["extra_bytes_is_upper_limit"] = row.memory.upper_limit
-        result["share_of_fp32_logits"] = row.memory.extra / comparison.fp32_logits_bytes
-    return result
-
-
-def finite(values: dict[str, float | None]) -> dict[str, float | str | None]:
-    """JSON has no NaN or infinity: they become words."""
-    return {
-        name: value if value is None or math.isfinite(value) else str(value) for name, value in values.items()
-    }
-
-
-def environment(options: argparse.Namespace) -> dict[str, Any]:
-    """Where and with what the numbers were measured."""
-    on_cuda = options.device == "cuda"
-    return {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": commit(),
-        "device": torch.cuda.get_device_name() if on_cuda else cpu_name(),
-        "device_type": options.device,
-        "cpus": os.cpu_count(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": options.threads,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: version(name) for name in ("torch", "triton", "trl", "focalkern")},
-        "python": platform.python_version(),
-        "repeats": options.repeats,
-        "backward": options.backward,
-    }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Commit of the tree that this file is in, marked when the tree differs from it."""
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 if __name__ == "__main__":

@@ -49,7 +49,8 @@ _SMALL = {
     "bwd_dweight_small": Launch(64, 128, 32, 8, 5),
     "bwd_dhidden_small": Launch(64, 128, 32, 8, 3),
 }
-# fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the tile.
+# fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
+# tile.
 _FP32 = {
     "fwd": Launch(64, 128, 32, 8, 3),
     "fwd_small": Launch(32, 128, 32, 8, 3),

@@ -6,7 +6,6 @@ Values that live on a GPU are checked there by a device-side assertion, so that 
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 
@@ -28,7 +27,7 @@ def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, exclude_low: bool = False
 ) -> None:
     """A finite real number in [low, high], or in (low, high] with `exclude_low`."""
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
     too_low = value <= low if exclude_low else value < low
     if not math.isfinite(value) or too_low or value > high:

@@ -126,11 +126,16 @@ def head_logps(
     rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=module.EXACT_ROW_COUNT)
     dropped = None if exact else DroppedMass.pending(labels.shape, labels.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    values = LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, module)
-    names = ("logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
-    shaped = {
-        name: None if x is None else x.view(labels.shape) for name, x in zip(names, values, strict=True)
-    }
-    if dropped is not None:
-        shaped |= {"dropped_mass": dropped.per_token, "kept_share": dropped.kept_share}
-    return LinearLogps(**shaped)
+    logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
+        x if x is None else x.view(labels.shape)
+        for x in LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, module)
+    )
+    return LinearLogps(
+        logps=logps,  # type: ignore[arg-type]  # the only one that is never None
+        entropy=entropy,
+        mean_logits=mean_logits,
+        is_top1=is_top1,
+        log_sum_sq_probs=log_sum_sq_probs,
+        dropped_mass=None if dropped is None else dropped.per_token,
+        kept_share=None if dropped is None else dropped.kept_share,
+    )

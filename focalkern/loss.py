@@ -244,7 +244,7 @@ class FusedFocalPOLoss(nn.Module):
         )
 
         ref_logps = None
-        if not self.reference_free:
+        if not self.reference_free and ref_chosen_logps is not None and ref_rejected_logps is not None:
             ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(head.logps.dtype)
         losses, prob, slope, logps, rewards = PairLossFunction.apply(
             head.logps.reshape(-1),

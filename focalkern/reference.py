@@ -59,8 +59,8 @@ def pair_losses(
     u = beta * (score_w - score_l) - margin
 
     def loss(u: torch.Tensor) -> torch.Tensor:
-        p = torch.sigmoid(u)
-        w = {"focalpo": p**gamma, "inverse": (1 - p) ** -gamma, "focal": (1 - p) ** gamma}[modulation]
+        p, one_minus_p = torch.sigmoid(u), torch.sigmoid(-u)
+        w = {"focalpo": p**gamma, "inverse": one_minus_p**-gamma, "focal": one_minus_p**gamma}[modulation]
         return -w * F.logsigmoid(u)
 
     return (1 - label_smoothing) * loss(u) + label_smoothing * loss(-u)

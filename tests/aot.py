@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of what the launcher would launch, for a GPU that need not be there.
 
-`recorded_launches` runs the real launcher of `focalkern.backends.triton_backend` on meta tensors with every kernel
-replaced by a recorder; `compile_launch` compiles a recorded launch and asks ptxas for its resources.
+`recorded_launches` runs the real launcher of `focalkern.backends.triton_backend` on meta tensors with every
+kernel replaced by a recorder; `compile_launch` compiles a recorded launch and asks ptxas for its resources.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def compile_launch(launch: KernelLaunch, arch: str) -> Resources:
         file.write(ptx)
         file.flush()
         command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}", file.name]
-        report = subprocess.run([*command, "-o", "/dev/null"], capture_output=True, text=True, check=True).stderr
+        report = subprocess.run(
+            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
+        ).stderr
     registers = re.search(r"Used (\d+) registers", report)
     spills = re.findall(r"(\d+) bytes spill", report)
     assert registers and spills, report

@@ -20,7 +20,7 @@ settings.register_profile(
     "focalkern",
     deadline=None,
     derandomize=True,
-    max_examples=15 if INTERPRETED else 50,
+    max_examples=10 if INTERPRETED else 50,
     # The fixtures poison allocations, which is as good for the second example as for the first.
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -1,4 +1,4 @@
-"""The benchmark tells the truth: wrong peers get no time, memory and sharpness are what they are said to be."""
+"""The benchmark tells the truth: a wrong peer gets no time, memory and sharpness are as stated."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import check, throughput
 from benchmarks.inputs import PRESENT, Batch, Recipe, Shape, calibrate, preference_batch
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
 from benchmarks.peers import BETA, Peer, all_peers, dpo_loss, load_eager
 
+SCRIPT = Path(throughput.__file__)
 TINY = ["--device", "cpu", "--hidden", "48", "--vocab", "1000", "--tokens", "64", "--pairs", "2"]
 QUICK = [*TINY, "--dtype", "fp32", "--repeats", "2", "--no-memory"]
 CPU = torch.device("cpu")
@@ -37,11 +37,14 @@ def tiny_batch(softcap: float | None = None, dtype: torch.dtype = torch.float32)
 
 def test_script_measures_time_memory_and_error_of_each_peer(tmp_path):
     path = tmp_path / "result.json"
+    both_dtypes = ["--dtype", "fp32", "bf16", "--repeats", "2"]
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "throughput.py", *TINY, "--dtype", "fp32", "bf16"]
-        + ["--repeats", "2", "--only", "triton", "torch", "--json", path],
-        cwd=tmp_path, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, SCRIPT, *TINY, *both_dtypes, "--only", "triton", "torch", "--json", path],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(path.read_text())
     assert result["device"] and result["threads"] >= 1 and result["versions"]["torch"] == torch.__version__
@@ -166,8 +169,8 @@ def test_exit_status_tells_of_our_own_failure(name, status, tmp_path, monkeypatc
 
 
 def test_peer_that_is_not_installed_is_skipped_with_a_note(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trl", None)
-    monkeypatch.setitem(sys.modules, "trl.trainer.utils", None)
+    for module in ("trl", "trl.kernels", "trl.trainer.utils"):
+        monkeypatch.setitem(sys.modules, module, None)
     status, result = run([*QUICK, "--only", "trl", "eager"], tmp_path)
     rows = {row["peer"]: row for row in result["comparisons"][0]["rows"]}
     assert status == 0 and rows["eager PyTorch"]["status"] == "ok"
@@ -208,7 +211,7 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
 def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
     recipe = calibrate(Recipe(Shape("small", 64, 8192), 512, 2, torch.float32, "cpu"), entries)
     batch, sharpness = preference_batch(recipe)
-    # The number varies from row to row by about its own size, and both the calibration and the sample take hundreds.
+    # The number varies from row to row by about its own size; calibration and sample take a hundred or more.
     assert sharpness.entries == pytest.approx(entries, rel=0.25)
     logps = (batch.hidden.flatten(0, 1) @ batch.weight.T).log_softmax(-1)[: sharpness.rows]
     assert sharpness.entries == pytest.approx(
@@ -250,6 +253,27 @@ def test_sampled_reference_is_what_autograd_gives_on_the_whole(softcap, monkeypa
     torch.testing.assert_close(step.losses, losses)
     torch.testing.assert_close(step.dhidden, dhidden.flatten(0, 1)[sample.rows])
     torch.testing.assert_close(step.dweight, dweight[sample.vocab])
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("name", ["torch", "eager", "trl"])
+def test_peers_compute_the_same_loss_and_gradients(name, softcap):
+    if name == "trl":
+        pytest.importorskip("trl", reason="the comparison needs TRL, which the extra `trl` installs")
+    batch = tiny_batch(softcap)
+    sample = check.choose_sample(batch, seed=0)
+    truth, plain = (check.sampled_step(batch, sample, dtype) for dtype in (torch.float64, torch.float32))
+    loss = all_peers("exact")[name].load("cpu")(batch)
+    gradients = list(torch.autograd.grad(loss, batch.differentiated()))
+    found = check.errors_of(loss.detach(), gradients, sample, truth)
+    assert found.exceeded(check.error_bound(truth, plain, torch.float32)) == []
+    # Without the softcap the same logits are another distribution: the check must notice.
+    if softcap is not None:
+        batch.softcap = None
+        uncapped = check.sampled_step(batch, sample, torch.float64)
+        assert "dhidden" in check.errors_of(loss.detach(), gradients, sample, uncapped).exceeded(
+            check.error_bound(truth, plain, torch.float32)
+        )
 
 
 def test_runs_alternate_between_the_steps_and_warm_up_is_left_out():

@@ -1,5 +1,7 @@
-"""Every kernel, as its launcher launches it and with every entry of the launch table, compiles for GPUs that are not
-here: no spilled registers, shared memory within the architecture's limit, tensor cores in use.
+"""Every kernel, as its launcher launches it and with every entry of the launch table, compiles for GPUs.
+
+None needs to be there. Held: no spilled registers, shared memory within the architecture's limit, tensor
+cores used.
 """
 
 from __future__ import annotations

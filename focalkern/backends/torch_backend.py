@@ -75,27 +75,25 @@ def head_backward(
 
     h = hidden[rows.hidden_index].to(dtype)
     dh = torch.zeros_like(h) if needs_hidden else None
-    g = None if grad_logps is None else grad_logps[rows.output_index].to(dtype)
-    e = None if grad_entropy is None else grad_entropy[rows.output_index].to(dtype)
-    row_entropy = None if entropy is None else entropy[rows.output_index]
+    g = h.new_zeros(h.shape[0]) if grad_logps is None else grad_logps[rows.output_index].to(dtype)
+    target_dz = g * one_minus_p
 
     for start, end in _vocab_chunks(vocab_size, h.shape[0]):
         w = weight[start:end].to(dtype)
         z, slope = _transform(_matmul(h, w, None if bias is None else bias[start:end].to(dtype)), transform)
         p = z.sub_(lse[:, None]).exp_()
-
-        # d logps / dz_v = 1[v = y] − p_v;  d entropy / dz_v = −p_v (log p_v + entropy)
-        dz_entropy = 0.0
-        if e is not None and row_entropy is not None:
+        dz_entropy = None
+        if grad_entropy is not None and entropy is not None:
+            # d entropy / dz_v = −p_v (log p_v + entropy)
+            row_entropy, e = entropy[rows.output_index], grad_entropy[rows.output_index]
             dz_entropy = (torch.special.entr(p) - p * row_entropy[:, None]).mul_(e[:, None])
-        if g is not None:
-            dz = p.mul_(-g[:, None])
-            row, column = _targets_in(rows.targets - start, end - start)
-            dz[row, column] = (g * one_minus_p)[row]
-            if e is not None:
-                dz += dz_entropy
-        else:
-            dz = dz_entropy
+
+        # d logps / dz_v = 1[v = y] − p_v
+        dz = p.mul_(-g[:, None])
+        row, column = _targets_in(rows.targets - start, end - start)
+        dz[row, column] = target_dz[row]
+        if dz_entropy is not None:
+            dz += dz_entropy
         if isinstance(slope, torch.Tensor) or slope != 1.0:
             dz = dz.mul_(slope)
 

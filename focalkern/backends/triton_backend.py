@@ -284,7 +284,7 @@ def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
 
 
 def _config(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
-    # A hidden size that is not a multiple of 64 needs masked or unvectorised loads: more registers for addresses.
+    # Where 64 does not divide the hidden size, loads are masked or unvectorised: more registers for them.
     if small or hidden.shape[1] % 64:
         kernel += "_small"
     return launch_config(kernel, _arch(hidden.device), hidden.element_size() * 8)

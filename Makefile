@@ -1,0 +1,37 @@
+# `make demo` and `make test` set up everything they need in .venv; nothing else on the machine is changed.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+# The tests of what runs on Triton kernels: a second time under the interpreter, which shows the kernels on the CPU.
+KERNEL_TESTS := tests/test_gradients.py tests/test_linear_logps.py tests/test_loss.py tests/test_numerics.py
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(RUN) examples/quickstart.py
+
+test: $(VENV)/ready
+	$(RUN) -m pytest
+	@if $(RUN) -c "import triton" 2> /dev/null; then \
+		echo "Triton kernels on the CPU, through the interpreter:"; \
+		TRITON_INTERPRET=1 $(RUN) -m pytest $(KERNEL_TESTS); \
+	else \
+		echo "No triton on this platform: the kernels were not tested."; \
+	fi
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+
+$(VENV)/ready: setup.py constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "focalkern needs Python 3.10 or later: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ echo "Could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

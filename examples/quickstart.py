@@ -1,0 +1,507 @@
+"""Preference training with the fused loss, from real text to a plot, in minutes on two CPU cores.
+
+    python examples/quickstart.py                                              # what `make demo` runs
+    python examples/quickstart.py --data pairs.jsonl --model PATH_OR_ID        # your data, your model
+
+The demo makes preference pairs from the docstrings of Python's standard library (see `preference_data.py`),
+trains a tokenizer and a small Llama on them, and from there trains twice, with DPO (γ = 0) and with FocalPO.
+`train_preferences` is the training loop: it shows how `FusedFocalPOLoss` is used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from matplotlib.figure import Figure
+from preference_data import (
+    IGNORE_INDEX,
+    Batch,
+    DataError,
+    Pair,
+    PreferenceSet,
+    docstring_pairs,
+    encode_pairs,
+    read_pairs,
+    split_pairs,
+)
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.optim.lr_scheduler import LRScheduler
+from tqdm import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    get_cosine_schedule_with_warmup,
+)
+
+from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
+
+HELD_OUT = 1000  # pairs, but no more than a sixth of all
+VOCAB_SIZE = 4096  # of the small model
+SFT_LR = 2e-3
+EVALUATIONS = 8  # on the held-out pairs, over the course of a training run
+TIE = 1e-4  # two rewards closer than this differ by rounding
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    try:
+        run(args)
+    except (DataError, OSError) as error:
+        raise SystemExit(str(error)) from None
+
+
+def run(args: argparse.Namespace) -> None:
+    torch.manual_seed(args.seed)
+    pairs = read_pairs(args.data) if args.data else docstring_pairs(args.seed)
+    train_pairs, held_out_pairs = split_pairs(pairs, min(HELD_OUT, math.ceil(len(pairs) / 6)), args.seed)
+    policy = load_policy(args) if args.model else small_policy(train_pairs, args)
+    train = encode("training", train_pairs, policy, args)
+    held_out = encode("held-out", held_out_pairs, policy, args)
+    policy.check(train.batch([0]))
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    fine_tune(policy, train, args)
+    train.ref_logps = sequence_logps(policy, train, args)
+    held_out.ref_logps = sequence_logps(policy, held_out, args)
+    start = {name: tensor.to("cpu", copy=True) for name, tensor in policy.model.state_dict().items()}
+
+    results = []
+    for name, gamma in {"DPO": 0.0, "FocalPO": args.gamma}.items():
+        policy.model.load_state_dict(start)
+        results.append(train_preferences(f"{name} (γ={gamma:g})", gamma, policy, train, held_out, args))
+
+    show(results, held_out)
+    save(results, policy, train, held_out, args)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Preference training: FocalPO beside DPO, from the same start."
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="JSONL", help="pairs in TRL's format; default: docstrings"
+    )
+    parser.add_argument(
+        "--model", metavar="PATH_OR_ID", help="all of it is trained, in fp32; default: a small one"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
+    parser.add_argument("--sft-steps", type=int, help="default: one pass over the pairs; with --model 0")
+    parser.add_argument("--steps", type=int, help="of preference training, per method; default: one pass")
+    parser.add_argument("--batch-size", type=int, default=32, help="in pairs; default: %(default)s")
+    parser.add_argument("--lr", type=float, help="of preference training; default: 5e-4, with --model 1e-6")
+    parser.add_argument("--beta", type=float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--gamma", type=float, default=0.05, help="of FocalPO; default: %(default)s")
+    parser.add_argument("--max-length", type=int, default=512, help="in tokens; default: %(default)s")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
+    args = parser.parse_args(arguments)
+
+    args.lr = args.lr or (1e-6 if args.model else 5e-4)
+    if args.model and args.sft_steps is None:
+        args.sft_steps = 0
+    for name, least in {"sft_steps": 0, "steps": 1, "batch_size": 1, "max_length": 2}.items():
+        value = getattr(args, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    try:
+        FusedFocalPOLoss(beta=args.beta, gamma=args.gamma)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+class Policy:
+    """A causal LM as the fused loss sees it: the last hidden states, and the LM head not applied to them."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        # No dropout, in training neither: policy and reference are to differ by the training alone.
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        head = model.get_output_embeddings()
+        self.weight = head.weight  # [V, H]
+        self.bias = getattr(head, "bias", None)  # [V]
+        config = model.config.get_text_config()
+        multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
+        self.logit_options = {
+            "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
+            "logit_scale": multiplier / divisor,
+        }
+
+    def hidden(self, batch: Batch) -> torch.Tensor:  # [S, T, H]
+        # `base_model` is `model.model` of a Llama, whatever the architecture calls it.
+        return self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+
+    def logps(self, batch: Batch) -> torch.Tensor:  # [S, T-1], 0 where a token is not scored
+        hidden = self.hidden(batch)
+        return linear_logps(
+            hidden, self.weight, batch.labels, bias=self.bias, shift=True, **self.logit_options
+        ).logps
+
+    @torch.no_grad()
+    def check(self, batch: Batch) -> None:
+        """Refuse a model that does more to its logits than `logit_options` knows: all log-probs would be wrong."""
+        logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
+        targets = batch.labels[:, 1:]
+        logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+        logps = logps.masked_fill(targets == IGNORE_INDEX, 0.0)
+        if not torch.allclose(self.logps(batch), logps, rtol=1e-3, atol=1e-3):
+            name = type(self.model).__name__
+            raise DataError(f"{name} is not supported: it transforms its logits in a way unknown here")
+
+
+def load_policy(args: argparse.Namespace) -> Policy:
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    return Policy(model.to(args.device), AutoTokenizer.from_pretrained(args.model))
+
+
+def small_policy(pairs: Sequence[Pair], args: argparse.Namespace) -> Policy:
+    """A Llama of a million parameters with random weights, and a tokenizer trained on the pairs."""
+    tokenizer = train_tokenizer(pairs)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=336,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=args.max_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Policy(LlamaForCausalLM(config).to(args.device), tokenizer)
+
+
+def train_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerBase:
+    """Byte-level BPE that puts BOS before plain text, with a minimal chat template."""
+    bos, eos = "<s>", "</s>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE,
+        special_tokens=[bos, eos],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator((text for pair in pairs for text in pair.texts()), trainer)
+    bpe.post_processor = processors.TemplateProcessing(
+        f"{bos} $A", special_tokens=[(bos, bpe.token_to_id(bos))]
+    )
+    chat_template = (
+        "{{ bos_token }}"
+        "{% for message in messages %}{{ message.role }}:\n{{ message.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:\n{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=bos, eos_token=eos, pad_token=eos, chat_template=chat_template
+    )
+
+
+def encode(name: str, pairs: Sequence[Pair], policy: Policy, args: argparse.Namespace) -> PreferenceSet:
+    longest = getattr(policy.model.config.get_text_config(), "max_position_embeddings", args.max_length)
+    encoded, left_out = encode_pairs(pairs, policy.tokenizer, min(args.max_length, longest))
+    for reason, count in left_out.items():
+        print(f"{name}: {count} of {len(pairs)} pairs left out, {reason}")
+    if not encoded:
+        raise DataError(f"{name}: no pairs left")
+    print(f"{name}: {len(encoded)} pairs")
+    return PreferenceSet(encoded, args.device)
+
+
+# ----------------------------------------------------------------------------------------------- the training
+
+
+def fine_tune(policy: Policy, train: PreferenceSet, args: argparse.Namespace) -> None:
+    """SFT: plain language modelling on prompt + chosen."""
+    steps = train.steps_per_pass(args.batch_size) if args.sft_steps is None else args.sft_steps
+    if steps == 0:
+        return
+    optimizer, scheduler = adamw(policy.model, args.lr if args.model else SFT_LR, steps)
+    for indices in (bar := tqdm(train.shuffled(args.batch_size, steps, args.seed), "SFT", steps)):
+        batch = train.sft_batch(indices)
+        loss = -policy.logps(batch).sum() / (batch.labels[:, 1:] != IGNORE_INDEX).sum()
+        update(loss, policy.model, optimizer, scheduler)
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+
+
+@torch.no_grad()
+def sequence_logps(
+    policy: Policy, data: PreferenceSet, args: argparse.Namespace
+) -> torch.Tensor:  # [2, pairs]
+    """Log-probs of the completions, chosen and rejected: once, so that no second model is needed in training."""
+    sums = torch.zeros(2, len(data), device=args.device)
+    for indices in tqdm(data.by_length(range(len(data)), args.batch_size), "reference log-probs"):
+        sums[:, indices] = policy.logps(data.batch(indices)).sum(-1).view(2, -1)
+    return sums
+
+
+def preference_loss(
+    policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
+) -> FocalPOOutput:
+    """Where the fused loss stands in for logits, log-softmax, sums and objective."""
+    batch = data.batch(indices)
+    return loss_fn(
+        policy.hidden(batch),
+        policy.weight,
+        batch.labels,
+        bias=policy.bias,
+        ref_chosen_logps=data.ref_logps[0, indices],
+        ref_rejected_logps=data.ref_logps[1, indices],
+        shift=True,
+    )
+
+
+def train_preferences(
+    name: str,
+    gamma: float,
+    policy: Policy,
+    train: PreferenceSet,
+    held_out: PreferenceSet,
+    args: argparse.Namespace,
+) -> Run:
+    loss_fn = FusedFocalPOLoss(beta=args.beta, gamma=gamma, **policy.logit_options)
+    steps = args.steps or train.steps_per_pass(args.batch_size)
+    optimizer, scheduler = adamw(policy.model, args.lr, steps)
+    run = Run(name, gamma, evaluations=[evaluate(0, policy, loss_fn, held_out, args)])
+    for indices in (bar := tqdm(train.shuffled(args.batch_size, steps, args.seed), name, steps)):
+        began = time.perf_counter()
+        out = preference_loss(policy, loss_fn, train, indices)
+        update(out.loss, policy.model, optimizer, scheduler)
+        run.losses.append(out.loss.item())
+        run.seconds += time.perf_counter() - began
+        run.tokens += train.tokens(indices)
+        if len(run.losses) * EVALUATIONS // steps > (len(run.losses) - 1) * EVALUATIONS // steps:
+            run.evaluations.append(evaluate(len(run.losses), policy, loss_fn, held_out, args))
+        accuracy = run.evaluations[-1].reward_accuracy.mean
+        bar.set_postfix(loss=f"{run.losses[-1]:.3f}", held_out_accuracy=f"{accuracy:.3f}")
+    return run
+
+
+def adamw(model: PreTrainedModel, lr: float, steps: int) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, steps // 10, steps)
+
+
+def update(
+    loss: torch.Tensor, model: PreTrainedModel, optimizer: torch.optim.Optimizer, scheduler: LRScheduler
+) -> None:
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    optimizer.step()
+    scheduler.step()
+
+
+# --------------------------------------------------------------------------------------------- the evaluation
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Mean over the held-out pairs."""
+
+    mean: float
+    standard_error: float
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> Estimate:
+        values = values.double()
+        error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(values.mean().item(), float(error))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How a policy does on the held-out pairs."""
+
+    step: int
+    losses: torch.Tensor  # [pairs]
+    reward_margins: torch.Tensor  # [pairs], chosen reward − rejected reward
+    logp_margins: torch.Tensor  # [pairs], chosen log-prob − rejected log-prob, without the reference
+
+    @property
+    def loss(self) -> Estimate:
+        return Estimate.of(self.losses)
+
+    @property
+    def margin(self) -> Estimate:
+        return Estimate.of(self.reward_margins)
+
+    @property
+    def reward_accuracy(self) -> Estimate:
+        return Estimate.of(wins(self.reward_margins))
+
+    @property
+    def logp_accuracy(self) -> Estimate:
+        return Estimate.of(wins(self.logp_margins))
+
+
+@dataclass
+class Run:
+    """One preference training: its losses step by step, its evaluations from before to after, its speed."""
+
+    name: str
+    gamma: float
+    evaluations: list[Evaluation]
+    losses: list[float] = field(default_factory=list)
+    tokens: int = 0
+    seconds: float = 0.0  # of training steps, evaluations not counted
+
+
+def wins(margins: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen side is ahead, 0 where the rejected one is, a half where they are level.
+
+    Before training, policy and reference are the same and all rewards level: one half is then the truth.
+    """
+    return torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
+
+
+@torch.no_grad()
+def evaluate(
+    step: int, policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, args: argparse.Namespace
+) -> Evaluation:
+    batches = data.by_length(range(len(data)), args.batch_size)
+    outs = [preference_loss(policy, loss_fn, data, indices) for indices in batches]
+    return Evaluation(
+        step,
+        losses=torch.cat([out.losses for out in outs]),
+        reward_margins=torch.cat([out.chosen_rewards - out.rejected_rewards for out in outs]),
+        logp_margins=torch.cat([out.chosen_logps - out.rejected_logps for out in outs]),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+METRICS = {
+    "loss": "loss",
+    "reward_accuracy": "reward accuracy",
+    "margin": "reward margin",
+    "logp_accuracy": "log-prob accuracy",
+}
+
+
+def show(runs: Sequence[Run], held_out: PreferenceSet) -> None:
+    table = Table(title=f"{len(held_out)} held-out pairs: before → after training, ± standard error")
+    table.add_column("")
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    for metric, title in METRICS.items():
+        cells = (
+            f"{getattr(run.evaluations[0], metric).mean:.3f} → {getattr(run.evaluations[-1], metric)}"
+            for run in runs
+        )
+        table.add_row(title, *cells)
+    table.add_row("training tokens/s", *(f"{run.tokens / run.seconds:,.0f}" for run in runs))
+    console = Console()
+    console.print(table)
+    console.print(
+        "Reward: β·(log-prob − reference log-prob). Accuracy: share of pairs whose chosen side is ahead, ties half; "
+        "before training policy = reference, all rewards are 0, and so one half is no result but the start. "
+        "Log-prob accuracy needs no reference: is the chosen text the likelier one?"
+    )
+    console.print(f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}")
+
+
+def difference(runs: Sequence[Run]) -> Estimate:
+    first, last = (wins(run.evaluations[-1].reward_margins) for run in (runs[0], runs[-1]))
+    return Estimate.of(last - first)
+
+
+def save(
+    runs: Sequence[Run],
+    policy: Policy,
+    train: PreferenceSet,
+    held_out: PreferenceSet,
+    args: argparse.Namespace,
+) -> None:
+    plot(runs, args.out / "quickstart.png")
+    metrics = {
+        "arguments": {
+            name: str(value) if isinstance(value, Path | torch.device) else value
+            for name, value in vars(args).items()
+        },
+        "pairs": {"training": len(train), "held_out": len(held_out)},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "runs": [describe(run) for run in runs],
+        "reward_accuracy_difference": asdict(difference(runs)),
+    }
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    policy.model.save_pretrained(args.out / "model")
+    policy.tokenizer.save_pretrained(args.out / "model")
+    print(f"In {args.out}: quickstart.png, metrics.json, and model/, the one trained with {runs[-1].name}.")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    return {
+        "name": run.name,
+        "gamma": run.gamma,
+        "tokens_per_second": run.tokens / run.seconds,
+        "training_loss": run.losses,
+        "held_out": [
+            {"step": evaluation.step} | {metric: asdict(getattr(evaluation, metric)) for metric in METRICS}
+            for evaluation in run.evaluations
+        ],
+    }
+
+
+def plot(runs: Sequence[Run], path: Path) -> None:
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    loss, accuracy, margin = figure.subplots(1, 3)
+    for run, style in zip(runs, ("--", "-"), strict=True):
+        window = max(1, len(run.losses) // 10)
+        smooth = [sum(run.losses[i : i + window]) / window for i in range(len(run.losses) - window + 1)]
+        loss.plot(range(window, len(run.losses) + 1), smooth, style, label=run.name)
+        steps = [evaluation.step for evaluation in run.evaluations]
+        for axes, metric in ((accuracy, "reward_accuracy"), (margin, "margin")):
+            estimates = [getattr(evaluation, metric) for evaluation in run.evaluations]
+            means = [estimate.mean for estimate in estimates]
+            axes.errorbar(
+                steps,
+                means,
+                [estimate.standard_error for estimate in estimates],
+                fmt=style,
+                capsize=3,
+                label=run.name,
+            )
+    loss.set_title(f"training loss, mean of {window} steps")
+    accuracy.set_title("held-out reward accuracy")
+    margin.set_title("held-out reward margin")
+    for axes in (loss, accuracy, margin):
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Packaging: the library and its kernels (`csrc_triton`); torch and triton to run, extras for the rest."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+version = re.search(
+    r'^__version__ = "(.+)"$', (root / "focalkern/__init__.py").read_text(encoding="utf-8"), re.M
+)
+assert version
+
+# TRL 1.16 itself needs Python 3.11; on 3.10 everything but TRL is there.
+trl = ["transformers>=5", 'trl>=1.16,<2; python_version >= "3.11"']
+bench = [*trl, "matplotlib>=3.9", "rich>=13", "tqdm>=4.66"]
+test = [*bench, "hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
+
+setup(
+    name="focalkern",
+    version=version[1],
+    description="Preference-optimisation losses fused with the LM head, in Triton",
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["focalkern", "focalkern.backends", "csrc_triton"],
+    package_data={"focalkern": ["py.typed"]},
+    install_requires=["torch>=2.8", 'triton>=3.6; platform_system == "Linux"'],
+    extras_require={
+        "trl": trl,
+        "deepspeed": ["deepspeed>=0.17"],
+        "flash-attn": ["flash-attn>=2.7"],
+        "bench": bench,
+        "test": test,
+    },
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Operating System :: OS Independent",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

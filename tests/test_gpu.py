@@ -1,0 +1,174 @@
+"""What only a CUDA device can show: bf16 on tensor cores, shapes past 2^31 logits, no host synchronisation,
+and the two backends side by side.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerance import assert_as_accurate, relative_error
+
+from focalkern import FusedFocalPOLoss, linear_logps, reference
+
+pytestmark = pytest.mark.gpu
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make_batch(dtype, pairs=4, length=300, hidden_size=1024, vocab_size=32000, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    hidden = torch.randn(2 * pairs, length, hidden_size, device="cuda", generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, device="cuda", generator=generator) * (4 / hidden_size**0.5)
+    labels = torch.randint(vocab_size, (2 * pairs, length), device="cuda", generator=generator)
+    labels[:, : length // 3] = -100
+    ref_logps = -3.0 * length + torch.randn(2, pairs, device="cuda", generator=generator)
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels, ref_logps
+
+
+def loss_and_gradients(loss_fn, hidden, weight, labels, ref_logps):
+    hidden.grad = weight.grad = None
+    out = loss_fn(hidden, weight, labels, None, *ref_logps)
+    out.loss.backward()
+    return out.losses.detach(), hidden.grad, weight.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_loss_and_gradients_are_as_accurate_as_plain_pytorch(dtype):
+    hidden, weight, labels, ref_logps = make_batch(dtype)
+    actual = loss_and_gradients(FusedFocalPOLoss(backend="triton"), hidden, weight, labels, ref_logps)
+
+    def plain(dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        losses = reference.focalpo_loss(
+            *inputs, labels, None, *ref_logps.to(losses_dtype(dtype)), beta=0.1, gamma=0.05
+        )
+        losses.mean().backward()
+        return losses.detach(), *(x.grad for x in inputs)
+
+    def losses_dtype(dtype):
+        return torch.float64 if dtype == torch.float64 else torch.float32
+
+    naive, exact = plain(dtype), plain(torch.float64)
+    for name, a, b, c in zip(("losses", "dhidden", "dweight"), actual, naive, exact, strict=True):
+        assert_as_accurate(a, b, c, name, conditioning=100)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 30.0, "temperature": 0.7, "logit_scale": 1.5}], ids=str)
+def test_both_backends_agree(dtype, options):
+    batch = make_batch(dtype, pairs=2, length=150)
+    results = [
+        loss_and_gradients(FusedFocalPOLoss(backend=name, **options), *batch) for name in ("triton", "torch")
+    ]
+    for triton_value, torch_value in zip(*results, strict=True):
+        # Both form fp32 logits; they differ by the rounding of dz and of the result to the dtype.
+        assert relative_error(triton_value, torch_value) <= 4 * torch.finfo(dtype).eps + 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
+def test_more_than_2_to_the_31_logits(dtype):
+    """N·V = 2^31 + 2^20: row × stride must not be formed in 32 bits, in statistics, dz or gradients."""
+    n, vocab_size, hidden_size = 2**14 + 8, 2**17, 64
+    assert n * vocab_size > 2**31
+    generator = torch.Generator("cuda").manual_seed(0)
+    hidden = torch.randn(n, hidden_size, device="cuda", generator=generator).to(dtype).requires_grad_()
+    weight = (
+        torch.randn(vocab_size, hidden_size, device="cuda", generator=generator).to(dtype).requires_grad_()
+    )
+    labels = torch.randint(vocab_size, (n,), device="cuda", generator=generator)
+    result = linear_logps(hidden, weight, labels, backend="triton", outputs=("entropy",))
+    result.logps.sum().backward()
+
+    last = slice(n - 8, n)
+    rows = [x.detach().double().requires_grad_() for x in (hidden[last], weight)]
+    exact = reference.linear_logps(*rows, labels[last])
+    exact["logps"].sum().backward()
+    assert relative_error(result.logps[last], exact["logps"]) < 1e-5
+    assert relative_error(result.entropy[last], exact["entropy"]) < 1e-4
+    # dz and dhidden are rounded to bf16 once each.
+    assert relative_error(hidden.grad[last], rows[0].grad) < 2 * torch.finfo(dtype).eps
+
+
+def test_hidden_of_more_than_2_to_the_31_elements():
+    n, hidden_size, vocab_size = 2**15 + 8, 2**16, 256
+    assert n * hidden_size > 2**31
+    hidden = torch.randn(n, hidden_size, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size, device="cuda") / 256).bfloat16()
+    labels = torch.full((n,), -100, device="cuda")
+    labels[-8:] = 3
+    result = linear_logps(hidden, weight, labels, backend="triton")
+    result.logps.sum().backward()
+    row = hidden[-8:].detach().double().requires_grad_()
+    exact = reference.linear_logps(row, weight.double(), labels[-8:])
+    exact["logps"].sum().backward()
+    assert relative_error(result.logps[-8:], exact["logps"]) < 1e-4
+    assert relative_error(hidden.grad[-8:], row.grad) < 2 * torch.finfo(torch.bfloat16).eps
+    assert not hidden.grad[:-8].any()
+
+
+@pytest.mark.parametrize("layout", ["padded", "shift", "packed"])
+def test_no_step_waits_for_the_device(layout):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64)
+    options = {"shift": True} if layout == "shift" else {}
+    if layout == "packed":
+        hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
+        options = {"cu_seqlens": torch.arange(0, 257, 64, device="cuda", dtype=torch.int32), "shift": True}
+    loss_fn = FusedFocalPOLoss(length_normalize=True)
+
+    def step():
+        loss_fn(hidden, weight, labels, None, *ref_logps, **options).loss.backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_two_runs_are_bitwise_equal():
+    batch = make_batch(torch.bfloat16)
+    first = [x.clone() for x in loss_and_gradients(FusedFocalPOLoss(), *batch)]
+    second = loss_and_gradients(FusedFocalPOLoss(), *batch)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_peak_memory_stays_far_below_the_logits():
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=8, length=512, vocab_size=128256)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss_and_gradients(FusedFocalPOLoss(), hidden, weight, labels, ref_logps)
+    returned = sum(x.numel() * x.element_size() for x in (hidden, weight))
+    extra = torch.cuda.max_memory_allocated() - before - returned
+    assert extra < 300 * 2**20
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "labels[0, 0] = 40",
+        "options['cu_seqlens'] = torch.tensor([0, 6, 4], device='cuda'); hidden = hidden[0]; labels = labels[0]",
+        "labels[1] = -100; loss_fn.length_normalize = True",
+    ],
+)
+def test_bad_values_on_the_device_fail_the_step(fault):
+    """A device-side assertion ends the process's CUDA context, so each fault has a process of its own."""
+    code = f"""
+import torch
+from focalkern import FusedFocalPOLoss
+hidden = torch.randn(2, 4, 64, device="cuda", dtype=torch.bfloat16)
+weight = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16)
+labels = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
+loss_fn, options = FusedFocalPOLoss(reference_free=True), {{}}
+{fault}
+loss_fn(hidden, weight, labels, **options)
+torch.cuda.synchronize()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert "device-side assert" in done.stderr

@@ -1,0 +1,92 @@
+"""The wheel holds what it needs, and the library works where triton is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+USE_IT = """
+import sys, torch
+import focalkern
+hidden = torch.randn(2, 5, 16, requires_grad=True)
+weight = torch.randn(130, 16, requires_grad=True)
+loss_fn = focalkern.FusedFocalPOLoss(reference_free=True)
+loss_fn(hidden, weight, torch.randint(130, (2, 5))).loss.backward()
+assert hidden.grad.isfinite().all() and weight.grad.abs().sum() > 0
+print(focalkern.__file__)
+"""
+
+
+def run_python(code: str, directory: Path, **environment: str) -> str:
+    """Run code away from the repository, so that only what is on the given path can be imported."""
+    env = {**os.environ, **environment}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=directory, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(directory), str(ROOT)], check=True, timeout=300)
+    (path,) = directory.glob("focalkern-*.whl")
+    return path
+
+
+def test_wheel_holds_both_packages_their_types_and_the_licence(wheel):
+    names = zipfile.ZipFile(wheel).namelist()
+    expected = {
+        str(path.relative_to(ROOT))
+        for name in ("focalkern", "csrc_triton")
+        for path in (ROOT / name).rglob("*.py")
+    }
+    assert expected | {"focalkern/py.typed"} <= set(names)
+    assert any(name.endswith("LICENSE") for name in names)
+    assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
+
+
+def test_installed_wheel_imports_and_runs(wheel, tmp_path):
+    site = tmp_path / "site"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--target",
+        str(site),
+        str(wheel),
+    ]
+    subprocess.run(command, check=True, timeout=300)
+    assert run_python(USE_IT, tmp_path, PYTHONPATH=str(site)) == str(site / "focalkern" / "__init__.py")
+
+
+def test_without_triton_the_library_imports_and_uses_the_torch_backend(tmp_path):
+    hide_triton = "import sys; sys.modules['triton'] = None\n"
+    run_python(hide_triton + USE_IT, tmp_path, PYTHONPATH=str(ROOT))
+    refused = """
+try:
+    focalkern.linear_logps(hidden, weight, torch.zeros(2, 5, dtype=torch.int64), backend="triton")
+except ValueError as error:
+    assert "backend='triton' needs the triton package" in str(error), error
+else:
+    raise AssertionError("backend='triton' was accepted")
+"""
+    run_python(hide_triton + USE_IT + refused, tmp_path, PYTHONPATH=str(ROOT))
+
+
+def test_importing_the_library_imports_no_integration(tmp_path):
+    code = (
+        "import sys, focalkern; print([n for n in ('transformers', 'trl', 'deepspeed') if n in sys.modules])"
+    )
+    assert run_python(code, tmp_path, PYTHONPATH=str(ROOT)) == "[]"
