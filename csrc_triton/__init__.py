@@ -1,2 +1,1 @@
-"""The Triton kernels of focalkern and their launch configurations. Imports torch-free; nothing here knows
-focalkern."""
+"""The Triton kernels of focalkern and their launch configurations; imports nothing from focalkern."""

@@ -1,5 +1,6 @@
-"""Launch configurations of the GEMM-shaped kernels, per architecture and element width. A table, not an
-autotuner: nothing is compiled or timed at start-up beyond what runs.
+"""Launch configurations of the GEMM-shaped kernels, per architecture and element width.
+
+A table, not an autotuner: nothing is compiled or timed at start-up beyond what runs.
 
 `estimated`: chosen from ahead-of-time compilation (registers, spills, shared memory); `measured`: timed on
 that device. `tests/test_compile.py` compiles every entry and holds it to its architecture's limits.
@@ -103,7 +104,7 @@ _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
 
 
 def launch_config(kernel: str, arch: str, element_bits: int) -> Launch:
-    """The entry for an architecture (`sm_80`, …, or `interpret`); one not in the table takes the nearest
+    """The entry for an architecture, `sm_80` or `interpret`; one not in the table takes the nearest
     older's."""
     if arch == "interpret":
         return _INTERPRET[kernel]

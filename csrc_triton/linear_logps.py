@@ -1,5 +1,4 @@
-"""Kernels of the operator `linear_logps`: LM-head GEMM, log-softmax statistics, label log-probs, exact
-backward.
+"""Kernels of the operator `linear_logps`: LM-head GEMM, log-softmax statistics, log-probs, exact backward.
 
 Names: n rows (completion tokens) of which `count` are real, V vocabulary, H hidden size, NB = ceil(V / 128)
 vocabulary blocks; `i_*` program indices, `o_*` offsets, `m_*` masks, `b_*` block values. Every output element
@@ -43,8 +42,7 @@ def logits_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """hidden @ weightᵀ + bias of one tile in fp32, and NaN per row where the product is not finite, else
-    0."""
+    """hidden @ weightᵀ + bias of one tile in fp32; and per row NaN if the product is not finite, else 0."""
     # Columns past V repeat the last one: no mask in the inner loop, and the caller drops them.
     o_v = tl.minimum(o_v, V - 1)
     o_k = tl.arange(0, BLOCK_K)

@@ -1,5 +1,4 @@
-"""Kernels of the pairwise objective: sums over sequences, then u, p, the loss and its analytic gradient per
-pair.
+"""Kernels of the pairwise objective: sums over sequences, then per pair u, p, the loss and its gradient.
 
 Between the two is the place for statistics over the batch or over ranks: all values stay on the device. The
 same formulas, with their sources, are in `focalkern/objective.py`. Launched by

@@ -1,5 +1,4 @@
-"""The two operators as `torch.autograd.Function`s: per-token log-probs of the head, and the loss of each
-pair.
+"""The two operators as `torch.autograd.Function`s: log-probs of the head's tokens, and the loss of each pair.
 
 The first knows nothing of preferences, the second nothing of heads. Called by `focalkern.functional` and
 `focalkern.loss`; both hand the work to a backend.
@@ -8,12 +7,11 @@ The first knows nothing of preferences, the second nothing of heads. Called by `
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from focalkern.backends import HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.backends import Backend, HeadForward, LogitTransform, PairForward, PairObjective
 from focalkern.layout import Rows, Sequences
 
 
@@ -51,7 +49,7 @@ class LinearLogpsFunction(torch.autograd.Function):
         transform: LogitTransform,
         outputs: tuple[str, ...],
         dropped: DroppedMass | None,
-        backend: ModuleType,
+        backend: Backend,
     ):
         ctx.set_materialize_grads(False)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -121,7 +119,7 @@ class PairLossFunction(torch.autograd.Function):
         ref_logps: torch.Tensor | None,  # [2B]
         sequences: Sequences,
         objective: PairObjective,
-        backend: ModuleType,
+        backend: Backend,
     ):
         result: PairForward = backend.pair_forward(logps, sequences, ref_logps, objective)
         ctx.save_for_backward(result.grad_logps, sequences.offsets)

@@ -161,8 +161,7 @@ def check_label_values(
 def check_pair_layout(
     hidden: torch.Tensor, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None
 ) -> None:
-    """Two layouts: hidden [2B, T, H] with labels [2B, T], or packed hidden [N, H] with labels [N] and
-    cu_seqlens."""
+    """Padded hidden [2B, T, H] with labels [2B, T], or packed [N, H] with labels [N] and cu_seqlens."""
     check_flag("shift", shift)
     if cu_seqlens is None:
         if hidden.dim() != 3:
@@ -231,8 +230,7 @@ def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None
 
 
 def _fail_if(condition: torch.Tensor, expected: str, describe) -> None:
-    """Raise ValueError now where the value is at hand, or fail the step on the device without waiting for
-    it."""
+    """Raise ValueError where the value is at hand; on CUDA fail the step there, without waiting for it."""
     if condition.is_cuda:
         torch._assert_async(~condition, expected)
     elif condition.item():

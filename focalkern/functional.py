@@ -9,14 +9,13 @@ import torch
 
 from focalkern import checks
 from focalkern.autograd import DroppedMass, LinearLogpsFunction
-from focalkern.backends import LogitTransform, select_backend
+from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.layout import aligned_labels, pick_rows
 
 
 @dataclass(frozen=True)
 class LinearLogps:
-    """What `linear_logps` returns. Per-token tensors have the shape of the (shifted) labels, 0/False where
-    ignored."""
+    """What `linear_logps` returns; per token, in the shape of the (shifted) labels, 0/False where ignored."""
 
     logps: torch.Tensor  # fp32 (fp64 for fp64 inputs), differentiable
     entropy: torch.Tensor | None = None  # −Σ_v p_v log p_v in nats, differentiable
@@ -87,7 +86,7 @@ def linear_logps(
         ignore_index,
         LogitTransform(float(temperature), softcap, float(logit_scale)),
         exact=backward == "exact",
-        backend=backend,
+        backend=select_backend(backend, hidden),
         outputs=outputs,
     )
 
@@ -117,18 +116,17 @@ def head_logps(
     ignore_index: int,
     transform: LogitTransform,
     exact: bool,
-    backend: str,
+    backend: Backend,
     outputs: tuple[str, ...],
 ) -> LinearLogps:
     """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
-    module = select_backend(backend, hidden)
     checks.check_label_values(labels, weight.shape[0], ignore_index)
-    rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=module.EXACT_ROW_COUNT)
+    rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=backend.EXACT_ROW_COUNT)
     dropped = None if exact else DroppedMass.pending(labels.shape, labels.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
-        for x in LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, module)
+        for x in LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, backend)
     )
     return LinearLogps(
         logps=logps,  # type: ignore[arg-type]  # the only one that is never None

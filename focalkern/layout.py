@@ -1,5 +1,4 @@
-"""Where the completion tokens are: turns labels (padded, shifted or packed) into the rows the head has to
-work on.
+"""Where the completion tokens are: from labels (padded, shifted or packed) to the rows the head works on.
 
 Called by the public functions. Hidden states are never copied or shifted here, only indexed. On CUDA nothing
 waits for the device: the arrays have the length of the worst case, and `count` tells the kernels how much of
@@ -15,8 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Rows:
-    """The completion tokens of a batch. Entries of the index arrays past `count` are 0 and stand for
-    nothing."""
+    """The completion tokens of a batch; entries past `count` are 0 and stand for nothing."""
 
     hidden_index: torch.Tensor  # [n] int64, row of hidden.reshape(-1, H)
     output_index: torch.Tensor  # [n] int64, position in the flattened output

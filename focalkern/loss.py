@@ -231,6 +231,7 @@ class FusedFocalPOLoss(nn.Module):
         sequences = sequence_ranges(labels, self.ignore_index, cu_seqlens)
         if self.length_normalize:
             checks.check_completions(sequences.lengths)
+        backend = select_backend(self.backend, hidden)
         head = head_logps(
             hidden,
             weight,
@@ -239,7 +240,7 @@ class FusedFocalPOLoss(nn.Module):
             self.ignore_index,
             LogitTransform(self.temperature, self.softcap, self.logit_scale),
             exact=self.backward == "exact",
-            backend=self.backend,
+            backend=backend,
             outputs=(),
         )
 
@@ -251,7 +252,7 @@ class FusedFocalPOLoss(nn.Module):
             ref_logps,
             sequences,
             self._objective(),
-            select_backend(self.backend, hidden),
+            backend,
         )
         loss = losses if self.reduction == "none" else getattr(losses, self.reduction)()
         chosen_logps, rejected_logps = logps.chunk(2)

@@ -1,5 +1,4 @@
-"""The definition in plain PyTorch: materialises the `[tokens, vocab]` logits and leaves the gradient to
-autograd.
+"""The definition in plain PyTorch: holds the `[tokens, vocab]` logits, leaves the gradient to autograd.
 
 Slow and short on purpose. Every test compares with it, in float64 where it can. Nothing in the library calls
 it.

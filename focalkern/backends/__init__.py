@@ -1,23 +1,17 @@
-"""What a backend takes and returns, and the choice between the two. A backend is a module with three
-functions:
+"""What a backend takes and returns, and the choice between the two.
 
-    head_forward(hidden, weight, bias, rows, transform, outputs) -> HeadForward
-    head_backward(hidden, weight, bias, rows, transform, lse, one_minus_p, entropy, grad_logps, grad_entropy,
-    needs)
-        -> dhidden, dweight, dbias, None where not needed
-    pair_forward(logps, sequences, ref_logps, objective) -> PairForward
-
-Called by `focalkern.autograd`; knows tensors and numbers, not autograd.
+Called by `focalkern.functional` and `focalkern.loss`. A backend knows tensors and numbers, not autograd.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 from dataclasses import dataclass
-from types import ModuleType
+from typing import Protocol
 
 import torch
+
+from focalkern.layout import Rows, Sequences
 
 try:
     import triton  # noqa: F401
@@ -83,16 +77,63 @@ class PairForward:
     grad_logps: torch.Tensor  # [2B] dL/dlogps of every token of the sequence
 
 
-def select_backend(name: str, hidden: torch.Tensor) -> ModuleType:
-    """The backend's module. `auto`: triton where it runs (CUDA of capability 8.0 or later, not float64), else
-    torch."""
-    if name == "auto":
-        name = "torch" if _why_not_triton(hidden) else "triton"
-    elif name == "triton":
-        reason = _why_not_triton(hidden)
-        if reason:
-            raise ValueError(f"backend='triton' {reason}; use backend='torch' or 'auto'")
-    return importlib.import_module(f"focalkern.backends.{name}_backend")
+class Backend(Protocol):
+    """The functions of a backend; `torch_backend` and `triton_backend` are modules of this shape."""
+
+    @property
+    def EXACT_ROW_COUNT(self) -> bool:
+        """Whether `Rows` must have exactly its real entries, at the price of waiting for the device."""
+
+    def head_forward(
+        self,
+        hidden: torch.Tensor,  # [M, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        rows: Rows,
+        transform: LogitTransform,
+        outputs: tuple[str, ...],
+    ) -> HeadForward:
+        """Log-probs of the rows, and the optional outputs that are named."""
+
+    def head_backward(
+        self,
+        hidden: torch.Tensor,  # [M, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        rows: Rows,
+        transform: LogitTransform,
+        lse: torch.Tensor,  # [n]
+        one_minus_p: torch.Tensor,  # [n]
+        entropy: torch.Tensor | None,  # [outputs]
+        grad_logps: torch.Tensor | None,  # [outputs]
+        grad_entropy: torch.Tensor | None,  # [outputs]
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """dhidden, dweight and dbias, those that `needs` asks for."""
+
+    def pair_forward(
+        self,
+        logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
+        sequences: Sequences,
+        ref_logps: torch.Tensor | None,  # [2B]; None when reference-free
+        objective: PairObjective,
+    ) -> PairForward:
+        """Loss, metrics and gradient of each pair."""
+
+
+def select_backend(name: str, hidden: torch.Tensor) -> Backend:
+    """`auto`: triton where it runs (CUDA of capability 8.0 or later, not float64), else torch."""
+    reason = _why_not_triton(hidden)
+    if name == "triton" and reason:
+        raise ValueError(f"backend='triton' {reason}; use backend='torch' or 'auto'")
+    # Only by name under the interpreter, which runs the kernels on the CPU for tests, very slowly.
+    if name == "triton" or (name == "auto" and hidden.is_cuda and not reason):
+        from focalkern.backends import triton_backend
+
+        return triton_backend
+    from focalkern.backends import torch_backend
+
+    return torch_backend
 
 
 def _why_not_triton(hidden: torch.Tensor) -> str | None:

@@ -1,5 +1,5 @@
-"""Launches the kernels of `csrc_triton`: allocates what they write and picks their tiles. No step waits for
-the device.
+"""Launches the kernels of `csrc_triton`: allocates their outputs, picks their tiles, never waits for the
+device.
 
 Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, for tests.
 """
