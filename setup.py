@@ -13,7 +13,7 @@ assert version
 
 # TRL 1.16 itself needs Python 3.11; on 3.10 everything but TRL is there.
 trl = ["transformers>=5", 'trl>=1.16,<2; python_version >= "3.11"']
-bench = [*trl, "matplotlib>=3.9", "rich>=13", "tqdm>=4.66"]
+bench = [*trl, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
 test = [*bench, "hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
 
 setup(

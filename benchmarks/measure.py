@@ -18,6 +18,7 @@ import psutil
 import torch
 
 T = TypeVar("T")
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -146,11 +147,16 @@ def tensor_bytes(tensors: list[torch.Tensor]) -> int:
 
 
 def return_freed_memory() -> None:
-    """Give the C allocator's free memory back to the system, where it can be asked to (glibc)."""
+    """Let glibc give free memory back to the system, now and whenever a tensor is freed.
+
+    Else it keeps blocks of up to 32 MiB in a heap, and the peak depends on how that came to be fragmented: the
+    same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
+    """
     if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+            libc.mallopt(M_MMAP_THRESHOLD, 2**17)
+            libc.malloc_trim(0)
 
 
 def reset_peak_resident() -> None:
