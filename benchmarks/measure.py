@@ -149,8 +149,8 @@ def tensor_bytes(tensors: list[torch.Tensor]) -> int:
 def return_freed_memory() -> None:
     """Let glibc give free memory back to the system, now and whenever a tensor is freed.
 
-    Else it keeps blocks of up to 32 MiB in a heap, and the peak depends on how that came to be fragmented: the
-    same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
+    Else it keeps blocks of up to 32 MiB in a heap, and the peak depends on how that came to be fragmented:
+    the same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
     """
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)

@@ -74,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         f"{'frozen head' if options.frozen_head else 'gradients of hidden and weight'}",
         highlight=False,
     )
+    if about["load_average"] is not None and about["load_average"] > about["cpus"] / 2:
+        console.print(
+            f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs: other work on this machine "
+            "disturbs the times.",
+            highlight=False,
+        )
     comparisons = []
     for name in options.dtype:
         comparison = compare(options, DTYPES[name], console)

@@ -166,7 +166,7 @@ def linear_logps_fwd_kernel(
         b_log_sum_sq = tl.log(tl.sum(b_exp * b_exp, axis=2)) - 2.0 * b_log_sum
         tl.store(stats_ptr + 2 * stats_plane + o_out, b_log_sum_sq, mask=m_out)
         b_all = tl.reshape(tl.where((o_v < V)[None, :], b_z, 0.0), [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK])
-        tl.store(stats_ptr + 3 * stats_plane + o_out, tl.sum(b_all, axis=2), mask=m_out)
+        tl.store(stats_ptr + 3 * stats_plane + o_out, tl.sum(b_all, axis=2) + b_poison[:, None], mask=m_out)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
-"""Preference pairs for `quickstart.py`: made from the standard library's docstrings, or read from a JSONL file.
+"""Preference data for `quickstart.py`: from the standard library's docstrings or a JSONL file, up to batches.
 
-`docstring_pairs` and `read_pairs` give `Pair`s of text, `split_pairs` sets some aside, `encode_pairs` turns them
-into token ids, and a `PreferenceSet` makes batches of those.
+`docstring_pairs` and `read_pairs` give `Pair`s of text, `split_pairs` sets some aside, `encode_pairs` turns
+them into token ids, and a `PreferenceSet` makes batches of those.
 """
 
 from __future__ import annotations
@@ -46,12 +46,9 @@ class Pair:
 
     def texts(self) -> list[str]:
         """Prompt and chosen completion as strings, message by message."""
-        parts = (self.prompt, self.chosen)
-        return [
-            text
-            for part in parts
-            for text in ([part] if isinstance(part, str) else (m["content"] for m in part))
-        ]
+        if isinstance(self.prompt, str):
+            return [self.prompt, self.chosen]
+        return [message["content"] for message in self.prompt + self.chosen]
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,7 @@ class EncodedPair:
         return [IGNORE_INDEX] * self.prompt_length + ids[self.prompt_length :]
 
 
-# ---------------------------------------------------------------- pairs from the standard library's docstrings
+# -------------------------------------------------------------- pairs from the standard library's docstrings
 
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 MAX_WORDS = 32
@@ -75,10 +72,10 @@ MAX_SIGNATURE = 120  # characters
 
 
 def docstring_pairs(seed: int, library: Path | None = None) -> list[Pair]:
-    """One pair per documented function: its signature, its docstring, the docstring with two words exchanged.
+    """One pair per documented function: its signature, its docstring, and that with two words exchanged.
 
-    The rejected text has the very words of the chosen one, first and last in their places; only two neighbours
-    are exchanged. So neither its length nor any single word gives it away, only how the words follow each
+    The exchanged words are neighbours, and neither the first nor the last. So chosen and rejected consist of
+    the same tokens: no length and no single word gives the rejected one away, only how the words follow each
     other. Sources are parsed, never imported.
 
     Args:
@@ -108,7 +105,7 @@ def docstring_pairs(seed: int, library: Path | None = None) -> list[Pair]:
 
 
 def library_sources(library: Path) -> list[Path]:
-    """Source files, tests and installed packages left out, in an order that does not depend on the machine."""
+    """Source files without tests and installed packages, in an order that no file system decides."""
     sources = (
         path for path in library.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(library).parts)
     )
@@ -152,7 +149,7 @@ def first_paragraph(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
 
 
 def exchange_neighbours(text: str, rng: random.Random) -> str | None:
-    """The text with two neighbouring words exchanged, neither of them first or last; None where there are none."""
+    """The text with two neighbouring inner words exchanged; None where no two differ."""
     words = text.split()
     places = [i for i in range(1, len(words) - 2) if words[i].casefold() != words[i + 1].casefold()]
     if not places:
@@ -162,7 +159,7 @@ def exchange_neighbours(text: str, rng: random.Random) -> str | None:
     return " ".join(words)
 
 
-# ---------------------------------------------------------------------------------- pairs from a JSONL file
+# ----------------------------------------------------------------------------------- pairs from a JSONL file
 
 NOT_SUPPORTED = ("images", "image", "tools", "chat_template_kwargs")
 
@@ -171,8 +168,8 @@ def read_pairs(path: Path) -> list[Pair]:
     """Read a file with one preference pair per line, in TRL's format.
 
     A line is an object with `prompt`, `chosen` and `rejected`: three strings, or three lists of
-    `{"role", "content"}` messages. Without `prompt`, `chosen` and `rejected` are conversations, and the messages
-    with which both begin are the prompt. Other keys are ignored; empty lines are skipped.
+    `{"role", "content"}` messages. Without `prompt`, `chosen` and `rejected` are conversations, and the
+    messages with which both begin are the prompt. Other keys are ignored; empty lines are skipped.
 
     Raises:
         DataError: naming the lines at fault (the first ten) and what is wrong with each.
@@ -228,13 +225,10 @@ def parse_object(line: str) -> dict[str, Any]:
         raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
     if not isinstance(record, dict):
         raise ValueError(f"expected a JSON object with prompt, chosen and rejected, got {json_type(record)}")
-    required = (
-        ("chosen", "rejected") if isinstance(record.get("chosen"), list) else ("prompt", "chosen", "rejected")
-    )
-    if missing := [key for key in required if key not in record]:
-        raise ValueError(
-            f"{' and '.join(f'`{key}`' for key in missing)} missing; its keys: {', '.join(record)}"
-        )
+    implicit_prompt = isinstance(record.get("chosen"), list)
+    required = ["chosen", "rejected"] if implicit_prompt else ["prompt", "chosen", "rejected"]
+    if missing := [f"`{key}`" for key in required if key not in record]:
+        raise ValueError(f"{' and '.join(missing)} missing; the keys here: {', '.join(record) or 'none'}")
     if used := [key for key in NOT_SUPPORTED if record.get(key)]:
         raise ValueError(f"`{used[0]}` is not supported by this example")
     return record
@@ -250,7 +244,7 @@ def text_kind(key: str, value: Any) -> str:
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise ValueError(
-                f"`{key}`[{i}] must be a message with role and content, got {json_type(message)}"
+                f"`{key}`[{i}] must be an object with role and content, got {json_type(message)}"
             )
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
@@ -277,7 +271,7 @@ def check_prompt(prompt: Text) -> None:
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise ValueError("the prompt is empty")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends with a message of the assistant; it must leave the turn to it")
+        raise ValueError("the prompt ends with a message of the assistant, whose turn must come next")
 
 
 def check_completion(key: str, completion: Text) -> None:
@@ -325,8 +319,8 @@ def encode_pairs(
 ) -> tuple[list[EncodedPair], Counter[str]]:
     """Token ids of the pairs, and how many pairs were left out for what reason.
 
-    Nothing is truncated: a completion without its end, or without the start of its prompt, is another pair than
-    the one that was judged.
+    Nothing is truncated: without the end of a completion, or the start of its prompt, it would be another
+    pair than the one that was judged.
 
     Raises:
         DataError: the tokenizer has no chat template for conversational pairs, or the template refuses one.
@@ -348,15 +342,14 @@ def encode_pair(pair: Pair, tokenizer: Any) -> EncodedPair:
     a tokenizer may merge across the boundary, and a template may end a lone prompt differently."""
     if isinstance(pair.prompt, list):
         prompt = encode_conversation(pair, pair.prompt, tokenizer, add_generation_prompt=True)
-        sides = [
-            encode_conversation(pair, pair.prompt + side, tokenizer) for side in (pair.chosen, pair.rejected)
-        ]
+        chosen = encode_conversation(pair, pair.prompt + pair.chosen, tokenizer)
+        rejected = encode_conversation(pair, pair.prompt + pair.rejected, tokenizer)
     else:
         prompt = encode_text(pair.prompt, tokenizer)
-        sides = [
-            encode_text(pair.prompt + side, tokenizer, end=True) for side in (pair.chosen, pair.rejected)
-        ]
-    return EncodedPair(*sides, prompt_length=min(common_prefix_length(prompt, ids) for ids in sides))
+        chosen = encode_text(pair.prompt + pair.chosen, tokenizer, end=True)
+        rejected = encode_text(pair.prompt + pair.rejected, tokenizer, end=True)
+    prompt_length = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
+    return EncodedPair(chosen, rejected, prompt_length)
 
 
 def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **options: Any) -> list[int]:
@@ -364,14 +357,16 @@ def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **o
     if not tokenizer.chat_template:
         raise DataError(f"{pair.origin} is a conversation, but the model's tokenizer has no chat template")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)[
-            "input_ids"
-        ]
+        encoding = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     except Exception as error:  # whatever the template raises
         raise DataError(f"{pair.origin}: the model's chat template refuses it: {error}") from error
+    return encoding["input_ids"]
 
 
 def encode_text(text: str, tokenizer: Any, end: bool = False) -> list[int]:
+    """As the tokenizer writes plain text, with no second BOS; with EOS at the `end`, so that it is learned."""
+    if tokenizer.eos_token_id is None:
+        raise DataError("the model's tokenizer has no EOS token")
     ids = tokenizer(text)["input_ids"]
     if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text itself began with it
         ids = ids[1:]
@@ -384,7 +379,7 @@ def common_prefix_length(ids: list[int], others: list[int]) -> int:
     return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, others, strict=False)))
 
 
-# ------------------------------------------------------------------------------------------------- batches
+# --------------------------------------------------------------------------------------------------- batches
 
 
 @dataclass(frozen=True)
@@ -396,10 +391,11 @@ class Batch:
 
 @dataclass
 class PreferenceSet:
-    """Tokenised pairs, and the log-probs of their completions under the reference model once they are known."""
+    """Tokenised pairs, and their completions' log-probs under the reference model once they are known."""
 
     pairs: list[EncodedPair]
-    device: torch.device
+    batch_size: int
+    device: str
     ref_logps: torch.Tensor | None = None  # [2, pairs]: chosen, rejected
 
     def __len__(self) -> int:
@@ -416,37 +412,41 @@ class PreferenceSet:
         """The chosen sequences; the prompt is learned too."""
         return pad([(self.pairs[i].chosen, self.pairs[i].chosen) for i in indices], self.device)
 
-    def by_length(self, indices: Sequence[int], batch_size: int) -> list[list[int]]:
-        """Batches of pairs of similar length, which need little padding."""
-        ordered = sorted(indices, key=lambda i: len(self.pairs[i].chosen) + len(self.pairs[i].rejected))
-        return [ordered[at : at + batch_size] for at in range(0, len(ordered), batch_size)]
+    def by_length(self, indices: Sequence[int] | None = None) -> list[list[int]]:
+        """Batches of pairs of similar length, which need little padding; of all pairs unless given."""
+        indices = range(len(self)) if indices is None else indices
+        ordered = sorted(indices, key=lambda i: self.tokens([i]))
+        return [ordered[at : at + self.batch_size] for at in range(0, len(ordered), self.batch_size)]
 
-    def shuffled(self, batch_size: int, steps: int, seed: int) -> Iterator[list[int]]:
-        """`steps` batches in random order, pass after pass; each is drawn from a stretch of 16 batches."""
+    def shuffled(self, steps: int, seed: int) -> Iterator[list[int]]:
+        """`steps` batches in random order, pass after pass; within 16 batches, pairs go by length."""
         rng = random.Random(seed)
+        stretch = 16 * self.batch_size
         while steps > 0:
             order = rng.sample(range(len(self)), len(self))
-            for at in range(0, len(order), 16 * batch_size):
-                batches = self.by_length(order[at : at + 16 * batch_size], batch_size)[:steps]
+            for at in range(0, len(order), stretch):
+                batches = self.by_length(order[at : at + stretch])
                 rng.shuffle(batches)
-                yield from batches
-                steps -= len(batches)
+                yield from batches[:steps]
+                steps -= min(steps, len(batches))
+
+    @property
+    def steps_per_pass(self) -> int:
+        return math.ceil(len(self) / self.batch_size)
 
     def tokens(self, indices: Sequence[int]) -> int:
         return sum(len(self.pairs[i].chosen) + len(self.pairs[i].rejected) for i in indices)
 
-    def steps_per_pass(self, batch_size: int) -> int:
-        return math.ceil(len(self) / batch_size)
 
-
-def pad(sequences: Sequence[tuple[list[int], list[int]]], device: torch.device) -> Batch:
+def pad(sequences: Sequence[tuple[list[int], list[int]]], device: str) -> Batch:
+    """Ids and labels of the sequences, padded on the right to the longest."""
     length = max(len(ids) for ids, _ in sequences)
+
+    def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+        return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
+
     return Batch(
-        ids=torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in sequences], device=device),
-        mask=torch.tensor(
-            [[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in sequences], device=device
-        ),
-        labels=torch.tensor(
-            [labels + [IGNORE_INDEX] * (length - len(labels)) for _, labels in sequences], device=device
-        ),
+        ids=padded((ids for ids, _ in sequences), 0),
+        mask=padded(([1] * len(ids) for ids, _ in sequences), 0),
+        labels=padded((labels for _, labels in sequences), IGNORE_INDEX),
     )

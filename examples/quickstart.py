@@ -15,25 +15,16 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import focalkern
 import torch
 import transformers
+from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
 from matplotlib.figure import Figure
-from preference_data import (
-    IGNORE_INDEX,
-    Batch,
-    DataError,
-    Pair,
-    PreferenceSet,
-    docstring_pairs,
-    encode_pairs,
-    read_pairs,
-    split_pairs,
-)
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -50,20 +41,33 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
+from preference_data import (
+    IGNORE_INDEX,
+    Batch,
+    DataError,
+    Pair,
+    PreferenceSet,
+    docstring_pairs,
+    encode_pairs,
+    read_pairs,
+    split_pairs,
+)
 
 HELD_OUT = 1000  # pairs, but no more than a sixth of all
-VOCAB_SIZE = 4096  # of the small model
-SFT_LR = 2e-3
 EVALUATIONS = 8  # on the held-out pairs, over the course of a training run
 TIE = 1e-4  # two rewards closer than this differ by rounding
+SFT_LR = 2e-3  # of the small model
+SMALL_MODEL = {"batch_size": 32, "lr": 5e-4, "beta": 0.5, "sft_steps": None}
+GIVEN_MODEL = {"batch_size": 8, "lr": 1e-6, "beta": 0.1, "sft_steps": 0}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
         run(args)
-    except (DataError, OSError) as error:
+    except DataError as error:
+        raise SystemExit(f"{error}\nNothing was trained.") from None
+    except OSError as error:
         raise SystemExit(str(error)) from None
 
 
@@ -78,54 +82,73 @@ def run(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
 
     fine_tune(policy, train, args)
-    train.ref_logps = sequence_logps(policy, train, args)
-    held_out.ref_logps = sequence_logps(policy, held_out, args)
+    train.ref_logps = sequence_logps(policy, train)
+    held_out.ref_logps = sequence_logps(policy, held_out)
     start = {name: tensor.to("cpu", copy=True) for name, tensor in policy.model.state_dict().items()}
 
-    results = []
+    runs = []
     for name, gamma in {"DPO": 0.0, "FocalPO": args.gamma}.items():
         policy.model.load_state_dict(start)
-        results.append(train_preferences(f"{name} (γ={gamma:g})", gamma, policy, train, held_out, args))
+        runs.append(train_preferences(f"{name} (γ={gamma:g})", gamma, policy, train, held_out, args))
 
-    show(results, held_out)
-    save(results, policy, train, held_out, args)
+    save(runs, policy, args)
+    show(runs, args)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    small, given = SMALL_MODEL, GIVEN_MODEL
     parser = argparse.ArgumentParser(
-        description="Preference training: FocalPO beside DPO, from the same start."
+        description="Preference training, FocalPO beside DPO from the same start."
     )
-    parser.add_argument(
-        "--data", type=Path, metavar="JSONL", help="pairs in TRL's format; default: docstrings"
+    add = parser.add_argument
+    add("--data", type=Path, metavar="JSONL", help="pairs in TRL's format; default: docstrings")
+    add(
+        "--model", metavar="PATH_OR_ID", help="a causal LM, trained whole and in fp32; default: a small Llama"
     )
-    parser.add_argument(
-        "--model", metavar="PATH_OR_ID", help="all of it is trained, in fp32; default: a small one"
+    add(
+        "--out",
+        type=Path,
+        default=Path("runs/quickstart"),
+        help="folder of the results; default: %(default)s",
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    parser.add_argument("--sft-steps", type=int, help="default: one pass over the pairs; with --model 0")
-    parser.add_argument("--steps", type=int, help="of preference training, per method; default: one pass")
-    parser.add_argument("--batch-size", type=int, default=32, help="in pairs; default: %(default)s")
-    parser.add_argument("--lr", type=float, help="of preference training; default: 5e-4, with --model 1e-6")
-    parser.add_argument("--beta", type=float, default=0.1, help="default: %(default)s")
-    parser.add_argument("--gamma", type=float, default=0.05, help="of FocalPO; default: %(default)s")
-    parser.add_argument("--max-length", type=int, default=512, help="in tokens; default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", type=torch.device, default=device, help="default: %(default)s")
+    add("--sft-steps", type=at_least(0), help="before the preferences; default: one pass, with --model 0")
+    add("--steps", type=at_least(1), help="of preference training, per method; default: one pass")
+    add(
+        "--batch-size",
+        type=at_least(1),
+        help=f"pairs; default: {small['batch_size']}, with --model {given['batch_size']}",
+    )
+    add(
+        "--lr", type=float, help=f"of preference training; default: {small['lr']}, with --model {given['lr']}"
+    )
+    add("--beta", type=float, help=f"default: {small['beta']}, with --model {given['beta']}")
+    add("--gamma", type=float, default=0.05, help="of FocalPO; default: %(default)s")
+    add(
+        "--max-length",
+        type=at_least(2),
+        default=512,
+        help="tokens; longer pairs are left out; default: %(default)s",
+    )
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(arguments)
-
-    args.lr = args.lr or (1e-6 if args.model else 5e-4)
-    if args.model and args.sft_steps is None:
-        args.sft_steps = 0
-    for name, least in {"sft_steps": 0, "steps": 1, "batch_size": 1, "max_length": 2}.items():
-        value = getattr(args, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    for name, default in (given if args.model else small).items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
     try:
         FusedFocalPOLoss(beta=args.beta, gamma=args.gamma)
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if (number := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {number}")
+        return number
+
+    return parse
 
 
 # ------------------------------------------------------------------------------------------------- the model
@@ -161,7 +184,7 @@ class Policy:
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
-        """Refuse a model that does more to its logits than `logit_options` knows: all log-probs would be wrong."""
+        """Refuse a model that does to its logits what `logit_options` does not know: its log-probs would be wrong."""
         logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
         targets = batch.labels[:, 1:]
         logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -201,7 +224,7 @@ def train_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerBase:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=4096,
         special_tokens=[bos, eos],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -226,9 +249,9 @@ def encode(name: str, pairs: Sequence[Pair], policy: Policy, args: argparse.Name
     for reason, count in left_out.items():
         print(f"{name}: {count} of {len(pairs)} pairs left out, {reason}")
     if not encoded:
-        raise DataError(f"{name}: no pairs left")
+        raise DataError(f"{name}: no pairs are left")
     print(f"{name}: {len(encoded)} pairs")
-    return PreferenceSet(encoded, args.device)
+    return PreferenceSet(encoded, args.batch_size, args.device)
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -236,11 +259,11 @@ def encode(name: str, pairs: Sequence[Pair], policy: Policy, args: argparse.Name
 
 def fine_tune(policy: Policy, train: PreferenceSet, args: argparse.Namespace) -> None:
     """SFT: plain language modelling on prompt + chosen."""
-    steps = train.steps_per_pass(args.batch_size) if args.sft_steps is None else args.sft_steps
+    steps = train.steps_per_pass if args.sft_steps is None else args.sft_steps
     if steps == 0:
         return
     optimizer, scheduler = adamw(policy.model, args.lr if args.model else SFT_LR, steps)
-    for indices in (bar := tqdm(train.shuffled(args.batch_size, steps, args.seed), "SFT", steps)):
+    for indices in (bar := tqdm(train.shuffled(steps, args.seed), "SFT", steps)):
         batch = train.sft_batch(indices)
         loss = -policy.logps(batch).sum() / (batch.labels[:, 1:] != IGNORE_INDEX).sum()
         update(loss, policy.model, optimizer, scheduler)
@@ -248,12 +271,10 @@ def fine_tune(policy: Policy, train: PreferenceSet, args: argparse.Namespace) ->
 
 
 @torch.no_grad()
-def sequence_logps(
-    policy: Policy, data: PreferenceSet, args: argparse.Namespace
-) -> torch.Tensor:  # [2, pairs]
-    """Log-probs of the completions, chosen and rejected: once, so that no second model is needed in training."""
-    sums = torch.zeros(2, len(data), device=args.device)
-    for indices in tqdm(data.by_length(range(len(data)), args.batch_size), "reference log-probs"):
+def sequence_logps(policy: Policy, data: PreferenceSet) -> torch.Tensor:  # [2, pairs]
+    """Log-probs of the chosen and the rejected completions. Taken once, they replace a reference model."""
+    sums = torch.zeros(2, len(data), device=data.device)
+    for indices in tqdm(data.by_length(), "reference log-probs"):
         sums[:, indices] = policy.logps(data.batch(indices)).sum(-1).view(2, -1)
     return sums
 
@@ -261,7 +282,7 @@ def sequence_logps(
 def preference_loss(
     policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
 ) -> FocalPOOutput:
-    """Where the fused loss stands in for logits, log-softmax, sums and objective."""
+    """Loss of some of the pairs; the fused loss takes the place of logits, log-softmax, sums and objective."""
     batch = data.batch(indices)
     return loss_fn(
         policy.hidden(batch),
@@ -283,19 +304,20 @@ def train_preferences(
     args: argparse.Namespace,
 ) -> Run:
     loss_fn = FusedFocalPOLoss(beta=args.beta, gamma=gamma, **policy.logit_options)
-    steps = args.steps or train.steps_per_pass(args.batch_size)
+    steps = args.steps or train.steps_per_pass
     optimizer, scheduler = adamw(policy.model, args.lr, steps)
-    run = Run(name, gamma, evaluations=[evaluate(0, policy, loss_fn, held_out, args)])
-    for indices in (bar := tqdm(train.shuffled(args.batch_size, steps, args.seed), name, steps)):
+    evaluate_at = {round(steps * share / EVALUATIONS) for share in range(1, EVALUATIONS + 1)}
+    run = Run(name, gamma, evaluations=[evaluate(0, policy, loss_fn, held_out)])
+    for step, indices in enumerate(bar := tqdm(train.shuffled(steps, args.seed), name, steps), start=1):
         began = time.perf_counter()
         out = preference_loss(policy, loss_fn, train, indices)
         update(out.loss, policy.model, optimizer, scheduler)
         run.losses.append(out.loss.item())
         run.seconds += time.perf_counter() - began
         run.tokens += train.tokens(indices)
-        if len(run.losses) * EVALUATIONS // steps > (len(run.losses) - 1) * EVALUATIONS // steps:
-            run.evaluations.append(evaluate(len(run.losses), policy, loss_fn, held_out, args))
-        accuracy = run.evaluations[-1].reward_accuracy.mean
+        if step in evaluate_at:
+            run.evaluations.append(evaluate(step, policy, loss_fn, held_out))
+        accuracy = run.evaluations[-1].estimates()["reward_accuracy"].mean
         bar.set_postfix(loss=f"{run.losses[-1]:.3f}", held_out_accuracy=f"{accuracy:.3f}")
     return run
 
@@ -320,16 +342,13 @@ def update(
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean over the held-out pairs."""
-
     mean: float
     standard_error: float
 
     @classmethod
     def of(cls, values: torch.Tensor) -> Estimate:
-        values = values.double()
-        error = values.std() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-        return cls(values.mean().item(), float(error))
+        spread = values.std().item() if len(values) > 1 else math.nan
+        return cls(values.mean().item(), spread / math.sqrt(len(values)))
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} ± {self.standard_error:.3f}"
@@ -337,28 +356,20 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a policy does on the held-out pairs."""
+    """A policy on the held-out pairs, pair by pair."""
 
     step: int
     losses: torch.Tensor  # [pairs]
-    reward_margins: torch.Tensor  # [pairs], chosen reward − rejected reward
-    logp_margins: torch.Tensor  # [pairs], chosen log-prob − rejected log-prob, without the reference
+    reward_margins: torch.Tensor  # [pairs], chosen − rejected reward
+    logp_margins: torch.Tensor  # [pairs], chosen − rejected log-prob, the reference not subtracted
 
-    @property
-    def loss(self) -> Estimate:
-        return Estimate.of(self.losses)
-
-    @property
-    def margin(self) -> Estimate:
-        return Estimate.of(self.reward_margins)
-
-    @property
-    def reward_accuracy(self) -> Estimate:
-        return Estimate.of(wins(self.reward_margins))
-
-    @property
-    def logp_accuracy(self) -> Estimate:
-        return Estimate.of(wins(self.logp_margins))
+    def estimates(self) -> dict[str, Estimate]:
+        return {
+            "loss": Estimate.of(self.losses),
+            "reward_accuracy": Estimate.of(wins(self.reward_margins)),
+            "reward_margin": Estimate.of(self.reward_margins),
+            "logp_accuracy": Estimate.of(wins(self.logp_margins)),
+        }
 
 
 @dataclass
@@ -370,23 +381,17 @@ class Run:
     evaluations: list[Evaluation]
     losses: list[float] = field(default_factory=list)
     tokens: int = 0
-    seconds: float = 0.0  # of training steps, evaluations not counted
+    seconds: float = 0.0  # of training steps; evaluations do not count
 
 
 def wins(margins: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen side is ahead, 0 where the rejected one is, a half where they are level.
-
-    Before training, policy and reference are the same and all rewards level: one half is then the truth.
-    """
+    """1 where chosen is ahead, 0 where rejected is, one half where they are level, as all rewards are at first."""
     return torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
 
 
 @torch.no_grad()
-def evaluate(
-    step: int, policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, args: argparse.Namespace
-) -> Evaluation:
-    batches = data.by_length(range(len(data)), args.batch_size)
-    outs = [preference_loss(policy, loss_fn, data, indices) for indices in batches]
+def evaluate(step: int, policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet) -> Evaluation:
+    outs = [preference_loss(policy, loss_fn, data, indices) for indices in data.by_length()]
     return Evaluation(
         step,
         losses=torch.cat([out.losses for out in outs]),
@@ -395,108 +400,85 @@ def evaluate(
     )
 
 
-# ------------------------------------------------------------------------------------------------- the report
-
-
-METRICS = {
-    "loss": "loss",
-    "reward_accuracy": "reward accuracy",
-    "margin": "reward margin",
-    "logp_accuracy": "log-prob accuracy",
-}
-
-
-def show(runs: Sequence[Run], held_out: PreferenceSet) -> None:
-    table = Table(title=f"{len(held_out)} held-out pairs: before → after training, ± standard error")
-    table.add_column("")
-    for run in runs:
-        table.add_column(run.name, justify="right")
-    for metric, title in METRICS.items():
-        cells = (
-            f"{getattr(run.evaluations[0], metric).mean:.3f} → {getattr(run.evaluations[-1], metric)}"
-            for run in runs
-        )
-        table.add_row(title, *cells)
-    table.add_row("training tokens/s", *(f"{run.tokens / run.seconds:,.0f}" for run in runs))
-    console = Console()
-    console.print(table)
-    console.print(
-        "Reward: β·(log-prob − reference log-prob). Accuracy: share of pairs whose chosen side is ahead, ties half; "
-        "before training policy = reference, all rewards are 0, and so one half is no result but the start. "
-        "Log-prob accuracy needs no reference: is the chosen text the likelier one?"
-    )
-    console.print(f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}")
-
-
 def difference(runs: Sequence[Run]) -> Estimate:
+    """Reward accuracy of the last run minus that of the first, pair by pair: what is luck for both cancels."""
     first, last = (wins(run.evaluations[-1].reward_margins) for run in (runs[0], runs[-1]))
     return Estimate.of(last - first)
 
 
-def save(
-    runs: Sequence[Run],
-    policy: Policy,
-    train: PreferenceSet,
-    held_out: PreferenceSet,
-    args: argparse.Namespace,
-) -> None:
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def show(runs: Sequence[Run], args: argparse.Namespace) -> None:
+    held_out = len(runs[0].evaluations[0].losses)
+    table = Table(title=f"{held_out} held-out pairs: before → after training ± standard error")
+    table.add_column()
+    for run in runs:
+        table.add_column(run.name, justify="right")
+    before = [run.evaluations[0].estimates() for run in runs]
+    after = [run.evaluations[-1].estimates() for run in runs]
+    for metric in before[0]:
+        cells = (
+            f"{start[metric].mean:.3f} → {end[metric]}" for start, end in zip(before, after, strict=True)
+        )
+        table.add_row(metric.replace("_", " "), *cells)
+    table.add_row("training tokens/s", *(f"{run.tokens / run.seconds:,.0f}" for run in runs))
+    console = Console()
+    console.print(table)
+    console.print(
+        f"Accuracy: share of pairs with chosen ahead of rejected, a tie counts one half.\n"
+        f"  reward accuracy  by β·(logp − reference logp); before training all are ties\n"
+        f"  logp accuracy    by logp alone, without the reference\n"
+        f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}\n"
+        f"In {args.out}: quickstart.png, metrics.json, model/ (trained with {runs[-1].name})"
+    )
+
+
+def save(runs: Sequence[Run], policy: Policy, args: argparse.Namespace) -> None:
     plot(runs, args.out / "quickstart.png")
     metrics = {
-        "arguments": {
-            name: str(value) if isinstance(value, Path | torch.device) else value
-            for name, value in vars(args).items()
-        },
-        "pairs": {"training": len(train), "held_out": len(held_out)},
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "arguments": vars(args),
+        "versions": {module.__name__: module.__version__ for module in (focalkern, torch, transformers)},
+        "python": platform.python_version(),
         "runs": [describe(run) for run in runs],
         "reward_accuracy_difference": asdict(difference(runs)),
     }
-    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    (args.out / "metrics.json").write_text(json.dumps(metrics, indent=2, default=str), encoding="utf-8")
     policy.model.save_pretrained(args.out / "model")
     policy.tokenizer.save_pretrained(args.out / "model")
-    print(f"In {args.out}: quickstart.png, metrics.json, and model/, the one trained with {runs[-1].name}.")
 
 
 def describe(run: Run) -> dict[str, Any]:
+    held_out = [
+        {"step": evaluation.step}
+        | {metric: asdict(value) for metric, value in evaluation.estimates().items()}
+        for evaluation in run.evaluations
+    ]
     return {
         "name": run.name,
         "gamma": run.gamma,
         "tokens_per_second": run.tokens / run.seconds,
         "training_loss": run.losses,
-        "held_out": [
-            {"step": evaluation.step} | {metric: asdict(getattr(evaluation, metric)) for metric in METRICS}
-            for evaluation in run.evaluations
-        ],
+        "held_out_pairs": len(run.evaluations[0].losses),
+        "held_out": held_out,
     }
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, accuracy, margin = figure.subplots(1, 3)
-    for run, style in zip(runs, ("--", "-"), strict=True):
-        window = max(1, len(run.losses) // 10)
-        smooth = [sum(run.losses[i : i + window]) / window for i in range(len(run.losses) - window + 1)]
-        loss.plot(range(window, len(run.losses) + 1), smooth, style, label=run.name)
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    loss_axes, *metric_axes = figure.subplots(1, 3)
+    window = max(1, len(runs[0].losses) // 10)
+    for run, style in zip(runs, ("--o", "-o"), strict=True):
+        losses = torch.tensor(run.losses).unfold(0, window, 1).mean(-1)
+        loss_axes.plot(range(window, len(run.losses) + 1), losses, style.rstrip("o"), label=run.name)
         steps = [evaluation.step for evaluation in run.evaluations]
-        for axes, metric in ((accuracy, "reward_accuracy"), (margin, "margin")):
-            estimates = [getattr(evaluation, metric) for evaluation in run.evaluations]
-            means = [estimate.mean for estimate in estimates]
-            axes.errorbar(
-                steps,
-                means,
-                [estimate.standard_error for estimate in estimates],
-                fmt=style,
-                capsize=3,
-                label=run.name,
-            )
-    loss.set_title(f"training loss, mean of {window} steps")
-    accuracy.set_title("held-out reward accuracy")
-    margin.set_title("held-out reward margin")
-    for axes in (loss, accuracy, margin):
+        for axes, metric in zip(metric_axes, ("reward_accuracy", "reward_margin"), strict=True):
+            values = [evaluation.estimates()[metric] for evaluation in run.evaluations]
+            means, errors = [value.mean for value in values], [value.standard_error for value in values]
+            axes.errorbar(steps, means, errors, fmt=style, markersize=4, capsize=3, label=run.name)
+            axes.set_title(f"held-out {metric.replace('_', ' ')} ± standard error")
+    loss_axes.set_title(f"training loss, mean of {window} steps")
+    for axes in (loss_axes, *metric_axes):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
         axes.legend()

@@ -6,6 +6,7 @@ Values that live on a GPU are checked there by a device-side assertion, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -85,7 +86,11 @@ def check_objective_options(
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
-    names = (outputs,) if isinstance(outputs, str) else tuple(outputs)  # type: ignore[arg-type]
+    names = (outputs,) if isinstance(outputs, str) else outputs
+    if not isinstance(names, Iterable):
+        choices = ", ".join(map(repr, OUTPUTS))
+        raise TypeError(f"outputs must be names out of {choices}; got {type(outputs).__name__}")
+    names = tuple(names)
     for name in names:
         check_choice("outputs", name, OUTPUTS)
     return names

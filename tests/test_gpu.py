@@ -152,7 +152,7 @@ def test_peak_memory_stays_far_below_the_logits():
     "fault",
     [
         "labels[0, 0] = 40",
-        "options['cu_seqlens'] = torch.tensor([0, 6, 4], device='cuda'); hidden = hidden[0]; labels = labels[0]",
+        "hidden, labels = hidden[0], labels[0]; options['cu_seqlens'] = torch.tensor([0, 6, 4], device='cuda')",
         "labels[1] = -100; loss_fn.length_normalize = True",
     ],
 )
