@@ -75,11 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         highlight=False,
     )
     if about["load_average"] is not None and about["load_average"] > about["cpus"] / 2:
-        console.print(
-            f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs: other work on this machine "
-            "disturbs the times.",
-            highlight=False,
-        )
+        load = f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs"
+        console.print(f"{load}: other work on this machine disturbs the times.", highlight=False)
     comparisons = []
     for name in options.dtype:
         comparison = compare(options, DTYPES[name], console)
@@ -282,7 +279,8 @@ def bare_gemms(batch: Batch) -> list[Callable[[], None]]:
 
     ways = [into_buffer]
     # On a CPU, torch.mm takes fp32 to MKL, which is twice as slow as oneDNN on AMD.
-    if weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    has_onednn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if has_onednn and weight.dtype == torch.float32:
         ways.append(onednn_tiles)
     for warm_up in ways:
         warm_up()

@@ -364,7 +364,7 @@ def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **o
 
 
 def encode_text(text: str, tokenizer: Any, end: bool = False) -> list[int]:
-    """As the tokenizer writes plain text, with no second BOS; with EOS at the `end`, so that it is learned."""
+    """Plain text as the tokenizer writes it, but with no second BOS; on request EOS, which is scored too."""
     if tokenizer.eos_token_id is None:
         raise DataError("the model's tokenizer has no EOS token")
     ids = tokenizer(text)["input_ids"]

@@ -20,11 +20,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import focalkern
 import torch
 import transformers
-from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
 from matplotlib.figure import Figure
+from preference_data import (
+    IGNORE_INDEX,
+    Batch,
+    DataError,
+    Pair,
+    PreferenceSet,
+    docstring_pairs,
+    encode_pairs,
+    read_pairs,
+    split_pairs,
+)
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -41,17 +50,8 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from preference_data import (
-    IGNORE_INDEX,
-    Batch,
-    DataError,
-    Pair,
-    PreferenceSet,
-    docstring_pairs,
-    encode_pairs,
-    read_pairs,
-    split_pairs,
-)
+import focalkern
+from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
 
 HELD_OUT = 1000  # pairs, but no more than a sixth of all
 EVALUATIONS = 8  # on the held-out pairs, over the course of a training run
@@ -96,43 +96,22 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    small, given = SMALL_MODEL, GIVEN_MODEL
-    parser = argparse.ArgumentParser(
-        description="Preference training, FocalPO beside DPO from the same start."
-    )
+    parser = argparse.ArgumentParser(description="Preference training: FocalPO beside DPO.")
     add = parser.add_argument
     add("--data", type=Path, metavar="JSONL", help="pairs in TRL's format; default: docstrings")
-    add(
-        "--model", metavar="PATH_OR_ID", help="a causal LM, trained whole and in fp32; default: a small Llama"
-    )
-    add(
-        "--out",
-        type=Path,
-        default=Path("runs/quickstart"),
-        help="folder of the results; default: %(default)s",
-    )
+    add("--model", metavar="PATH_OR_ID", help="trained whole and in fp32; default: a small Llama")
+    add("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
     add("--sft-steps", type=at_least(0), help="before the preferences; default: one pass, with --model 0")
     add("--steps", type=at_least(1), help="of preference training, per method; default: one pass")
-    add(
-        "--batch-size",
-        type=at_least(1),
-        help=f"pairs; default: {small['batch_size']}, with --model {given['batch_size']}",
-    )
-    add(
-        "--lr", type=float, help=f"of preference training; default: {small['lr']}, with --model {given['lr']}"
-    )
-    add("--beta", type=float, help=f"default: {small['beta']}, with --model {given['beta']}")
+    add("--batch-size", type=at_least(1), help=f"in pairs; {default_help('batch_size')}")
+    add("--lr", type=float, help=f"of preference training; {default_help('lr')}")
+    add("--beta", type=float, help=default_help("beta"))
     add("--gamma", type=float, default=0.05, help="of FocalPO; default: %(default)s")
-    add(
-        "--max-length",
-        type=at_least(2),
-        default=512,
-        help="tokens; longer pairs are left out; default: %(default)s",
-    )
+    add("--max-length", type=at_least(2), default=512, help="in tokens; default: %(default)s")
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     args = parser.parse_args(arguments)
-    for name, default in (given if args.model else small).items():
+    for name, default in (GIVEN_MODEL if args.model else SMALL_MODEL).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
     try:
@@ -140,6 +119,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     return args
+
+
+def default_help(name: str) -> str:
+    return f"default: {SMALL_MODEL[name]}, with --model {GIVEN_MODEL[name]}"
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -174,7 +157,8 @@ class Policy:
 
     def hidden(self, batch: Batch) -> torch.Tensor:  # [S, T, H]
         # `base_model` is `model.model` of a Llama, whatever the architecture calls it.
-        return self.model.base_model(input_ids=batch.ids, attention_mask=batch.mask).last_hidden_state
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "use_cache": False}
+        return self.model.base_model(**inputs).last_hidden_state
 
     def logps(self, batch: Batch) -> torch.Tensor:  # [S, T-1], 0 where a token is not scored
         hidden = self.hidden(batch)
@@ -184,7 +168,7 @@ class Policy:
 
     @torch.no_grad()
     def check(self, batch: Batch) -> None:
-        """Refuse a model that does to its logits what `logit_options` does not know: its log-probs would be wrong."""
+        """Refuse a model that does more to its logits than `logit_options` says."""
         logits = self.model(input_ids=batch.ids, attention_mask=batch.mask).logits[:, :-1].float()
         targets = batch.labels[:, 1:]
         logps = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
@@ -282,7 +266,7 @@ def sequence_logps(policy: Policy, data: PreferenceSet) -> torch.Tensor:  # [2, 
 def preference_loss(
     policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
 ) -> FocalPOOutput:
-    """Loss of some of the pairs; the fused loss takes the place of logits, log-softmax, sums and objective."""
+    """Loss of some of the pairs: from hidden states and head, where a plain loss would start from logits."""
     batch = data.batch(indices)
     return loss_fn(
         policy.hidden(batch),
@@ -351,7 +335,11 @@ class Estimate:
         return cls(values.mean().item(), spread / math.sqrt(len(values)))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.standard_error:.3f}"
+        return f"{decimals(self.mean)} ± {decimals(self.standard_error)}"
+
+
+def decimals(number: float) -> str:
+    return f"{round(number, 3) + 0.0:.3f}"  # + 0.0: no "-0.000"
 
 
 @dataclass(frozen=True)
@@ -385,7 +373,7 @@ class Run:
 
 
 def wins(margins: torch.Tensor) -> torch.Tensor:
-    """1 where chosen is ahead, 0 where rejected is, one half where they are level, as all rewards are at first."""
+    """1 where chosen is ahead, 0 where rejected is, one half where they are level, as all rewards begin."""
     return torch.where(margins.abs() < TIE, 0.5, (margins > 0).double())
 
 
@@ -401,7 +389,7 @@ def evaluate(step: int, policy: Policy, loss_fn: FusedFocalPOLoss, data: Prefere
 
 
 def difference(runs: Sequence[Run]) -> Estimate:
-    """Reward accuracy of the last run minus that of the first, pair by pair: what is luck for both cancels."""
+    """Reward accuracy of the last run minus that of the first; by pairs, so that common luck cancels."""
     first, last = (wins(run.evaluations[-1].reward_margins) for run in (runs[0], runs[-1]))
     return Estimate.of(last - first)
 
@@ -419,19 +407,17 @@ def show(runs: Sequence[Run], args: argparse.Namespace) -> None:
     after = [run.evaluations[-1].estimates() for run in runs]
     for metric in before[0]:
         cells = (
-            f"{start[metric].mean:.3f} → {end[metric]}" for start, end in zip(before, after, strict=True)
+            f"{decimals(start[metric].mean)} → {end[metric]}"
+            for start, end in zip(before, after, strict=True)
         )
         table.add_row(metric.replace("_", " "), *cells)
     table.add_row("training tokens/s", *(f"{run.tokens / run.seconds:,.0f}" for run in runs))
-    console = Console()
-    console.print(table)
-    console.print(
-        f"Accuracy: share of pairs with chosen ahead of rejected, a tie counts one half.\n"
-        f"  reward accuracy  by β·(logp − reference logp); before training all are ties\n"
-        f"  logp accuracy    by logp alone, without the reference\n"
-        f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}\n"
-        f"In {args.out}: quickstart.png, metrics.json, model/ (trained with {runs[-1].name})"
-    )
+    Console().print(table)
+    print("Accuracy: share of pairs with chosen ahead of rejected, a tie counts one half.")
+    print("  reward accuracy: by β·(logp − reference logp); before training all are ties")
+    print("  logp accuracy: by logp alone, without the reference")
+    print(f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}")
+    print(f"In {args.out}: quickstart.png, metrics.json, model/ (trained with {runs[-1].name})")
 
 
 def save(runs: Sequence[Run], policy: Policy, args: argparse.Namespace) -> None:

@@ -20,8 +20,16 @@ from benchmarks.peers import BETA, Peer, all_peers, dpo_loss, load_eager
 
 SCRIPT = Path(throughput.__file__)
 TINY = ["--device", "cpu", "--hidden", "48", "--vocab", "1000", "--tokens", "64", "--pairs", "2"]
+TINY += ["--threads", "1"]
 QUICK = [*TINY, "--dtype", "fp32", "--repeats", "2", "--no-memory"]
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 def run(arguments: list[str], tmp_path: Path) -> tuple[int, dict]:
@@ -78,8 +86,10 @@ def test_ratio_to_trl_is_printed_and_follows_from_the_medians(tmp_path, capsys):
     assert line in capsys.readouterr().out
 
 
-def test_frozen_head_has_no_weight_gradient(tmp_path):
-    status, result = run([*QUICK, "--only", "torch", "eager", "--frozen-head"], tmp_path)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_frozen_head_has_no_weight_gradient(dtype, tmp_path):
+    run_options = ["--dtype", dtype, "--repeats", "1", "--no-memory", "--only", "torch", "eager"]
+    status, result = run([*TINY, *run_options, "--frozen-head"], tmp_path)
     assert status == 0
     for row in result["comparisons"][0]["rows"]:
         assert row["status"] == "ok" and row["errors"]["dweight"] is None and row["errors"]["dhidden"] > 0
