@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -472,4 +473,5 @@ def plot(runs: Sequence[Run], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # where a terminal has no γ
     main()

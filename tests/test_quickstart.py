@@ -1,4 +1,4 @@
-"""The quickstart end to end: it trains, reports what is so, and takes the user's data and model or refuses."""
+"""The quickstart end to end: trains, reports what is so, takes the user's data and model or refuses."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     LlamaConfig,
@@ -211,6 +213,20 @@ def test_conversations_and_a_model_without_chat_template_are_refused(chat_data, 
     assert not out.exists()
 
 
+def test_a_model_with_an_unknown_transform_of_its_logits_is_refused(plain_data, model_dir, out, monkeypatch):
+    forward = LlamaForCausalLM.forward
+
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 50 * output.logits
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    with pytest.raises(SystemExit, match="LlamaForCausalLM is not supported"):
+        run(out, "--data", plain_data, "--model", model_dir)
+    assert not out.exists()
+
+
 def test_pairs_left_out_are_counted(tmp_path, out, capsys):
     long = [{**record, "chosen": record["chosen"] * 40} for record in RECORDS[:8]]  # all of one prompt
     data = write_jsonl(tmp_path / "long.jsonl", long + RECORDS[8:])
@@ -249,6 +265,7 @@ MODELS = {
     ),
     "cohere": (CohereForCausalLM, CohereConfig(vocab_size=300, logit_scale=0.25, **TINY)),
     "granite": (GraniteForCausalLM, GraniteConfig(vocab_size=300, logits_scaling=4.0, **TINY)),
+    "gpt2": (GPT2LMHeadModel, GPT2Config(vocab_size=300, n_embd=32, n_layer=1, n_head=2, n_positions=64)),
     "phi": (PhiForCausalLM, PhiConfig(vocab_size=300, **TINY)),  # a head with bias
 }
 
@@ -284,7 +301,7 @@ def test_the_log_probs_are_those_of_the_models_own_logits(policy):
 
 
 @pytest.mark.parametrize("policy", ["gemma2", "cohere", "granite"], indirect=True)
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused(policy):
+def test_a_transform_that_is_not_taken_into_account_is_noticed(policy):
     policy.logit_options = {"softcap": None, "logit_scale": 1.0}
     with pytest.raises(DataError, match="ForCausalLM is not supported"):
         policy.check(PAIRS.batch([0, 1]))
