@@ -5,6 +5,9 @@ RUN := $(VENV)/bin/python
 # The tests of what runs on Triton kernels: a second time under the interpreter, which shows the kernels on the CPU.
 KERNEL_TESTS := tests/test_gradients.py tests/test_linear_logps.py tests/test_loss.py tests/test_numerics.py
 
+# Where other processes want the cores too, threads that spin at every barrier cost several times the work.
+export OMP_WAIT_POLICY := PASSIVE
+
 .PHONY: demo test lint clean
 
 demo: $(VENV)/ready
@@ -24,11 +27,13 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-$(VENV)/ready: setup.py constraints.txt
+$(VENV)/ready: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 		{ echo "focalkern needs Python 3.10 or later: make PYTHON=python3.12 ..."; exit 1; }
-	@$(PYTHON) -m venv $(VENV) || \
-		{ echo "Could not make a virtual environment; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@# Debian's python3 comes without ensurepip: then the pip beside it, if any, installs one.
+	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 || \
+		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install --quiet pip; } || \
+		{ echo "Could not make a virtual environment with pip; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
 	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
 	@touch $@

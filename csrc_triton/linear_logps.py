@@ -151,6 +151,10 @@ def linear_logps_fwd_kernel(
     tl.store(block_lse_ptr + o_out, b_shift + b_log_sum, mask=m_out)
 
     if HAS_STATS:
+        # One plane after the other: 3·n·NB need not fit an int32.
+        entropy_plane_ptr = stats_ptr + stats_plane
+        log_sum_sq_plane_ptr = entropy_plane_ptr + stats_plane
+        sum_z_plane_ptr = log_sum_sq_plane_ptr + stats_plane
         # The label is the top-1 if it is above all before it and at least equal to all after it. In its own
         # block that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
         b_own_z = b_target_z[:, None]
@@ -162,11 +166,11 @@ def linear_logps_fwd_kernel(
         # Entropy and log Σp² within the block do not change when all logits are shifted.
         b_weighted = b_exp * tl.where(b_exp > 0.0, b_rest - b_shift[:, :, None], 0.0)
         b_entropy = b_log_sum - tl.sum(b_weighted, axis=2) / b_sum
-        tl.store(stats_ptr + stats_plane + o_out, b_entropy, mask=m_out)
+        tl.store(entropy_plane_ptr + o_out, b_entropy, mask=m_out)
         b_log_sum_sq = tl.log(tl.sum(b_exp * b_exp, axis=2)) - 2.0 * b_log_sum
-        tl.store(stats_ptr + 2 * stats_plane + o_out, b_log_sum_sq, mask=m_out)
+        tl.store(log_sum_sq_plane_ptr + o_out, b_log_sum_sq, mask=m_out)
         b_all = tl.reshape(tl.where((o_v < V)[None, :], b_z, 0.0), [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK])
-        tl.store(stats_ptr + 3 * stats_plane + o_out, tl.sum(b_all, axis=2) + b_poison[:, None], mask=m_out)
+        tl.store(sum_z_plane_ptr + o_out, tl.sum(b_all, axis=2) + b_poison[:, None], mask=m_out)
 
 
 @triton.jit
@@ -212,22 +216,25 @@ def linear_logps_reduce_kernel(
     tl.store(logps_ptr + i_out, logp)
 
     if HAS_STATS:
+        entropy_plane_ptr = stats_ptr + stats_plane
+        log_sum_sq_plane_ptr = entropy_plane_ptr + stats_plane
+        sum_z_plane_ptr = log_sum_sq_plane_ptr + stats_plane
         b_log_p = b_lse - lse
         # The label counts as a block of its own, of entropy 0.
-        b_entropy = tl.load(stats_ptr + stats_plane + i_row * NB + o_b, mask=m_b, other=0.0)
+        b_entropy = tl.load(entropy_plane_ptr + i_row * NB + o_b, mask=m_b, other=0.0)
         b_terms = tl.exp(b_log_p) * tl.where(b_log_p == -float("inf"), 0.0, b_entropy - b_log_p)
         own_entropy = -tl.exp(logp) * tl.where(logp == -float("inf"), 0.0, logp)
         tl.store(entropy_ptr + i_out, tl.sum(b_terms, axis=0) + own_entropy)
 
-        b_sum_z = tl.load(stats_ptr + 3 * stats_plane + i_row * NB + o_b, mask=m_b, other=0.0)
+        b_sum_z = tl.load(sum_z_plane_ptr + i_row * NB + o_b, mask=m_b, other=0.0)
         tl.store(mean_logits_ptr + i_out, tl.sum(b_sum_z, axis=0) / V)
 
         b_max = tl.load(stats_ptr + i_row * NB + o_b, mask=m_b, other=-float("inf"))
-        own_block = tl.load(targets_ptr + i_row) // 128
+        own_block = tl.load(targets_ptr + i_row) // VOCAB_BLOCK
         b_wins = tl.where(o_b < own_block, target_z > b_max, target_z >= b_max) | ~m_b
         tl.store(is_top1_ptr + i_out, tl.min(b_wins.to(tl.int32), axis=0).to(tl.int8))
 
-        b_log_sum_sq = tl.load(stats_ptr + 2 * stats_plane + i_row * NB + o_b, mask=m_b, other=0.0)
+        b_log_sum_sq = tl.load(log_sum_sq_plane_ptr + i_row * NB + o_b, mask=m_b, other=0.0)
         b_log_sum_sq = tl.where(b_log_p == -float("inf"), -float("inf"), b_log_sum_sq + 2.0 * b_log_p)
         high_sq = tl.maximum(tl.max(b_log_sum_sq, axis=0), 2.0 * logp)
         sum_sq = tl.sum(tl.exp(b_log_sum_sq - high_sq), axis=0) + tl.exp(2.0 * logp - high_sq)

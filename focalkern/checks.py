@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 import torch
 
@@ -28,10 +29,11 @@ def check_number(
     name: str, value: object, low: float = -math.inf, high: float = math.inf, exclude_low: bool = False
 ) -> None:
     """A finite real number in [low, high], or in (low, high] with `exclude_low`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
-    too_low = value <= low if exclude_low else value < low
-    if not math.isfinite(value) or too_low or value > high:
+    number = float(value)
+    too_low = number <= low if exclude_low else number < low
+    if not math.isfinite(number) or too_low or number > high:
         bounds = [f"{'>' if exclude_low else '>='} {low:g}"] if low > -math.inf else []
         bounds += [f"<= {high:g}"] if high < math.inf else []
         raise ValueError(
@@ -54,7 +56,7 @@ def check_head_options(
     backend: object,
 ) -> None:
     """The options that `linear_logps` and `FusedFocalPOLoss` share."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
         raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__} {ignore_index!r}")
     check_number("temperature", temperature, low=0.0, exclude_low=True)
     if softcap is not None:

@@ -68,7 +68,8 @@ def linear_logps(
 
     Raises:
         ValueError, TypeError: naming the argument. A label out of range on CUDA fails the step with a
-            device-side assertion instead, as no step waits for the device.
+            device-side assertion instead:
+            with the Triton backend no step waits for the device.
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     checks.check_flag("shift", shift)
@@ -124,6 +125,7 @@ def head_logps(
     rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=backend.EXACT_ROW_COUNT)
     dropped = None if exact else DroppedMass.pending(labels.shape, labels.device)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    bias = None if bias is None else bias.contiguous()
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
         for x in LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, backend)

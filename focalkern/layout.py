@@ -51,7 +51,7 @@ def aligned_labels(
     # An empty sequence repeats its predecessor's end; at the very start that is -1, the end of the last
     # sequence.
     ends = (cu_seqlens[1:].long() - 1) % labels.numel()
-    return torch.roll(labels, -1).index_fill(0, ends, ignore_index)
+    return torch.roll(labels.long(), -1).index_fill(0, ends, ignore_index)
 
 
 def pick_rows(
@@ -95,6 +95,6 @@ def sequence_ranges(
         count, length = labels.shape
         offsets = torch.arange(count + 1, device=labels.device) * length
         return Sequences(offsets, keep.sum(-1))
-    offsets = cu_seqlens.long()
+    offsets = cu_seqlens.long().contiguous()
     running = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
     return Sequences(offsets, running[offsets[1:]] - running[offsets[:-1]])

@@ -34,6 +34,7 @@ GEMM_KERNELS = ("fwd", "dz", "dweight", "dhidden")
 
 VARIANTS = {
     "plain": {},
+    "vocabulary not a multiple of 16": {"vocab_size": 50257},
     "softcap, bias, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100},
     "outputs and entropy gradient": {"outputs": True},
     "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": True},

@@ -68,28 +68,37 @@ def test_both_backends_agree(dtype, options):
         assert relative_error(triton_value, torch_value) <= 4 * torch.finfo(dtype).eps + 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_more_than_2_to_the_31_logits(dtype):
-    """N·V = 2^31 + 2^20: row × stride must not be formed in 32 bits, in statistics, dz or gradients."""
-    n, vocab_size, hidden_size = 2**14 + 8, 2**17, 64
-    assert n * vocab_size > 2**31
+def last_rows_against_float64(hidden, weight, labels, last=8):
+    """Log-probs and dhidden of the last rows, when each log-prob has gradient 1."""
+    rows = hidden[-last:].detach().double().requires_grad_()
+    z = torch.cat([rows @ block.double().T for block in weight.detach().split(2**14)], dim=-1)
+    logps = z.log_softmax(-1).gather(-1, labels[-last:, None]).squeeze(-1)
+    (dhidden,) = torch.autograd.grad(logps.sum(), rows)
+    return logps.detach(), dhidden
+
+
+@pytest.mark.parametrize(
+    ("n", "vocab_size", "hidden_size"),
+    [(2**20 + 8, 2**18 + 256, 64), (64, 2**18 + 256, 2**13)],
+    ids=["block statistics [n, V/128]", "weight and dweight [V, H]"],
+)
+def test_tensors_of_more_than_2_to_the_31_elements(n, vocab_size, hidden_size):
+    """Row × stride must not be formed in 32 bits: the last rows and columns would land elsewhere."""
+    assert max(n * (vocab_size // 128), vocab_size * hidden_size) > 2**31
     generator = torch.Generator("cuda").manual_seed(0)
-    hidden = torch.randn(n, hidden_size, device="cuda", generator=generator).to(dtype).requires_grad_()
-    weight = (
-        torch.randn(vocab_size, hidden_size, device="cuda", generator=generator).to(dtype).requires_grad_()
-    )
-    labels = torch.randint(vocab_size, (n,), device="cuda", generator=generator)
-    result = linear_logps(hidden, weight, labels, backend="triton", outputs=("entropy",))
+    options = {"device": "cuda", "generator": generator, "dtype": torch.bfloat16}
+    hidden = torch.randn(n, hidden_size, **options).requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size, **options) / hidden_size**0.5).requires_grad_()
+    labels = torch.randint(vocab_size - 100, vocab_size, (n,), device="cuda", generator=generator)
+    result = linear_logps(hidden, weight, labels, backend="triton")
     result.logps.sum().backward()
 
-    last = slice(n - 8, n)
-    rows = [x.detach().double().requires_grad_() for x in (hidden[last], weight)]
-    exact = reference.linear_logps(*rows, labels[last])
-    exact["logps"].sum().backward()
-    assert relative_error(result.logps[last], exact["logps"]) < 1e-5
-    assert relative_error(result.entropy[last], exact["entropy"]) < 1e-4
-    # dz and dhidden are rounded to bf16 once each.
-    assert relative_error(hidden.grad[last], rows[0].grad) < 2 * torch.finfo(dtype).eps
+    logps, dhidden = last_rows_against_float64(hidden, weight, labels)
+    # fp32 sums of 2^13 products; dz and dhidden rounded to bf16 once each.
+    assert relative_error(result.logps[-8:], logps) < 1e-5
+    assert relative_error(hidden.grad[-8:], dhidden) < 2 * torch.finfo(torch.bfloat16).eps
+    # Only the last 100 entries are labels, and each label's row of dweight is large.
+    assert weight.grad[-100:].float().norm() > weight.grad[:100].float().norm()
 
 
 def test_hidden_of_more_than_2_to_the_31_elements():
@@ -152,7 +161,7 @@ def test_peak_memory_stays_far_below_the_logits():
     "fault",
     [
         "labels[0, 0] = 40",
-        "hidden, labels = hidden[0], labels[0]; options['cu_seqlens'] = torch.tensor([0, 6, 4], device='cuda')",
+        "hidden, labels = hidden[0], labels[0]; options = {'cu_seqlens': torch.tensor([0, 6, 4]).cuda()}",
         "labels[1] = -100; loss_fn.length_normalize = True",
     ],
 )

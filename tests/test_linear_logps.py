@@ -391,6 +391,32 @@ def test_non_contiguous_inputs_give_the_same(name, layout, dtype, backend):
     assert_gradients_match(actual, head, head.grad)
 
 
+def test_non_contiguous_bias_gives_the_same(backend):
+    head = Head(1, 12, has_bias=True)
+    expected = run(head, backend, outputs=OUTPUTS)
+    head.bias = torch.stack([head.bias, torch.full_like(head.bias, math.nan)], dim=-1)[:, 0]
+    assert not head.bias.is_contiguous()
+    actual = run(head, backend, outputs=OUTPUTS)
+    for name in ("logps", *OUTPUTS):
+        assert torch.equal(getattr(actual, name), getattr(expected, name)), name
+
+
+def test_default_dtype_changes_nothing(backend):
+    """Models are often made under a bf16 default; the sums must stay in fp32 all the same."""
+    # More vocabulary than one chunk of either backend's backward holds.
+    head = Head(1, 5, hidden_size=16, vocab_size=4500)
+    results = []
+    for default in (torch.float32, torch.bfloat16):
+        leaves = [x.detach().requires_grad_() for x in (head.hidden, head.weight)]
+        torch.set_default_dtype(default)
+        try:
+            result = run(head, backend, leaves, outputs=OUTPUTS)
+            results.append([result.logps, result.entropy, *gradients(result.logps, head.grad, leaves)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # Which gradients come back
 
 

@@ -5,7 +5,9 @@ Gradients over random problems are in `test_gradients.py`, the objective's numer
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -534,10 +536,29 @@ def test_presets_take_the_options_of_the_class(preset):
     assert (loss_fn.gamma, loss_fn.modulation, loss_fn.softcap) == (0.05, "focal", 30.0)
 
 
-def test_state_dict_restores_a_loss():
-    loss_fn = FusedFocalPOLoss()
-    FusedFocalPOLoss().load_state_dict(loss_fn.state_dict())
-    assert not list(loss_fn.parameters())
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
+)
+def test_a_copy_of_the_loss_computes_the_same(copied, backend):
+    batch = Batch()
+    loss_fn = FusedFocalPOLoss(gamma=0.5, margin=0.3, softcap=4.0, backend=backend)
+    first, second = (
+        f(batch.hidden, batch.weight, batch.labels, **batch.refs).losses for f in (loss_fn, copied(loss_fn))
+    )
+    assert torch.equal(first, second)
+
+
+def test_strided_cu_seqlens_give_the_same(backend):
+    batch = Batch()
+    hidden, labels, cu_seqlens = batch.packed()
+    loss_fn = FusedFocalPOLoss(backend=backend)
+    strided = cu_seqlens.repeat_interleave(2)[::2]
+    assert not strided.is_contiguous()
+    first, second = (
+        loss_fn(hidden, batch.weight, labels, cu_seqlens=x, **batch.refs).losses
+        for x in (cu_seqlens, strided)
+    )
+    assert torch.equal(first, second)
 
 
 def test_repr_shows_what_was_configured():

@@ -145,6 +145,8 @@ def _why_not_triton(hidden: torch.Tensor) -> str | None:
         if hidden.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
         return f"needs hidden on a CUDA device; got {hidden.device}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(hidden.device) < _MIN_CAPABILITY:
+    if torch.version.hip is not None:
+        return "has no launch configuration for AMD GPUs"
+    if torch.cuda.get_device_capability(hidden.device) < _MIN_CAPABILITY:
         return "needs a GPU of compute capability 8.0 or later"
     return None

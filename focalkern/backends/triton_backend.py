@@ -20,12 +20,11 @@ from focalkern.layout import Rows, Sequences
 
 EXACT_ROW_COUNT = False
 
-# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows). Each chunk
-# reads and writes the fp32 partial sums of dhidden once, which costs about 160/chunk of the backward on an
-# A100 or H200.
+# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
+# `_MAX_DZ_BYTES` for up to a million rows. Each chunk reads and writes the fp32 partial sums of dhidden once:
+# by count of bytes and operations, about 160/chunk of the backward on an A100 or H200.
 _VOCAB_CHUNK = 4096
-_MAX_DZ_BYTES = 128 * 2**20
-_MIN_VOCAB_CHUNK = 2048
+_MAX_DZ_BYTES = 256 * 2**20
 
 _MODULATIONS = {"focalpo": 0, "inverse": 1, "focal": 2}
 
@@ -86,7 +85,7 @@ def head_forward(
                 HAS_SOFTCAP=transform.softcap is not None,
                 HAS_STATS=stats is not None,
                 EVEN_H=hidden.shape[1] % config.block_k == 0,
-                **_tile_options(config, "BLOCK_V"),
+                **_tile_options(config, "BLOCK_V", hidden.dtype),
             )
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
@@ -148,13 +147,14 @@ def head_backward(
     dhidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
     dweight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
     dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
-    grad_logps = torch.zeros(rows.output_shape.numel(), device=device) if grad_logps is None else grad_logps
+    if grad_logps is None:
+        grad_logps = torch.zeros(rows.output_shape.numel(), dtype=torch.float32, device=device)
     grad_logps = grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
 
     chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
     dz = torch.empty((n, chunk), dtype=dtype, device=device)
-    partial = None if dhidden is None else torch.empty((n, hidden_size), device=device)
+    partial = None if dhidden is None else torch.empty((n, hidden_size), dtype=torch.float32, device=device)
     dz_config = _config("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
     dweight_config, dhidden_config = _config("bwd_dweight", hidden), _config("bwd_dhidden", hidden)
 
@@ -189,7 +189,7 @@ def head_backward(
                     HAS_SOFTCAP=transform.softcap is not None,
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
                     EVEN_H=hidden_size % dz_config.block_k == 0,
-                    **_tile_options(dz_config, "BLOCK_V"),
+                    **_tile_options(dz_config, "BLOCK_V", dtype),
                 )
             if dweight is not None:
                 kernels.linear_logps_bwd_dweight_kernel[_grid(dweight_config, size, hidden_size)](
@@ -203,7 +203,7 @@ def head_backward(
                     chunk,
                     hidden_size,
                     hidden.stride(0),
-                    **_tile_options(dweight_config, "BLOCK_N"),
+                    **_tile_options(dweight_config, "BLOCK_N", dtype),
                 )
             if dbias is not None:
                 kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
@@ -223,7 +223,7 @@ def head_backward(
                     vocab_size,
                     hidden_size,
                     weight.stride(0),
-                    **_tile_options(dhidden_config, "BLOCK_N"),
+                    **_tile_options(dhidden_config, "BLOCK_N", dtype),
                 )
     return dhidden, dweight, dbias
 
@@ -279,7 +279,7 @@ def _scales(transform: LogitTransform) -> tuple[float, float]:
 
 def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
     fitting = _MAX_DZ_BYTES // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
-    chunk = min(max(fitting, _MIN_VOCAB_CHUNK), _VOCAB_CHUNK)
+    chunk = min(max(fitting, VOCAB_BLOCK), _VOCAB_CHUNK)
     return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
 
 
@@ -302,9 +302,9 @@ def _grid(config: Launch, m: int, n: int) -> tuple[int]:
     return (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
 
 
-def _tile_options(config: Launch, block_n: str) -> dict[str, object]:
+def _tile_options(config: Launch, block_n: str, dtype: torch.dtype) -> dict[str, object]:
     return {
-        "PRECISION": _precision(),
+        "PRECISION": _precision(dtype),
         "BLOCK_M": config.block_m,
         block_n: config.block_n,
         "BLOCK_K": config.block_k,
@@ -314,9 +314,15 @@ def _tile_options(config: Launch, block_n: str) -> dict[str, object]:
     }
 
 
-def _precision() -> str:
-    # As torch.matmul does for fp32: full precision unless the user chose otherwise. No effect on fp16 and
-    # bf16.
+def _precision(dtype: torch.dtype) -> str:
+    """As torch.matmul multiplies on CUDA: fp32 in full unless the user chose tf32; 16 bits know no choice."""
+    if dtype != torch.float32:
+        return "ieee"
+    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        # Since torch 2.9. It follows the older setting, whose getter raises once this one has been used.
+        chosen = torch.backends.cuda.matmul.fp32_precision
+        chosen = torch.backends.fp32_precision if chosen == "none" else chosen  # type: ignore[attr-defined]
+        return "tf32" if chosen == "tf32" else "ieee"
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
