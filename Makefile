@@ -34,8 +34,10 @@ $(VENV)/ready: setup.py pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(VENV) > /dev/null 2>&1 || \
 		{ $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(RUN) install --quiet pip; } || \
 		{ echo "Could not make a virtual environment with pip; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@echo "Setting up $(VENV): about 2 GB with PyTorch for CPUs, more with CUDA."
 	$(RUN) -m pip install --quiet --constraint constraints.txt torch==2.13.0
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	@# compat: a plain path, so that a script beside the checkout does not take the checkout for the package.
+	$(RUN) -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[test]"
 	@touch $@
 
 clean:

@@ -76,6 +76,9 @@ def run(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     pairs = read_pairs(args.data) if args.data else docstring_pairs(args.seed)
     train_pairs, held_out_pairs = split_pairs(pairs, min(HELD_OUT, math.ceil(len(pairs) / 6)), args.seed)
+    example = train_pairs[0]
+    print(f"A pair of {len(pairs)}:\n  prompt    {example.prompt!r}")
+    print(f"  chosen    {example.chosen!r}\n  rejected  {example.rejected!r}")
     policy = load_policy(args) if args.model else small_policy(train_pairs, args)
     train = encode("training", train_pairs, policy, args)
     held_out = encode("held-out", held_out_pairs, policy, args)
@@ -99,11 +102,20 @@ def run(args: argparse.Namespace) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Preference training: FocalPO beside DPO.")
     add = parser.add_argument
-    add("--data", type=Path, metavar="JSONL", help="pairs in TRL's format; default: docstrings")
+    add(
+        "--data",
+        type=Path,
+        metavar="JSONL",
+        help="lines of prompt, chosen, rejected, as TRL has them; default: docstrings",
+    )
     add("--model", metavar="PATH_OR_ID", help="trained whole and in fp32; default: a small Llama")
     add("--out", type=Path, default=Path("runs/quickstart"), help="default: %(default)s")
-    add("--sft-steps", type=at_least(0), help="before the preferences; default: one pass, with --model 0")
-    add("--steps", type=at_least(1), help="of preference training, per method; default: one pass")
+    add(
+        "--sft-steps",
+        type=at_least(0),
+        help="steps of supervised fine-tuning before; default: one pass, none with --model",
+    )
+    add("--steps", type=at_least(1), help="preference training steps per method; default: one pass")
     add("--batch-size", type=at_least(1), help=f"in pairs; {default_help('batch_size')}")
     add("--lr", type=float, help=f"of preference training; {default_help('lr')}")
     add("--beta", type=float, help=default_help("beta"))
@@ -417,6 +429,7 @@ def show(runs: Sequence[Run], args: argparse.Namespace) -> None:
     print("Accuracy: share of pairs with chosen ahead of rejected, a tie counts one half.")
     print("  reward accuracy: by β·(logp − reference logp); before training all are ties")
     print("  logp accuracy: by logp alone, without the reference")
+    print("The two losses are different functions of the same rewards: compare the other rows.")
     print(f"{runs[-1].name} − {runs[0].name}, reward accuracy pair by pair: {difference(runs)}")
     print(f"In {args.out}: quickstart.png, metrics.json, model/ (trained with {runs[-1].name})")
 
