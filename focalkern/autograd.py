@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from focalkern.backends import Backend, HeadForward, LogitTransform, PairForward, PairObjective
-from focalkern.layout import Rows, Sequences
+from focalkern.layout import Rows, Sequences, sequence_of_output
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,4 @@ class PairLossFunction(torch.autograd.Function):
     def backward(ctx, grad_losses, *_):
         grad_logps, offsets = ctx.saved_tensors
         per_sequence = grad_logps * grad_losses.repeat(2)
-        position = torch.arange(ctx.output_count, device=offsets.device)
-        sequence = torch.searchsorted(offsets[1:], position, right=True)
-        return per_sequence[sequence], None, None, None, None
+        return per_sequence[sequence_of_output(offsets, ctx.output_count)], None, None, None, None

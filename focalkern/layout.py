@@ -31,6 +31,12 @@ class Sequences:
     lengths: torch.Tensor  # [2B] int64, completion tokens
 
 
+def sequence_of_output(offsets: torch.Tensor, outputs: int) -> torch.Tensor:  # [outputs] int64
+    """The sequence that each position of the flattened output belongs to."""
+    position = torch.arange(outputs, device=offsets.device)
+    return torch.searchsorted(offsets[1:], position, right=True)
+
+
 def aligned_labels(
     labels: torch.Tensor,  # [N], [S, T]
     ignore_index: int,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
-from focalkern.layout import Rows, Sequences
+from focalkern.layout import Rows, Sequences, sequence_of_output
 from focalkern.objective import pair_loss, sequence_scores
 
 EXACT_ROW_COUNT = True
@@ -307,8 +307,7 @@ def _nonfinite_to_nan(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
 
 def _sequence_sums(logps: torch.Tensor, sequences: Sequences) -> torch.Tensor:
     count = sequences.lengths.numel()
-    position = torch.arange(logps.numel(), device=logps.device)
-    sequence = torch.searchsorted(sequences.offsets[1:], position, right=True)
+    sequence = sequence_of_output(sequences.offsets, logps.numel())
     # One after the other in fp32 would lose digits over thousands of tokens.
     accumulate = torch.float32 if logps.device.type == "mps" else torch.float64
     sums = torch.zeros(count, dtype=accumulate, device=logps.device)
