@@ -80,6 +80,9 @@ def head_backward(
     dh = torch.zeros_like(h) if needs_hidden else None
     g = h.new_zeros(h.shape[0]) if grad_logps is None else grad_logps[rows.output_index].to(dtype)
     target_dz = g * one_minus_p
+    row_entropy = e = None
+    if grad_entropy is not None and entropy is not None:
+        row_entropy, e = entropy[rows.output_index][:, None], grad_entropy[rows.output_index][:, None]
     head = _Logits(h, is_fp32=hidden.dtype == torch.float32)
 
     for start, end in _vocab_chunks(vocab_size, h.shape[0]):
@@ -87,10 +90,9 @@ def head_backward(
         z, slope = _transform(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
         p = z.sub_(lse[:, None]).exp_()
         dz_entropy = None
-        if grad_entropy is not None and entropy is not None:
+        if e is not None and row_entropy is not None:
             # d entropy / dz_v = −p_v (log p_v + entropy)
-            row_entropy, e = entropy[rows.output_index], grad_entropy[rows.output_index]
-            dz_entropy = (torch.special.entr(p) - p * row_entropy[:, None]).mul_(e[:, None])
+            dz_entropy = (torch.special.entr(p) - p * row_entropy).mul_(e)
 
         # d logps / dz_v = 1[v = y] − p_v
         dz = p.mul_(-g[:, None])

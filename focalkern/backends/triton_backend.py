@@ -45,20 +45,16 @@ def head_forward(
     def fp32(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    def per_output(name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor | None:
-        if name != "logps" and not outputs:
-            return None
+    def per_output(dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(rows.output_shape.numel(), dtype=dtype, device=hidden.device)
 
     target_z, lse, one_minus_p, block_lse = fp32(n), fp32(n), fp32(n), fp32(n, blocks)
     stats = fp32(4, n, blocks) if outputs else None
-    logps = per_output("logps")
-    entropy, mean_logits, log_sum_sq = (
-        per_output("entropy"),
-        per_output("mean_logits"),
-        per_output("log_sum_sq_probs"),
-    )
-    is_top1 = per_output("is_top1", torch.int8)
+    logps = per_output()
+    entropy = mean_logits = log_sum_sq = is_top1 = None
+    if outputs:
+        entropy, mean_logits, log_sum_sq = per_output(), per_output(), per_output()
+        is_top1 = per_output(torch.int8)
 
     if n:
         config = _config("fwd", hidden, small=bool(outputs))
@@ -111,7 +107,6 @@ def head_forward(
     def asked(name: str, value: torch.Tensor | None) -> torch.Tensor | None:
         return value if name in outputs else None
 
-    assert logps is not None
     return HeadForward(
         logps=logps,
         lse=lse,
