@@ -1,16 +1,21 @@
 """Benchmark input: hidden states, head and preference batch whose softmax is as sharp as a trained LM's.
 
-`throughput.py` calls `calibrate`, then `preference_batch`. A memory measurement, in a process of its own,
-rebuilds the same tensors from the `Recipe`.
+`throughput.py` calls `calibrate` for a `Recipe`, then its `batch`. A memory measurement, in a process of its
+own, rebuilds the same tensors from the recipe. What a real model gives instead is in `capture_file.py`.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 
+BETA = 0.1  # of the DPO loss, for every peer
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
 CALIBRATION_ROWS = 128
 # Entries of at least this probability are counted: sharpness as the authors of CCE state it.
@@ -18,16 +23,40 @@ PRESENT = 2.0**-12
 # The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so
 # that u = beta * (score_w - score_l) is of order one and no pair is saturated.
 SCORE_STD = 10.0
+SATURATED_U = 20.0  # dL/du = -sigmoid(-20) = -2e-9: next to no gradient
+UNTRAINED_STD = 0.02  # of the weights as transformers initialises them (`initializer_range`)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to `hidden @ weight.T + bias`: a scale (Cohere, Granite), then a softcap (Gemma)."""
+
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits if self.logit_scale == 1 else self.logit_scale * logits
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def slope(self, transformed: torch.Tensor) -> torch.Tensor | float:
+        """Derivative of the transformed logits by those that went in."""
+        bend = 1.0 if self.softcap is None else 1 - (transformed / self.softcap) ** 2
+        return self.logit_scale * bend
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Size of an LM head."""
+    """Size of an LM head, and what its model does to the logits."""
 
     name: str
     hidden: int
     vocab: int
     softcap: float | None = None
+    logit_scale: float = 1.0
+
+    @property
+    def transform(self) -> LogitTransform:
+        return LogitTransform(self.softcap, self.logit_scale)
 
 
 SHAPES = {
@@ -41,6 +70,30 @@ SHAPES = {
 }
 
 
+class Source(Protocol):
+    """Where hidden states and head come from: a `Recipe`, or a `CapturedInput`. Small, and pickled."""
+
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def pairs(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> str: ...
+
+    def build(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Hidden states `[N, H]`, head `[V, H]` and its bias `[V]`: the same ones in every process."""
+
+    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
+        """What the peers receive, its first pairs saturated (next to no gradient), and how sharp it is."""
+
+    def about(self) -> dict[str, Any]:
+        """For the report: the kind of input under "kind", and what else it takes to make it again."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """All that it takes to build the same hidden states and head again, bit for bit on the same device."""
@@ -50,38 +103,93 @@ class Recipe:
     pairs: int
     dtype: torch.dtype
     device: str
-    scale: float = 1.0
+    scale: float | None = 1.0  # None: random weights, of an untrained model
     seed: int = 0
 
-    def build(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hidden states `[2B, T, H]` and head `[V, H]`.
+    def build(self) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Hidden states `[N, H]` and head `[V, H]`, without a bias.
 
         The logit of token v is `scale * N(0, 1) - log(1 + v)`: Gaussian evidence from the context on top of
         Zipf's law, with ids ordered by frequency as a tokenizer's are. A trained LM of the same sharpness has
         smaller logits (its evidence is not Gaussian): the rounding of bf16 logits shows less there than here.
+
+        Untrained, the head is `N(0, 0.02^2)` and a hidden state N(0, 1) in each component, as a final norm
+        leaves it: logits `N(0, 0.02^2 * H)`, and a softmax that is almost flat.
         """
         shape = self.shape
         generator = torch.Generator(self.device).manual_seed(self.seed)
         weight = torch.randn(shape.vocab, shape.hidden, generator=generator, device=self.device)
-        weight.sub_(weight.mean(dim=1, keepdim=True)).div_(math.sqrt(shape.hidden))
-        log_rank = torch.arange(1, shape.vocab + 1, device=self.device).log()
-        # Every hidden state has the all-ones direction in it, which nothing but the frequency answers to.
-        weight.sub_((log_rank / shape.hidden)[:, None])
+        if self.scale is None:
+            weight.mul_(UNTRAINED_STD)
+        else:
+            weight.sub_(weight.mean(dim=1, keepdim=True)).div_(math.sqrt(shape.hidden))
+            log_rank = torch.arange(1, shape.vocab + 1, device=self.device).log()
+            # Every hidden state has the all-ones direction in it, which nothing but the frequency answers to.
+            weight.sub_((log_rank / shape.hidden)[:, None])
         hidden = torch.randn(self.tokens, shape.hidden, generator=generator, device=self.device)
-        hidden.mul_(self.scale).add_(1.0)
-        hidden = hidden.view(2 * self.pairs, self.tokens // (2 * self.pairs), shape.hidden)
-        return hidden.to(self.dtype), weight.to(self.dtype)
+        if self.scale is not None:
+            hidden.mul_(self.scale).add_(1.0)
+        return hidden.to(self.dtype), weight.to(self.dtype), None
+
+    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
+        """Sequences of one length. The labels are drawn from the softmax itself: the NLL is the entropy."""
+        hidden, weight, bias = self.build()
+        generator = torch.Generator(self.device).manual_seed(self.seed + 2)
+
+        def draw(rows: slice, probs: torch.Tensor) -> torch.Tensor:
+            uniform = torch.rand(len(probs), 1, generator=generator, device=self.device)
+            return torch.searchsorted(probs.cumsum(-1), uniform).clamp_(max=self.shape.vocab - 1)[:, 0]
+
+        transform = self.shape.transform
+        labels, logps, sharpness = label_logps(hidden, weight, bias, transform, draw)
+        length = self.tokens // (2 * self.pairs)
+        sequences = Sequences(torch.arange(0, self.tokens + 1, length, device=self.device))
+        scores = SCORE_STD * torch.randn(2 * self.pairs, generator=generator, device=self.device)
+        ref_logps = sequences.sums(logps) - saturated(scores, saturated_pairs)
+        return Batch(hidden, weight, bias, labels, sequences, ref_logps, transform), sharpness
+
+    def about(self) -> dict[str, Any]:
+        kind = "untrained" if self.scale is None else "LM-like"
+        return {"kind": kind, "seed": self.seed, "scale": self.scale}
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The 2B sequences of a batch, chosen first, then their rejected, packed one behind the other."""
+
+    cu_seqlens: torch.Tensor  # [2B + 1]
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        return self.cu_seqlens.diff().tolist()
+
+    @functools.cached_property
+    def slots(self) -> torch.Tensor:  # [N]
+        """Where each token lies in `[2B, longest]`."""
+        longest = max(self.lengths)
+        padded = torch.arange(len(self.lengths) * longest, device=self.cu_seqlens.device).view(-1, longest)
+        inside = torch.arange(longest, device=padded.device) < self.cu_seqlens.diff()[:, None]
+        return padded[inside]
+
+    def sums(self, per_token: torch.Tensor) -> torch.Tensor:  # [N] -> [2B]
+        padded = per_token.new_zeros(len(self.lengths) * max(self.lengths))
+        return padded.index_copy(0, self.slots, per_token).view(len(self.lengths), -1).sum(-1)
+
+    def per_token(self, per_sequence: torch.Tensor) -> torch.Tensor:  # [2B] -> [N]
+        return per_sequence.repeat_interleave(self.cu_seqlens.diff())
 
 
 @dataclass
 class Batch:
-    """What every peer receives: the same tensors, labels aligned with the hidden states, nothing masked."""
+    """What every peer receives: the completion tokens alone, packed, labels aligned with hidden states."""
 
-    hidden: torch.Tensor  # [2B, T, H], chosen first, then their rejected
+    hidden: torch.Tensor  # [N, H]
     weight: torch.Tensor  # [V, H]
-    labels: torch.Tensor  # [2B, T]
+    bias: torch.Tensor | None  # [V], a constant: its gradient is not measured
+    labels: torch.Tensor  # [N]
+    sequences: Sequences
     ref_logps: torch.Tensor  # [2B] fp32
-    softcap: float | None
+    transform: LogitTransform
 
     def requires_grad_(self, frozen_head: bool) -> Batch:
         self.hidden.requires_grad_()
@@ -94,18 +202,20 @@ class Batch:
     def sample(self, tokens: int, vocab: int) -> Batch:
         """A batch of the same kind on a small part of this one, to warm a peer up."""
         part = Batch(
-            hidden=self.hidden.detach()[:, :tokens].clone(),
+            hidden=self.hidden.detach()[:tokens].clone(),
             weight=self.weight.detach()[:vocab].clone(),
-            labels=self.labels[:, :tokens] % min(vocab, self.weight.shape[0]),
+            bias=None if self.bias is None else self.bias[:vocab].clone(),
+            labels=self.labels[:tokens] % min(vocab, self.weight.shape[0]),
+            sequences=Sequences(self.sequences.cu_seqlens.clamp(max=tokens)),
             ref_logps=self.ref_logps,
-            softcap=self.softcap,
+            transform=self.transform,
         )
         return part.requires_grad_(frozen_head=not self.weight.requires_grad)
 
 
 @dataclass(frozen=True)
 class Sharpness:
-    """How peaked the softmax is: means over the sampled rows."""
+    """How peaked the softmax is: means over the rows."""
 
     rows: int
     nll: float
@@ -119,21 +229,17 @@ class Sharpness:
         )
 
 
-def apply_softcap(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def calibrate(recipe: Recipe, entries: float) -> Recipe:
     """The recipe whose softmax has about this many entries above 2^-12 per row, by bisection of its scale."""
     sample = replace(
         recipe, tokens=CALIBRATION_ROWS, pairs=1, dtype=torch.float32, scale=1.0, seed=recipe.seed + 1
     )
-    context, weight = sample.build()
-    evidence = (context.flatten(0, 1) - 1.0) @ weight.T  # [rows, V]
+    context, weight, _ = sample.build()
+    evidence = (context - 1.0) @ weight.T  # [rows, V]
     frequency = weight.sum(dim=1)  # [V]
 
     def entries_at(scale: float) -> float:
-        logps = apply_softcap(scale * evidence + frequency, recipe.shape.softcap).log_softmax(-1)
+        logps = recipe.shape.transform(scale * evidence + frequency).log_softmax(-1)
         return (logps > math.log(PRESENT)).sum(-1).double().mean().item()
 
     # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
@@ -145,31 +251,35 @@ def calibrate(recipe: Recipe, entries: float) -> Recipe:
 
 
 @torch.no_grad()
-def preference_batch(recipe: Recipe) -> tuple[Batch, Sharpness]:
-    """A batch and its sharpness. The labels are drawn from the softmax itself: the NLL is the entropy."""
-    hidden, weight = recipe.build()
-    generator = torch.Generator(recipe.device).manual_seed(recipe.seed + 2)
-    labels = torch.empty(recipe.tokens, dtype=torch.long, device=recipe.device)
-    logps = torch.empty(recipe.tokens, dtype=torch.float32, device=recipe.device)
-    sharpness = None
-    for start in range(0, recipe.tokens, ROWS_PER_CHUNK):
+def label_logps(
+    hidden: torch.Tensor,  # [N, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    transform: LogitTransform,
+    labels_of: Callable[[slice, torch.Tensor], torch.Tensor],  # of some rows, given their probabilities
+) -> tuple[torch.Tensor, torch.Tensor, Sharpness]:
+    """Labels `[N]`, their log-probs `[N]` in fp32, and the sharpness of all rows."""
+    labels = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+    logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    entropy = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    entries = torch.zeros((), dtype=torch.long, device=hidden.device)
+    for start in range(0, len(hidden), ROWS_PER_CHUNK):
         rows = slice(start, start + ROWS_PER_CHUNK)
-        logits = apply_softcap((hidden.flatten(0, 1)[rows] @ weight.T).float(), recipe.shape.softcap)
-        row_logps = logits.log_softmax(-1)
+        row_logps = transform(F.linear(hidden[rows], weight, bias).float()).log_softmax(-1)
         probs = row_logps.exp()
-        uniform = torch.rand(len(probs), 1, generator=generator, device=recipe.device)
-        drawn = torch.searchsorted(probs.cumsum(-1), uniform).clamp_(max=recipe.shape.vocab - 1)
-        labels[rows] = drawn[:, 0]
-        logps[rows] = row_logps.gather(-1, drawn)[:, 0]
-        if sharpness is None:
-            sharpness = Sharpness(
-                rows=len(probs),
-                nll=-logps[rows].mean().item(),
-                entropy=-(probs * row_logps).sum(-1).mean().item(),
-                entries=(probs > PRESENT).sum(-1).double().mean().item(),
-            )
-    assert sharpness is not None
-    labels = labels.view(hidden.shape[:2])
-    scores = SCORE_STD * torch.randn(len(labels), generator=generator, device=recipe.device)
-    ref_logps = logps.view(hidden.shape[:2]).sum(-1) - scores
-    return Batch(hidden, weight, labels, ref_logps, recipe.shape.softcap), sharpness
+        labels[rows] = labels_of(rows, probs)
+        logps[rows] = row_logps.gather(-1, labels[rows, None])[:, 0]
+        entries += (probs > PRESENT).sum()
+        entropy -= probs.mul_(row_logps).sum(-1).double().sum()
+    count = len(hidden)
+    nll = -logps.double().mean().item()
+    return labels, logps, Sharpness(count, nll, entropy.item() / count, entries.item() / count)
+
+
+def saturated(scores: torch.Tensor, pairs: int) -> torch.Tensor:  # [2B]
+    """The scores (logps - ref_logps) with the first `pairs` pairs at `u = SATURATED_U`."""
+    scores = scores.clone()
+    chosen, rejected = scores.chunk(2)
+    chosen[:pairs] = SATURATED_U / BETA / 2
+    rejected[:pairs] = -SATURATED_U / BETA / 2
+    return scores

@@ -13,11 +13,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, Shape, apply_softcap
+from benchmarks.inputs import BETA, Batch, LogitTransform, Shape
 
-BETA = 0.1
 
-LossFn = Callable[[Batch], torch.Tensor]
+@dataclass(frozen=True)
+class PeerLoss:
+    """What a peer computes from a batch."""
+
+    loss: torch.Tensor
+    # Of the (token, vocabulary block) pairs, filled in by the backward; None of a peer that drops none.
+    kept_share: torch.Tensor | None = None
+
+
+LossFn = Callable[[Batch], PeerLoss]
 
 
 class Unavailable(Exception):
@@ -39,20 +47,20 @@ class Peer:
         return self.held_bytes(tokens, shape.vocab) + gradients * (4 + dtype.itemsize)
 
 
-def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:
+def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> PeerLoss:
     """-log sigmoid(beta * ((logps_w - ref_w) - (logps_l - ref_l))), mean over pairs; arguments `[2B]`."""
     chosen, rejected = (logps - ref_logps).chunk(2)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+    return PeerLoss(-F.logsigmoid(BETA * (chosen - rejected)).mean())
 
 
 def load_eager(device_type: str) -> LossFn:
     """As TRL's trainers did it before their fused head: logits, upcast to fp32, gather minus logsumexp."""
 
-    def loss(batch: Batch) -> torch.Tensor:
-        logits = apply_softcap(F.linear(batch.hidden, batch.weight).float(), batch.softcap)  # [2B, T, V]
-        target = logits.gather(-1, batch.labels[..., None])[..., 0]
-        lse = torch.stack([sequence.logsumexp(-1) for sequence in logits])
-        return dpo_loss((target - lse).sum(-1), batch.ref_logps)
+    def loss(batch: Batch) -> PeerLoss:
+        logits = batch.transform(F.linear(batch.hidden, batch.weight, batch.bias).float())  # [N, V]
+        target = logits.gather(-1, batch.labels[:, None])[:, 0]
+        lse = torch.cat([sequence.logsumexp(-1) for sequence in logits.split(batch.sequences.lengths)])
+        return dpo_loss(batch.sequences.sums(target - lse), batch.ref_logps)
 
     return loss
 
@@ -65,24 +73,24 @@ def load_trl(device_type: str) -> LossFn:
     except ImportError as error:
         raise Unavailable(f"TRL with a fused LM head (>= 1.16) cannot be imported: {error}") from error
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def loss(batch: Batch) -> PeerLoss:
         logps = ChunkedLogProbFunction.apply(
-            batch.hidden.flatten(0, 1),
+            batch.hidden,
             batch.weight,
-            None,  # bias
-            batch.labels.flatten(),
+            batch.bias,
+            batch.labels,
             1.0,  # temperature
             _CHUNKED_LOGPROB_CHUNK_SIZE,
-            batch.softcap,
-            1.0,  # logit scale
+            batch.transform.softcap,
+            batch.transform.logit_scale,
             ("log_probs",),
         )[0]
-        return dpo_loss(logps.view_as(batch.labels).sum(-1), batch.ref_logps)
+        return dpo_loss(batch.sequences.sums(logps), batch.ref_logps)
 
     return loss
 
 
-def load_focalkern(device_type: str, backend: str, backward: str) -> LossFn:
+def load_focalkern(device_type: str, backend: str, backward: str, tau: float | str) -> LossFn:
     """This library, at gamma = 0, which is DPO."""
     if backend == "triton" and device_type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
@@ -92,36 +100,48 @@ def load_focalkern(device_type: str, backend: str, backward: str) -> LossFn:
         raise Unavailable(f"cannot be imported: {error}") from error
 
     @functools.cache
-    def configured(softcap: float | None) -> FusedFocalPOLoss:
-        loss = FusedFocalPOLoss(beta=BETA, gamma=0.0, softcap=softcap, backend=backend, backward=backward)
+    def configured(transform: LogitTransform) -> FusedFocalPOLoss:
+        loss = FusedFocalPOLoss.dpo(
+            beta=BETA,
+            softcap=transform.softcap,
+            logit_scale=transform.logit_scale,
+            backward=backward,
+            tau=tau,
+            backend=backend,
+        )
         return loss.to(device_type)
 
-    def loss(batch: Batch) -> torch.Tensor:
+    def loss(batch: Batch) -> PeerLoss:
         ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
-        return configured(batch.softcap)(
+        out = configured(batch.transform)(
             batch.hidden,
             batch.weight,
             batch.labels,
+            bias=batch.bias,
             ref_chosen_logps=ref_chosen,
             ref_rejected_logps=ref_rejected,
-        ).loss
+            cu_seqlens=batch.sequences.cu_seqlens,
+        )
+        return PeerLoss(out.loss, out.kept_share)
 
     return loss
 
 
-def all_peers(backward: str) -> dict[str, Peer]:
-    """Every peer by the name that `--only` takes; `backward` is focalkern's mode."""
+def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
+    """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
 
-    def focalkern(backend: str) -> Peer:
+    def focalkern(backend: str, backward: str) -> Peer:
         return Peer(
-            name=f"focalkern ({backend})",
-            load=lambda device_type: load_focalkern(device_type, backend, backward),
+            name=f"focalkern ({backend})" if backward == "certified" else f"focalkern ({backend}, exact)",
+            load=lambda device_type: load_focalkern(device_type, backend, backward, tau),
             held_bytes=lambda tokens, vocab: 12 * tokens * min(vocab, 4096),
         )
 
     return {
-        "triton": focalkern("triton"),
-        "torch": focalkern("torch"),
+        "triton": focalkern("triton", "certified"),
+        "triton-exact": focalkern("triton", "exact"),
+        "torch": focalkern("torch", "certified"),
+        "torch-exact": focalkern("torch", "exact"),
         "eager": Peer("eager PyTorch", load_eager, lambda tokens, vocab: 16 * tokens * vocab),
         "trl": Peer("TRL head", load_trl, lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768)),
     }

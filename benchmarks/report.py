@@ -8,7 +8,7 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.check import ERROR_FACTOR, Errors, Sample
-from benchmarks.inputs import Recipe, Sharpness
+from benchmarks.inputs import SATURATED_U, Sharpness, Source
 from benchmarks.measure import PeakMemory, StepTimes, Times
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
+CERTIFIED = ("triton", "torch")  # peers with the certified backward, by short name; beside them "*-exact"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +35,7 @@ class Row:
     status: str = "ok"  # or "skipped", or "failed"
     note: str = ""
     errors: Errors | None = None
+    kept_share: float | None = None
     times: StepTimes | None = None
     memory: PeakMemory | None = None
 
@@ -42,20 +44,33 @@ class Row:
 class Comparison:
     """All peers on one input."""
 
-    recipe: Recipe
+    source: Source
     sharpness: Sharpness
+    saturated_pairs: int
     frozen_head: bool
+    plain: Errors  # of plain PyTorch in the same dtype
     bound: Errors
     floor: Times  # of the bare GEMM
     rows: dict[str, Row]  # by the peer's short name
 
     @property
     def fp32_logits_bytes(self) -> int:
-        return 4 * self.recipe.tokens * self.recipe.shape.vocab
+        return 4 * self.source.tokens * self.source.shape.vocab
+
+
+def print_input(source: Source, sharpness: Sharpness, saturated_pairs: int, console: Console) -> None:
+    about = source.about()
+    kind = about["kind"]
+    if kind == "captured":
+        kind += f" from {about['model']} on {about['data']}, reference {about['reference']}"
+    console.print(f"\n[bold]{short(source.dtype)}[/bold]  input: {kind}; {sharpness}", highlight=False)
+    if saturated_pairs:
+        saturation = f"{saturated_pairs} of {source.pairs} pairs saturated, at u = {SATURATED_U:g}"
+        console.print(f"      {saturation}", highlight=False)
 
 
 def print_correctness(
-    rows: Iterable[Row], bound: Errors, sample: Sample, dtype: torch.dtype, console: Console
+    rows: Sequence[Row], plain: Errors, bound: Errors, sample: Sample, dtype: torch.dtype, console: Console
 ) -> None:
     table = Table(
         title=f"Errors against float64, {len(sample.rows)} rows of dhidden, {len(sample.vocab)} of dweight; "
@@ -67,26 +82,28 @@ def print_correctness(
     table.add_column("verdict", overflow="fold")
     for row in rows:
         found = row.errors
-        cells = [scientific(value) for value in (asdict(found).values() if found else (None, None, None))]
-        table.add_row(row.peer, *cells, f"{row.status}: {row.note}" if row.note else row.status)
-    table.add_row("bound", *(scientific(value) for value in asdict(bound).values()), "", style="dim")
+        verdict = f"{row.status}: {row.note}" if row.note else row.status
+        table.add_row(row.peer, *error_cells(found), verdict)
+    as_trl = f"{short(dtype)} logits and {short(dtype)} dz, as TRL computes"
+    table.add_row("plain PyTorch, same dtype", *error_cells(plain), as_trl, style="dim")
+    table.add_row("bound", *error_cells(bound), "", style="dim")
     console.print(table)
 
 
 def print_times(comparison: Comparison, console: Console) -> None:
-    recipe = comparison.recipe
+    source = comparison.source
     table = Table(
-        title=f"{short(recipe.dtype)}, {recipe.device.upper()}: {recipe.tokens} x {recipe.shape.hidden} x "
-        f"{recipe.shape.vocab}, milliseconds; bare GEMM {milliseconds(comparison.floor.median)}; "
+        title=f"{short(source.dtype)}, {source.device.upper()}: {source.tokens} x {source.shape.hidden} x "
+        f"{source.shape.vocab}, milliseconds; bare GEMM {milliseconds(comparison.floor.median)}; "
         f"fp32 logits {comparison.fp32_logits_bytes / MIB:.0f} MiB",
         title_justify="left",
     )
-    columns = "peer", "forward", "backward", "both", "range", "x floor", "tokens/s", "extra MiB", "of logits"
-    for column in columns:
+    columns = ["peer", "forward", "backward", "both", "range", "x floor", "kept share", "tokens/s"]
+    for column in [*columns, "extra MiB", "of logits"]:
         table.add_column(column, justify="left" if column == "peer" else "right")
     for row in comparison.rows.values():
         if row.times is None:
-            table.add_row(row.peer, row.status, *[""] * 7)
+            table.add_row(row.peer, row.status)
             continue
         both = row.times.both
         table.add_row(
@@ -96,7 +113,8 @@ def print_times(comparison: Comparison, console: Console) -> None:
             milliseconds(both.median),
             f"{milliseconds(min(both.samples))}-{milliseconds(max(both.samples))}",
             f"{both.median / comparison.floor.median:.2f}",
-            f"{recipe.tokens / both.median:,.0f}",
+            percent(row.kept_share),
+            f"{source.tokens / both.median:,.0f}",
             *memory_cells(row.memory, comparison.fp32_logits_bytes),
         )
     console.print(table)
@@ -104,8 +122,8 @@ def print_times(comparison: Comparison, console: Console) -> None:
         if row.status == "ok" and row.note:  # the others' notes stand in the table of errors
             console.print(f"{row.peer}: {row.note}", highlight=False, markup=False)
     for speed in speed_ratios(comparison):
-        owner = {"TRL head": "TRL's", "eager PyTorch": "eager PyTorch's"}[speed["over"]]
-        what = f"{owner} speed, forward+backward, {short(recipe.dtype)}"
+        owner = "TRL" if speed["over"] == "TRL head" else speed["over"]
+        what = f"{owner}'s speed, forward+backward, {short(source.dtype)}"
         console.print(f"{speed['peer']} is {speed['ratio']:.2f}x {what}", highlight=False)
 
 
@@ -116,21 +134,75 @@ def memory_cells(memory: PeakMemory | None, logits: int) -> tuple[str, str]:
     return f"{sign}{memory.extra / MIB:,.0f}", f"{sign}{memory.extra / logits:.3f}"
 
 
+def print_summary(comparisons: Sequence[Comparison], console: Console) -> None:
+    """What the certified backward gains on each of several inputs, and how exact it is."""
+    table = Table(
+        title="The certified backward on all inputs; errors as multiples of plain PyTorch's in that dtype",
+        title_justify="left",
+    )
+    rivals = {"trl": "x TRL", "eager": "x eager", "exact": "x exact"}
+    columns = ["input", "entries", "saturated", "peer", "kept share", "backward", "both", *rivals.values()]
+    for column in [*columns, "dhidden", "dweight"]:
+        table.add_column(column, justify="left" if column in ("input", "peer") else "right")
+    for comparison in comparisons:
+        source = comparison.source
+        for name in CERTIFIED:
+            row = comparison.rows.get(name)
+            if row is None or row.times is None or row.errors is None:
+                continue
+            errors = row.errors.multiples_of(comparison.plain)
+            others = [comparison.rows.get(f"{name}-exact" if rival == "exact" else rival) for rival in rivals]
+            table.add_row(
+                f"{short(source.dtype)}, {source.about()['kind']}",
+                f"{comparison.sharpness.entries:.0f}",
+                f"{comparison.saturated_pairs} of {source.pairs}",
+                name,
+                percent(row.kept_share),
+                milliseconds(row.times.backward.median),
+                milliseconds(row.times.both.median),
+                *(multiple(speed_ratio(row, other)) for other in others),
+                multiple(errors["dhidden"]),
+                multiple(errors["dweight"]),
+            )
+    if table.row_count:
+        console.print(table)
+
+
 def speed_ratios(comparison: Comparison) -> list[dict[str, Any]]:
-    """How many times faster each of our backends is than TRL's head and eager PyTorch, forward+backward."""
+    """How many times faster our certified backward is than TRL's head, eager PyTorch and our exact one."""
     ratios = []
-    for ours in ("triton", "torch"):
-        for other in ("trl", "eager"):
-            mine, theirs = (comparison.rows.get(name) for name in (ours, other))
-            if mine and theirs and mine.times and theirs.times:
-                ratio = theirs.times.both.median / mine.times.both.median
+    for name in CERTIFIED:
+        mine = comparison.rows.get(name)
+        for other in ("trl", "eager", f"{name}-exact"):
+            theirs = comparison.rows.get(other)
+            ratio = speed_ratio(mine, theirs)
+            if mine and theirs and ratio is not None:
                 ratios.append({"peer": mine.peer, "over": theirs.peer, "ratio": ratio})
     return ratios
+
+
+def speed_ratio(row: Row | None, other: Row | None) -> float | None:
+    """How many times faster one peer is than another, forward+backward, where both were timed."""
+    if row is None or other is None or row.times is None or other.times is None:
+        return None
+    return other.times.both.median / row.times.both.median
 
 
 def milliseconds(seconds: float) -> str:
     ms = 1e3 * seconds
     return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}"
+
+
+def multiple(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.1%}"
+
+
+def error_cells(errors: Errors | None) -> list[str]:
+    return [scientific(value) for value in (asdict(errors).values() if errors else (None, None, None))]
 
 
 def scientific(value: float | None) -> str:
@@ -142,19 +214,16 @@ def short(dtype: torch.dtype) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    recipe = comparison.recipe
+    source = comparison.source
     return {
-        "shape": asdict(recipe.shape),
-        "tokens": recipe.tokens,
-        "pairs": recipe.pairs,
-        "dtype": short(recipe.dtype),
+        "shape": asdict(source.shape),
+        "tokens": source.tokens,
+        "pairs": source.pairs,
+        "saturated_pairs": comparison.saturated_pairs,
+        "dtype": short(source.dtype),
         "frozen_head": comparison.frozen_head,
-        "input": {
-            "kind": "LM-like",
-            "seed": recipe.seed,
-            "scale": recipe.scale,
-            **asdict(comparison.sharpness),
-        },
+        "input": {**source.about(), **asdict(comparison.sharpness)},
+        "plain_pytorch_errors": finite(asdict(comparison.plain)),
         "error_bound": finite(asdict(comparison.bound)),
         "bare_gemm_ms": comparison.floor.as_ms(),
         "fp32_logits_bytes": comparison.fp32_logits_bytes,
@@ -167,12 +236,14 @@ def row_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
     result: dict[str, Any] = {"peer": row.peer, "status": row.status, "note": row.note}
     if row.errors is not None:
         result["errors"] = finite(asdict(row.errors))
+    if row.kept_share is not None:
+        result["kept_share"] = row.kept_share
     if row.times is not None:
         result["forward_ms"] = row.times.forward.as_ms()
         result["backward_ms"] = row.times.backward.as_ms()
         result["both_ms"] = row.times.both.as_ms()
         result["x_floor"] = row.times.both.median / comparison.floor.median
-        result["tokens_per_second"] = comparison.recipe.tokens / row.times.both.median
+        result["tokens_per_second"] = comparison.source.tokens / row.times.both.median
     if row.memory is not None:
         result["extra_bytes"] = row.memory.extra
         result["extra_bytes_is_upper_limit"] = row.memory.upper_limit

@@ -1,12 +1,15 @@
-"""Speed and memory of focalkern beside other ways to the same loss and gradients, on one input.
+"""Speed and memory of focalkern beside other ways to the same loss and gradients, on the same input.
 
     python benchmarks/throughput.py                        # a size that suits the machine
     python benchmarks/throughput.py --shape llama3-8b --tokens 8192 --dtype bf16 --json result.json
+    python benchmarks/throughput.py --sharpness 16 50 200 flat --saturated 0 0.75
+    python benchmarks/throughput.py --capture capture.pt   # hidden states of a real model, see capture.py
 
 Each peer's loss and gradients are compared with float64 first; one that is wrong is not timed. The columns:
 
     forward, backward, both   medians of runs that alternate between the peers; `range` is that of `both`
     x floor                   `both` over the time of one bare GEMM `hidden @ weight.T` in the same dtype
+    kept share                of the (token, vocabulary block) pairs that the certified backward computed
     extra MiB, of logits      peak memory beyond the inputs and the returned gradients, also as a share of the
                               fp32 logits; on a CPU measured in a process of its own
 """
@@ -15,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +30,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import (
     Errors,
     Sample,
@@ -32,10 +38,11 @@ from benchmarks.check import (
     choose_sample,
     error_bound,
     errors_of,
+    plain_errors,
     sampled_step,
     ticks,
 )
-from benchmarks.inputs import SHAPES, Batch, Recipe, Shape, calibrate, preference_batch
+from benchmarks.inputs import SHAPES, Batch, Recipe, Sequences, Shape, Source, calibrate
 from benchmarks.measure import (
     PeakMemory,
     Step,
@@ -47,16 +54,19 @@ from benchmarks.measure import (
 )
 from benchmarks.peers import LossFn, Peer, Unavailable, all_peers
 from benchmarks.report import (
+    CERTIFIED,
     DTYPES,
     Comparison,
     Row,
     as_json,
     environment,
     print_correctness,
+    print_input,
+    print_summary,
     print_times,
-    short,
 )
 
+FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
 GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
 
@@ -66,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     settle_exp()
     # Not a terminal: a file or a pipe has no width of its own, and 80 columns break the table.
-    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
     about = environment(options.device)
     console.print(
         f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}; "
@@ -78,17 +88,21 @@ def main(argv: list[str] | None = None) -> int:
         load = f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs"
         console.print(f"{load}: other work on this machine disturbs the times.", highlight=False)
     comparisons = []
-    for name in options.dtype:
-        comparison = compare(options, DTYPES[name], console)
-        print_times(comparison, console)
-        comparisons.append(comparison)
+    for source in sources(options):
+        for share in options.saturated:
+            comparison = compare(options, source, saturated_pairs(share, source.pairs), console)
+            print_times(comparison, console)
+            comparisons.append(comparison)
+    if len(comparisons) > 1:
+        print_summary(comparisons, console)
     if options.json:
-        about |= {"repeats": options.repeats, "backward": options.backward}
+        about |= {"repeats": options.repeats, "tau": options.tau}
         report = {**about, "comparisons": [as_json(comparison) for comparison in comparisons]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
         console.print(f"written to {options.json}", highlight=False)
-    ours = [comparison.rows.get(name) for comparison in comparisons for name in ("triton", "torch")]
+    names = [*CERTIFIED, *(f"{name}-exact" for name in CERTIFIED)]
+    ours = [comparison.rows.get(name) for comparison in comparisons for name in names]
     return 1 if any(row is not None and row.status == "failed" for row in ours) else 0
 
 
@@ -96,28 +110,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    peers = list(all_peers("certified"))
+    peers = list(all_peers())
     size = parser.add_argument_group(
         "size", "default: 2048 x 512 x 32768 on a CPU, llama3-8b with 8192 tokens on CUDA"
     )
     size.add_argument("--shape", choices=SHAPES, help="the LM head of a model")
     size.add_argument("--hidden", type=positive, metavar="H", help="hidden size, instead of --shape")
     size.add_argument("--vocab", type=positive, metavar="V", help="with --hidden")
-    size.add_argument("--tokens", type=positive, metavar="N", help="completion tokens of the batch in all")
-    size.add_argument("--pairs", type=positive, default=4, metavar="B", help="preference pairs (default: 4)")
+    size.add_argument(
+        "--tokens", type=positive, metavar="N",
+        help="completion tokens of the batch in all; of a capture, the first pairs that have no more",
+    )  # fmt: skip
+    size.add_argument("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
     size.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: fp32 bf16 on a CPU, bf16 on CUDA")
     size.add_argument("--frozen-head", action="store_true", help="no gradient of the weight (LoRA)")
-    size.add_argument(
-        "--sharpness", type=positive, default=50, metavar="K",
-        help="softmax entries above 2^-12 per row (default: 50, a trained LM)",
+    content = parser.add_argument_group("input", "each combination of several values is a comparison")
+    content.add_argument(
+        "--sharpness", type=sharpness, nargs="+", metavar="K",
+        help=f"softmax entries above 2^-12 per row (default: 50, a trained LM), or {FLAT}: random weights",
     )  # fmt: skip
-    size.add_argument("--seed", type=int, default=0)
+    content.add_argument(
+        "--capture",
+        type=Path,
+        metavar="PATH",
+        help="hidden states and head of a model, from capture.py",
+    )
+    content.add_argument(
+        "--saturated", type=share, nargs="+", default=[0.0], metavar="SHARE",
+        help="share of the pairs that are saturated, with next to no gradient (default: 0)",
+    )  # fmt: skip
+    content.add_argument("--seed", type=int, default=0)
     run = parser.add_argument_group("run")
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     run.add_argument("--only", nargs="+", choices=peers, default=peers, help="peers to run")
     run.add_argument(
-        "--backward", choices=("certified", "exact"), default="certified", help="focalkern's mode"
-    )
+        "--tau", type=threshold, default="auto", metavar="TAU",
+        help="threshold of the certified backward, or auto for that of the dtype (default)",
+    )  # fmt: skip
     run.add_argument("--repeats", type=positive, help="timed runs (default: 3 on a CPU, 20 on CUDA)")
     run.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
     run.add_argument("--no-memory", action="store_true", help="leave the memory out")
@@ -128,6 +157,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     on_cuda = options.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device")
+    if options.capture is not None:
+        settle_capture(parser, options)
+    else:
+        settle_size(parser, options, on_cuda)
+    if any(options.saturated) and options.pairs < 2:
+        parser.error("--saturated: of one pair, none can be saturated beside another that is not")
+    options.dtype = options.dtype or (["bf16"] if on_cuda else ["fp32", "bf16"])
+    options.repeats = options.repeats or (20 if on_cuda else 3)
+    return options
+
+
+def settle_capture(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Shape, tokens and pairs of the capture, or of as many of its first pairs as --tokens has room for."""
+    given = [name for name in ("sharpness", "shape", "hidden", "vocab", "pairs") if getattr(options, name)]
+    if given:
+        parser.error(f"--capture brings its own hidden states and pairs: leave out --{' and --'.join(given)}")
+    try:
+        capture = Capture.load(options.capture)
+    except CaptureError as error:
+        parser.error(f"--capture: {error}")
+    options.pairs = capture.pairs if options.tokens is None else capture.pairs_within(options.tokens)
+    if not options.pairs:
+        parser.error(f"--tokens {options.tokens}: the first pair of {options.capture} has more")
+    options.shape, options.tokens = capture.shape, len(capture.first(options.pairs).labels)
+
+
+def settle_size(parser: argparse.ArgumentParser, options: argparse.Namespace, on_cuda: bool) -> None:
+    """Shape, tokens, pairs and sharpness of generated input."""
     if (options.hidden is None) != (options.vocab is None):
         parser.error("--hidden and --vocab go together")
     if options.hidden is not None and options.shape is not None:
@@ -139,13 +196,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     else:
         options.shape = SHAPES["llama3-8b"] if on_cuda else CPU_SHAPE
     options.tokens = options.tokens or (8192 if on_cuda else 2048)
+    options.pairs = options.pairs or 4
+    options.sharpness = options.sharpness or [50]
     if options.tokens % (2 * options.pairs):
         parser.error(
             f"--tokens {options.tokens} is not a multiple of 2 x {options.pairs} sequences (--pairs)"
         )
-    options.dtype = options.dtype or (["bf16"] if on_cuda else ["fp32", "bf16"])
-    options.repeats = options.repeats or (20 if on_cuda else 3)
-    return options
 
 
 def positive(text: str) -> int:
@@ -155,40 +211,74 @@ def positive(text: str) -> int:
     return value
 
 
+def sharpness(text: str) -> int | str:
+    return text if text == FLAT else positive(text)
+
+
+def share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
+    return value
+
+
+def threshold(text: str) -> float | str:
+    value = text if text == "auto" else float(text)
+    if value != "auto" and not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected auto or a number of at least 0, got {text}")
+    return value
+
+
 def settle_exp() -> None:
     """On CPUs, torch 2.13 can get the first multi-threaded exp of a process wrong: let it be this one."""
     torch.exp(torch.randn(100))
 
 
-def compare(options: argparse.Namespace, dtype: torch.dtype, console: Console) -> Comparison:
-    """Correctness, times and memory of every peer in one dtype."""
-    recipe = Recipe(options.shape, options.tokens, options.pairs, dtype, options.device, seed=options.seed)
-    recipe = calibrate(recipe, options.sharpness)
-    batch, sharpness = preference_batch(recipe)
-    batch.requires_grad_(options.frozen_head)
-    console.print(f"\n[bold]{short(dtype)}[/bold]  input: {sharpness}", highlight=False)
+def sources(options: argparse.Namespace) -> Iterator[Source]:
+    """Every input asked for, in every dtype."""
+    for dtype in (DTYPES[name] for name in options.dtype):
+        size = options.shape, options.tokens, options.pairs, dtype, options.device
+        if options.capture is not None:
+            yield CapturedInput(options.capture, *size)
+            continue
+        recipe = Recipe(*size, seed=options.seed)
+        for entries in options.sharpness:
+            yield replace(recipe, scale=None) if entries == FLAT else calibrate(recipe, entries)
 
-    rows, losses = load_peers(options, batch, dtype)
+
+def saturated_pairs(share: float, pairs: int) -> int:
+    """The share in whole pairs: at least one where it is not 0, and never all."""
+    return min(max(1, round(share * pairs)), pairs - 1) if share else 0
+
+
+def compare(options: argparse.Namespace, source: Source, saturated: int, console: Console) -> Comparison:
+    """Correctness, times and memory of every peer on one input."""
+    batch, sharpness = source.batch(saturated)
+    batch.requires_grad_(options.frozen_head)
+    print_input(source, sharpness, saturated, console)
+
+    rows, losses = load_peers(options, batch, source)
     sample = choose_sample(batch, options.seed)
-    truth, bound = reference(batch, sample, dtype)
+    truth, plain = reference(batch, sample, source.dtype)
+    bound = error_bound(plain, source.dtype)
     for name, loss in losses.items():
         check_peer(rows[name], loss, batch, sample, truth, bound)
-    print_correctness(rows.values(), bound, sample, dtype, console)
+    print_correctness(list(rows.values()), plain, bound, sample, source.dtype, console)
 
     losses = {name: loss for name, loss in losses.items() if rows[name].status == "ok"}
     floor = measure_times(rows, losses, batch, options.repeats)
     if not options.no_memory:
         for name in tqdm(losses, desc="memory", leave=False, disable=None):
-            measure_memory(rows[name], name, losses[name], batch, recipe, options)
-    return Comparison(recipe, sharpness, options.frozen_head, bound, floor, rows)
+            measure_memory(rows[name], name, losses[name], batch, source, options)
+    return Comparison(source, sharpness, saturated, options.frozen_head, plain, bound, floor, rows)
 
 
 def load_peers(
-    options: argparse.Namespace, batch: Batch, dtype: torch.dtype
+    options: argparse.Namespace, batch: Batch, source: Source
 ) -> tuple[dict[str, Row], dict[str, LossFn]]:
     """A row for every peer, and the loss functions of those that can run."""
     rows, losses = {}, {}
-    for name, peer in all_peers(options.backward).items():
+    for name, peer in all_peers(options.tau).items():
         if name not in options.only:
             continue
         rows[name] = Row(peer.name)
@@ -197,32 +287,32 @@ def load_peers(
         except Unavailable as reason:
             rows[name].status, rows[name].note = "skipped", str(reason)
             continue
-        shortage = memory_shortage(peer, options, batch, dtype)
+        shortage = memory_shortage(peer, options.frozen_head, batch, source)
         if shortage:
             rows[name].status, rows[name].note = "skipped", shortage
             del losses[name]
     return rows, losses
 
 
-def memory_shortage(peer: Peer, options: argparse.Namespace, batch: Batch, dtype: torch.dtype) -> str:
+def memory_shortage(peer: Peer, frozen_head: bool, batch: Batch, source: Source) -> str:
     """Why the peer is not tried, or nothing. A peer that does run out may take the whole process with it."""
-    needed = peer.estimated_bytes(options.shape, options.tokens, dtype, options.frozen_head)
-    needed += min(GEMM_OUTPUT_BYTES, options.tokens * options.shape.vocab * dtype.itemsize)
-    if options.device == "cpu":
+    needed = peer.estimated_bytes(source.shape, source.tokens, source.dtype, frozen_head)
+    needed += min(GEMM_OUTPUT_BYTES, source.tokens * source.shape.vocab * source.dtype.itemsize)
+    if source.device == "cpu":
         # The process that measures the memory has inputs of its own.
-        needed += (batch.hidden.numel() + batch.weight.numel()) * dtype.itemsize
-    available = available_bytes(torch.device(options.device))
+        needed += (batch.hidden.numel() + batch.weight.numel()) * source.dtype.itemsize
+    available = available_bytes(torch.device(source.device))
     if needed <= 0.9 * available:
         return ""
     return f"would need about {needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
 
 
 def reference(batch: Batch, sample: Sample, dtype: torch.dtype) -> tuple[SampledStep, Errors]:
-    """The float64 step, and the errors that a peer in this dtype may have."""
+    """The float64 step, and what plain PyTorch in this dtype gets wrong."""
     with tqdm(total=2 * ticks(batch), desc="float64 reference", leave=False, disable=None) as bar:
         truth = sampled_step(batch, sample, torch.float64, bar.update)
         same_dtype = sampled_step(batch, sample, dtype, bar.update)
-    return truth, error_bound(truth, same_dtype, dtype)
+    return truth, plain_errors(truth, same_dtype)
 
 
 def check_peer(
@@ -230,9 +320,10 @@ def check_peer(
 ) -> None:
     """Run the peer once and compare; a wrong result or an exception makes it a failed row."""
     try:
-        value = loss(batch)
-        gradients = torch.autograd.grad(value, batch.differentiated())
-        row.errors = errors_of(value.detach(), list(gradients), sample, truth)
+        out = loss(batch)
+        gradients = torch.autograd.grad(out.loss, batch.differentiated())
+        row.errors = errors_of(out.loss.detach(), list(gradients), sample, truth)
+        row.kept_share = None if out.kept_share is None else out.kept_share.item()
     except torch.OutOfMemoryError:
         row.status, row.note = "skipped", "ran out of memory"
     except Exception as error:  # whatever a peer raises, the others are still to be measured
@@ -250,7 +341,8 @@ def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch,
     steps = dict(gemms)
     for name, loss in losses.items():
         steps[name] = Step(
-            forward=lambda loss=loss: loss(batch), backward=lambda value: torch.autograd.grad(value, inputs)
+            forward=lambda loss=loss: loss(batch).loss,
+            backward=lambda value: torch.autograd.grad(value, inputs),
         )
     device = batch.hidden.device
     # On a CPU, where a run may take minutes, the run that was compared with float64 is warm-up enough.
@@ -264,7 +356,7 @@ def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch,
 
 def bare_gemms(batch: Batch) -> list[Callable[[], None]]:
     """Ways to `hidden @ weight.T` and nothing else; the fastest is the floor of every head."""
-    hidden, weight = batch.hidden.detach().flatten(0, 1), batch.weight.detach()
+    hidden, weight = batch.hidden.detach(), batch.weight.detach()
     rows = min(len(hidden), max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())))
     out = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
 
@@ -288,7 +380,7 @@ def bare_gemms(batch: Batch) -> list[Callable[[], None]]:
 
 
 def measure_memory(
-    row: Row, name: str, loss: LossFn, batch: Batch, recipe: Recipe, options: argparse.Namespace
+    row: Row, name: str, loss: LossFn, batch: Batch, source: Source, options: argparse.Namespace
 ) -> None:
     if options.device == "cuda":
         row.memory = peak_extra_bytes(lambda: gradients_of(loss, batch), batch.hidden.device)
@@ -297,10 +389,11 @@ def measure_memory(
         row.memory = in_fresh_process(
             cpu_memory,
             name,
-            options.backward,
-            recipe,
+            options.tau,
+            source,
             options.frozen_head,
             batch.labels.tolist(),
+            batch.sequences.cu_seqlens.tolist(),
             batch.ref_logps.tolist(),
             options.threads,
         )
@@ -310,26 +403,30 @@ def measure_memory(
 
 def cpu_memory(
     name: str,
-    backward: str,
-    recipe: Recipe,
+    tau: float | str,
+    source: Source,
     frozen_head: bool,
-    labels: list[list[int]],
+    labels: list[int],
+    cu_seqlens: list[int],
     ref_logps: list[float],
     threads: int,
 ) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
     torch.set_num_threads(threads)
     settle_exp()
-    loss = all_peers(backward)[name].load("cpu")
-    batch = Batch(*recipe.build(), torch.tensor(labels), torch.tensor(ref_logps), recipe.shape.softcap)
+    loss = all_peers(tau)[name].load("cpu")
+    sequences = Sequences(torch.tensor(cu_seqlens))
+    batch = Batch(
+        *source.build(), torch.tensor(labels), sequences, torch.tensor(ref_logps), source.shape.transform
+    )
     batch.requires_grad_(frozen_head)
     # Libraries and thread stacks come with the first step, whatever its size.
-    gradients_of(loss, batch.sample(tokens=8, vocab=1024))
+    gradients_of(loss, batch.sample(tokens=64, vocab=1024))
     return peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
 
 
 def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss(batch), batch.differentiated()))
+    return list(torch.autograd.grad(loss(batch).loss, batch.differentiated()))
 
 
 if __name__ == "__main__":

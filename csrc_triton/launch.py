@@ -31,6 +31,8 @@ GROUP_M = 8
 #   bwd_dweight    vocabulary × hidden size over rows; its rows are gathered, and the pipeliner spends half of
 #                  num_stages on the index: 5 stages give it the two tiles in flight that 3 give the others
 #   bwd_dhidden    rows × hidden size over vocabulary
+#   certified_dz, _dweight, _product: as the three above, of the rows that need one block of 128 vocabulary
+#                  entries: 128 is dz's n, dweight's m, and what product sums over
 # `*_small` where the large tile would spill registers: optional outputs, softcap or entropy gradient in the
 # backward, or a hidden size that is not a multiple of 64.
 KERNELS = (
@@ -42,6 +44,12 @@ KERNELS = (
     "bwd_dweight_small",
     "bwd_dhidden",
     "bwd_dhidden_small",
+    "certified_dz",
+    "certified_dz_small",
+    "certified_dweight",
+    "certified_dweight_small",
+    "certified_product",
+    "certified_product_small",
 )
 
 _SMALL = {
@@ -49,6 +57,9 @@ _SMALL = {
     "bwd_dz_small": Launch(64, 128, 64, 8, 3),
     "bwd_dweight_small": Launch(64, 128, 32, 8, 5),
     "bwd_dhidden_small": Launch(64, 128, 32, 8, 3),
+    "certified_dz_small": Launch(64, 128, 64, 8, 3),
+    "certified_dweight_small": Launch(128, 64, 32, 8, 5),
+    "certified_product_small": Launch(64, 128, 32, 8, 3),
 }
 # fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
 # tile.
@@ -61,6 +72,12 @@ _FP32 = {
     "bwd_dweight_small": Launch(64, 64, 32, 8, 5),
     "bwd_dhidden": Launch(64, 128, 32, 8, 3),
     "bwd_dhidden_small": Launch(64, 64, 32, 8, 3),
+    "certified_dz": Launch(64, 128, 32, 8, 3),
+    "certified_dz_small": Launch(32, 128, 32, 8, 3),
+    "certified_dweight": Launch(128, 64, 32, 8, 5),
+    "certified_dweight_small": Launch(128, 32, 32, 8, 5),
+    "certified_product": Launch(64, 128, 32, 8, 3),
+    "certified_product_small": Launch(64, 64, 32, 8, 3),
 }
 # mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
 _AMPERE = {
@@ -68,6 +85,9 @@ _AMPERE = {
     "bwd_dz": Launch(128, 256, 32, 8, 4),
     "bwd_dweight": Launch(128, 256, 32, 8, 7),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    "certified_dz": Launch(128, 128, 64, 8, 4),
+    "certified_dweight": Launch(128, 256, 32, 8, 7),
+    "certified_product": Launch(128, 128, 64, 8, 3),
     **_SMALL,
 }
 # 100 KB of shared memory where the A100 has 164.
@@ -75,6 +95,8 @@ _CONSUMER = {
     **_AMPERE,
     "bwd_dweight": Launch(128, 128, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 3),
+    "certified_dz": Launch(128, 128, 64, 8, 3),
+    "certified_dweight": Launch(128, 128, 64, 8, 5),
 }
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles.
 _HOPPER = {
@@ -82,6 +104,9 @@ _HOPPER = {
     "bwd_dz": Launch(128, 256, 64, 8, 3),
     "bwd_dweight": Launch(128, 256, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    "certified_dz": Launch(128, 128, 64, 8, 4),
+    "certified_dweight": Launch(128, 256, 64, 8, 5),
+    "certified_product": Launch(128, 128, 64, 8, 3),
     **_SMALL,
 }
 # The accumulator lies in tensor memory; read back whole for the epilogue, 128 × 256 of it spills.

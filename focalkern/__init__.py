@@ -1,7 +1,8 @@
 """focalkern: preference-optimisation losses fused with the LM head."""
 
+from focalkern.certificate import Certificate
 from focalkern.functional import LinearLogps, linear_logps
-from focalkern.loss import Certificate, FocalPOOutput, FusedFocalPOLoss
+from focalkern.loss import FocalPOOutput, FusedFocalPOLoss
 
 __version__ = "0.1.0"
 

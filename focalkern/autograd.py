@@ -6,30 +6,16 @@ The first knows nothing of preferences, the second nothing of heads. Called by `
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.autograd.function import once_differentiable
 
 from focalkern.backends import Backend, HeadForward, LogitTransform, PairForward, PairObjective
-from focalkern.layout import Rows, Sequences, sequence_of_output
+from focalkern.certificate import DroppedMass
+from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
+from focalkern.selection import count_pairs, list_pairs, row_gradients, select_pairs
 
-
-@dataclass(frozen=True)
-class DroppedMass:
-    """What a certified backward left out; NaN until that backward has run, then filled in place."""
-
-    per_token: torch.Tensor  # fp32, shape of the (shifted) labels
-    kept_share: torch.Tensor  # [] fp32
-
-    @classmethod
-    def pending(cls, shape: torch.Size, device: torch.device) -> DroppedMass:
-        nan = torch.full(shape, torch.nan, dtype=torch.float32, device=device)
-        return cls(nan, torch.full((), torch.nan, dtype=torch.float32, device=device))
-
-    def fill_exact(self) -> None:
-        self.per_token.zero_()
-        self.kept_share.fill_(1.0)
+# What a certified backward may allocate for gradients of logits and their products.
+WORKSPACE_BYTES = 256 * 2**20
 
 
 class LinearLogpsFunction(torch.autograd.Function):
@@ -48,6 +34,7 @@ class LinearLogpsFunction(torch.autograd.Function):
         rows: Rows,
         transform: LogitTransform,
         outputs: tuple[str, ...],
+        tau: float,  # 0: the backward is exact
         dropped: DroppedMass | None,
         backend: Backend,
     ):
@@ -64,11 +51,13 @@ class LinearLogpsFunction(torch.autograd.Function):
             rows.count,
             result.lse,
             result.one_minus_p,
+            result.block_lse if tau > 0 else None,
             result.entropy,
         )
-        ctx.output_shape, ctx.transform, ctx.dropped, ctx.backend = (
+        ctx.output_shape, ctx.transform, ctx.tau, ctx.dropped, ctx.backend = (
             rows.output_shape,
             transform,
+            tau,
             dropped,
             backend,
         )
@@ -79,30 +68,63 @@ class LinearLogpsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy, *_):
-        no_grad_for_options = (None,) * 5
+        no_grad_for_options = (None,) * 6
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_grad_for_options
-        hidden, weight, bias, hidden_index, output_index, targets, count, lse, one_minus_p, entropy = (
-            ctx.saved_tensors
-        )
-        rows = Rows(hidden_index, output_index, targets, count, ctx.output_shape)
-        with torch.autocast(hidden.device.type, enabled=False):
-            gradients = ctx.backend.head_backward(
-                hidden,
-                weight,
-                bias,
-                rows,
-                ctx.transform,
-                lse,
-                one_minus_p,
-                entropy,
-                grad_logps,
-                grad_entropy,
-                ctx.needs_input_grad[:3],
-            )
-        if ctx.dropped is not None:
-            ctx.dropped.fill_exact()
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            gradients = _certified_gradients(ctx, grad_logps) if grad_entropy is None else None
+            if gradients is None:
+                gradients = _exact_gradients(ctx, grad_logps, grad_entropy)
         return *gradients, *no_grad_for_options
+
+
+def _exact_gradients(ctx, grad_logps, grad_entropy):
+    hidden, weight, bias, *rows, lse, one_minus_p, _, entropy = ctx.saved_tensors
+    if ctx.dropped is not None:
+        ctx.dropped.fill_exact()
+    return ctx.backend.head_backward(
+        hidden,
+        weight,
+        bias,
+        Rows(*rows, ctx.output_shape),
+        ctx.transform,
+        lse,
+        one_minus_p,
+        entropy,
+        grad_logps,
+        grad_entropy,
+        ctx.needs_input_grad[:3],
+    )
+
+
+def _certified_gradients(ctx, grad_logps):
+    """None where the exact backward is to be taken: τ = 0, or nothing to gain from leaving blocks out."""
+    hidden, weight, bias, *rows, lse, one_minus_p, block_lse, _ = ctx.saved_tensors
+    rows = Rows(*rows, ctx.output_shape)
+    if block_lse is None or not block_lse.numel():
+        return None
+    g = row_gradients(grad_logps, rows)
+    selection = select_pairs(block_lse, lse, one_minus_p, rows.targets, g, ctx.tau)
+    counts = count_pairs(selection, rows)
+    if counts.share > ctx.backend.EXACT_ABOVE_KEPT_SHARE:
+        return None
+    if ctx.dropped is not None:
+        dropped_mass = spread_over_outputs(selection.dropped_mass, rows)
+        ctx.dropped.fill(dropped_mass, counts.share, selection.largest_error)
+    return ctx.backend.head_backward_certified(
+        hidden,
+        weight,
+        bias,
+        rows,
+        ctx.transform,
+        lse,
+        one_minus_p,
+        g,
+        list_pairs(selection, counts),
+        ctx.tau,
+        ctx.needs_input_grad[:3],
+        WORKSPACE_BYTES,
+    )
 
 
 class PairLossFunction(torch.autograd.Function):

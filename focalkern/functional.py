@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from focalkern import checks
-from focalkern.autograd import DroppedMass, LinearLogpsFunction
+from focalkern.autograd import LinearLogpsFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
+from focalkern.certificate import Certificate, DroppedMass, certify
 from focalkern.layout import aligned_labels, pick_rows
+from focalkern.selection import automatic_tau
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,11 @@ class LinearLogps:
     log_sum_sq_probs: torch.Tensor | None = None  # log Σ_v p_v²
     dropped_mass: torch.Tensor | None = None  # fp32, NaN until the backward has run; None when exact
     kept_share: torch.Tensor | None = None  # [] fp32, likewise
+    dropped: DroppedMass | None = field(default=None, repr=False)  # behind `certificate()`
+
+    def certificate(self) -> Certificate:
+        """Summary of what the backward left out; waits for the device. Errors as `FocalPOOutput`'s."""
+        return certify(self.dropped)
 
 
 @torch.compiler.disable
@@ -55,9 +62,12 @@ def linear_logps(
         bias: `[V]`, dtype of weight.
         shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T −
             1]`. One dimension is one sequence.
-        backward: "certified" may drop vocabulary blocks of negligible probability, "exact" never does. At
-            present both are exact: nothing is dropped.
-        tau: threshold of the certified backward, >= 0, or "auto" for the one of the dtype.
+        backward: "certified" leaves out the blocks of 128 vocabulary entries whose |g_t|·P[t, block] is at
+            most tau·max|g|, except the label's own (g_t = dloss/dlogps_t, P the block's probability), and
+            `dropped_mass` tells how much that was. "exact" never leaves anything out.
+        tau: threshold of the certified backward, >= 0. "auto" is eps/64 of the dtype: 2^-13 for bf16, 2^-16
+            for fp16, 2^-29 for fp32. With 0, in fp64, through the entropy, and where little could be left
+            out, the backward is the exact one.
         backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
         outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
 
@@ -74,6 +84,7 @@ def linear_logps(
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     checks.check_flag("shift", shift)
     outputs = checks.check_outputs(outputs)
+    given_weight = weight
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
     checks.check_labels(labels, hidden)
@@ -86,9 +97,11 @@ def linear_logps(
         aligned_labels(labels, ignore_index, shift),
         ignore_index,
         LogitTransform(float(temperature), softcap, float(logit_scale)),
-        exact=backward == "exact",
-        backend=select_backend(backend, hidden),
-        outputs=outputs,
+        backward,
+        tau,
+        select_backend(backend, hidden),
+        outputs,
+        given_weight,
     )
 
 
@@ -116,19 +129,26 @@ def head_logps(
     labels: torch.Tensor,  # aligned
     ignore_index: int,
     transform: LogitTransform,
-    exact: bool,
+    backward: str,
+    tau: str | float,
     backend: Backend,
     outputs: tuple[str, ...],
+    given_weight: torch.Tensor,  # before autocast
 ) -> LinearLogps:
     """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
     checks.check_label_values(labels, weight.shape[0], ignore_index)
     rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=backend.EXACT_ROW_COUNT)
-    dropped = None if exact else DroppedMass.pending(labels.shape, labels.device)
+    dropped, threshold = None, 0.0
+    if backward == "certified":
+        dropped = DroppedMass(rows, given_weight, weight.dtype, transform)
+        threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
     flat = hidden.reshape(-1, hidden.shape[-1])
     bias = None if bias is None else bias.contiguous()
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
-        for x in LinearLogpsFunction.apply(flat, weight, bias, rows, transform, outputs, dropped, backend)
+        for x in LinearLogpsFunction.apply(
+            flat, weight, bias, rows, transform, outputs, threshold, dropped, backend
+        )
     )
     return LinearLogps(
         logps=logps,  # type: ignore[arg-type]  # the only one that is never None
@@ -138,4 +158,5 @@ def head_logps(
         log_sum_sq_probs=log_sum_sq_probs,
         dropped_mass=None if dropped is None else dropped.per_token,
         kept_share=None if dropped is None else dropped.kept_share,
+        dropped=dropped,
     )

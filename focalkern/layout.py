@@ -90,6 +90,15 @@ def pick_rows(
     return Rows(hidden_index, output_index, targets, count, labels.shape)
 
 
+def spread_over_outputs(values: torch.Tensor, rows: Rows) -> torch.Tensor:  # [outputs]
+    """Values of the rows at their places in the flattened output, 0 elsewhere."""
+    outputs = rows.output_shape.numel()
+    position = torch.arange(values.numel(), device=values.device)
+    # As in `pick_rows`: what is not real lands in one extra slot.
+    place = torch.where(position < rows.count, rows.output_index, outputs)
+    return values.new_zeros(outputs + 1).scatter_(0, place, values)[:outputs]
+
+
 def sequence_ranges(
     labels: torch.Tensor,  # aligned
     ignore_index: int,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -10,25 +10,9 @@ from torch import nn
 from focalkern import checks
 from focalkern.autograd import PairLossFunction
 from focalkern.backends import LogitTransform, PairObjective, select_backend
+from focalkern.certificate import Certificate, DroppedMass, certify
 from focalkern.functional import autocast_head, head_logps
 from focalkern.layout import aligned_labels, sequence_ranges
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """How much of the gradient the last backward left out: nothing, and `kept_share` 1, when it was exact."""
-
-    mean_dropped_mass: float  # over completion tokens: probability mass of the vocabulary blocks left out
-    max_dropped_mass: float
-    kept_share: float  # share of (token, vocabulary block) pairs that were computed
-    dhidden_bound: float  # upper bound of the L2 error of any row of dhidden
-
-    def __str__(self) -> str:
-        return (
-            f"dropped mass {self.mean_dropped_mass:.2e} mean, {self.max_dropped_mass:.2e} max per token;"
-            f" {self.kept_share:.1%} of the vocabulary blocks kept;"
-            f" error of a dhidden row <= {self.dhidden_bound:.2e}"
-        )
 
 
 @dataclass(frozen=True)
@@ -54,24 +38,16 @@ class FocalPOOutput:
     lengths: torch.Tensor
     dropped_mass: torch.Tensor | None
     kept_share: torch.Tensor | None
+    dropped: DroppedMass | None = field(default=None, repr=False)  # behind `certificate()`
 
     def certificate(self) -> Certificate:
-        """Summary of what `loss.backward()` left out; waits for the device.
+        """Summary of what `loss.backward()` left out, with the bound on the error of any row of dhidden:
+        max_t |g_t|·δ_t · max_v ‖W_v‖₂, times the largest slope of the logit transform. Waits for the device.
 
         Raises:
-            RuntimeError: before `loss.backward()` has run.
+            RuntimeError: before `loss.backward()` has run, or after the weight has been changed.
         """
-        if self.dropped_mass is None or self.kept_share is None:
-            return Certificate(0.0, 0.0, 1.0, 0.0)
-        kept_share = self.kept_share.item()
-        if kept_share != kept_share:
-            raise RuntimeError("certificate() speaks of the backward: call loss.backward() first")
-        # The backward is exact at present: nothing is ever dropped, and the error it bounds is zero.
-        tokens = self.lengths.sum().clamp(min=1)
-        mass = self.dropped_mass
-        return Certificate(
-            (mass.sum() / tokens).item(), mass.max().item() if mass.numel() else 0.0, kept_share, 0.0
-        )
+        return certify(self.dropped)
 
 
 class FusedFocalPOLoss(nn.Module):
@@ -218,6 +194,7 @@ class FusedFocalPOLoss(nn.Module):
                 or an empty completion under `length_normalize` fail the step with a device-side assertion
                 instead: with the Triton backend no step waits for the device.
         """
+        given_weight = weight
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         checks.check_head(hidden, weight, bias)
         checks.check_labels(labels, hidden)
@@ -239,9 +216,11 @@ class FusedFocalPOLoss(nn.Module):
             labels,
             self.ignore_index,
             LogitTransform(self.temperature, self.softcap, self.logit_scale),
-            exact=self.backward == "exact",
-            backend=backend,
-            outputs=(),
+            self.backward,
+            self.tau,
+            backend,
+            (),
+            given_weight,
         )
 
         ref_logps = None
@@ -269,6 +248,7 @@ class FusedFocalPOLoss(nn.Module):
             lengths=sequences.lengths,
             dropped_mass=head.dropped_mass,
             kept_share=head.kept_share,
+            dropped=head.dropped,
         )
 
     def _objective(self) -> PairObjective:

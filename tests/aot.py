@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from focalkern.backends import triton_backend
+from focalkern.backends import triton_backend, triton_certified, triton_launch
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -65,8 +65,8 @@ def recorded_launches(arch: str, run: Callable[[], object]) -> list[KernelLaunch
     """The distinct launches of `run()`, with the tiles of architecture `sm_{arch}`."""
     launches: dict[KernelLaunch, None] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton_backend, "_arch", lambda device: arch)
-        for module in (triton_backend.kernels, triton_backend.pair_kernels):
+        patch.setattr(triton_launch, "arch_of", lambda device: arch)
+        for module in (triton_backend.kernels, triton_backend.pair_kernels, triton_certified.kernels):
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):
                     patch.setattr(module, name, _Recorder(kernel, launches))

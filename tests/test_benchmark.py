@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -13,10 +14,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import focalkern
 from benchmarks import check, throughput
-from benchmarks.inputs import PRESENT, Batch, Recipe, Shape, calibrate, preference_batch
+from benchmarks.inputs import (
+    BETA,
+    PRESENT,
+    UNTRAINED_STD,
+    Batch,
+    LogitTransform,
+    Recipe,
+    Sequences,
+    Shape,
+    calibrate,
+)
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.peers import BETA, Peer, all_peers, dpo_loss, load_eager
+from benchmarks.peers import Peer, PeerLoss, all_peers, dpo_loss, load_eager
 
 SCRIPT = Path(throughput.__file__)
 TINY = ["--device", "cpu", "--hidden", "48", "--vocab", "1000", "--tokens", "64", "--pairs", "2"]
@@ -38,8 +50,12 @@ def run(arguments: list[str], tmp_path: Path) -> tuple[int, dict]:
     return status, json.loads(path.read_text())
 
 
-def tiny_batch(softcap: float | None = None, dtype: torch.dtype = torch.float32) -> Batch:
-    batch, _ = preference_batch(Recipe(Shape("tiny", 24, 300, softcap), 48, 2, dtype, "cpu", scale=4.0))
+def tiny_batch(transform: LogitTransform, dtype: torch.dtype = torch.float32) -> Batch:
+    """Sequences of 1 to 30 tokens and a head with a bias, as a capture may have them."""
+    shape = Shape("tiny", 24, 300, transform.softcap, transform.logit_scale)
+    batch, _ = Recipe(shape, 48, 2, dtype, "cpu", scale=4.0).batch()
+    batch.sequences = Sequences(torch.tensor([0, 12, 13, 18, 48]))
+    batch.bias = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
     return batch.requires_grad_(frozen_head=False)
 
 
@@ -69,20 +85,31 @@ def test_script_measures_time_memory_and_error_of_each_peer(tmp_path):
         assert all(0 <= error < 0.1 for error in torch_row["errors"].values())
         assert 0 <= torch_row["extra_bytes"] < 2**28
         assert torch_row["share_of_fp32_logits"] == torch_row["extra_bytes"] / (4 * 64 * 1000)
+        assert 0 < torch_row["kept_share"] <= 1
     assert "the triton backend needs a CUDA device" in done.stdout
     assert "entries above 2^-12 per row" in done.stdout
 
 
-def test_ratio_to_trl_is_printed_and_follows_from_the_medians(tmp_path, capsys):
-    pytest.importorskip("trl", reason="the comparison needs TRL, which the extra `trl` installs")
-    status, result = run([*QUICK, "--only", "torch", "trl"], tmp_path)
+@pytest.mark.parametrize(
+    ("name", "over", "owner"),
+    [
+        ("trl", "TRL head", "TRL's"),
+        ("eager", "eager PyTorch", "eager PyTorch's"),
+        ("torch-exact", "focalkern (torch, exact)", "focalkern (torch, exact)'s"),
+    ],
+)
+def test_ratio_to_a_peer_is_printed_and_follows_from_the_medians(name, over, owner, tmp_path, capsys):
+    if name == "trl":
+        pytest.importorskip("trl", reason="the comparison needs TRL, which the extra `trl` installs")
+    status, result = run([*QUICK, "--only", "torch", name], tmp_path)
     comparison = result["comparisons"][0]
-    ours, trl = comparison["rows"]
-    assert (status, ours["status"], trl["status"]) == (0, "ok", "ok")
+    ours, other = comparison["rows"]
+    assert (status, ours["status"], other["status"]) == (0, "ok", "ok")
+    assert 0 < ours["kept_share"] <= 1 and "kept_share" not in other
     (speed,) = comparison["speed_ratios"]
-    assert (speed["peer"], speed["over"]) == ("focalkern (torch)", "TRL head")
-    assert speed["ratio"] == pytest.approx(trl["both_ms"]["median"] / ours["both_ms"]["median"], rel=1e-2)
-    line = f"focalkern (torch) is {speed['ratio']:.2f}x TRL's speed, forward+backward, fp32"
+    assert (speed["peer"], speed["over"]) == ("focalkern (torch)", over)
+    assert speed["ratio"] == pytest.approx(other["both_ms"]["median"] / ours["both_ms"]["median"], rel=1e-2)
+    line = f"focalkern (torch) is {speed['ratio']:.2f}x {owner} speed, forward+backward, fp32"
     assert line in capsys.readouterr().out
 
 
@@ -107,41 +134,46 @@ class NoisyGradient(torch.autograd.Function):
         return grad * (1 + 1e-4 * torch.randn_like(grad))
 
 
-def eager(batch: Batch, **changes: torch.Tensor) -> torch.Tensor:
+def eager(batch: Batch, **changes: torch.Tensor) -> PeerLoss:
     return load_eager("cpu")(dataclasses.replace(batch, **changes))
 
 
-def noisy_hidden(batch: Batch) -> torch.Tensor:
+def noisy_hidden(batch: Batch) -> PeerLoss:
     return eager(batch, hidden=NoisyGradient.apply(batch.hidden))
 
 
-def noisy_weight(batch: Batch) -> torch.Tensor:
+def noisy_weight(batch: Batch) -> PeerLoss:
     return eager(batch, weight=NoisyGradient.apply(batch.weight))
 
 
-def chosen_and_rejected_swapped(batch: Batch) -> torch.Tensor:
-    half = len(batch.labels) // 2
+def chosen_and_rejected_swapped(batch: Batch) -> PeerLoss:
+    tokens, pairs = len(batch.labels), len(batch.ref_logps) // 2
     return eager(
         batch,
-        hidden=batch.hidden.roll(half, 0),
-        labels=batch.labels.roll(half, 0),
-        ref_logps=batch.ref_logps.roll(half, 0),
+        hidden=batch.hidden.roll(tokens // 2, 0),
+        labels=batch.labels.roll(tokens // 2, 0),
+        ref_logps=batch.ref_logps.roll(pairs, 0),
     )
 
 
-def labels_off_by_one(batch: Batch) -> torch.Tensor:
-    return eager(batch, labels=batch.labels.roll(1, -1))
+def labels_off_by_one(batch: Batch) -> PeerLoss:
+    return eager(batch, labels=batch.labels.roll(1))
 
 
-def not_a_number(batch: Batch) -> torch.Tensor:
-    return eager(batch) * float("nan")
+def sequences_off_by_one(batch: Batch) -> PeerLoss:
+    shifted = torch.cat([batch.sequences.cu_seqlens[:1], batch.sequences.cu_seqlens[1:-1] + 1])
+    return eager(batch, sequences=Sequences(torch.cat([shifted, batch.sequences.cu_seqlens[-1:]])))
 
 
-def no_weight_gradient(batch: Batch) -> torch.Tensor:
+def not_a_number(batch: Batch) -> PeerLoss:
+    return PeerLoss(eager(batch).loss * float("nan"))
+
+
+def no_weight_gradient(batch: Batch) -> PeerLoss:
     return eager(batch, weight=batch.weight.detach())
 
 
-def raising(batch: Batch) -> torch.Tensor:
+def raising(batch: Batch) -> PeerLoss:
     raise NotImplementedError("no such kernel")
 
 
@@ -152,6 +184,7 @@ def raising(batch: Batch) -> torch.Tensor:
         (noisy_weight, "error of dweight beyond"),
         (chosen_and_rejected_swapped, "error of loss and dhidden and dweight"),
         (labels_off_by_one, "error of loss and dhidden and dweight"),
+        (sequences_off_by_one, "error of loss and dhidden and dweight"),
         (not_a_number, "error of loss and dhidden and dweight"),
         (no_weight_gradient, "RuntimeError"),
         (raising, "NotImplementedError: no such kernel"),
@@ -160,9 +193,9 @@ def raising(batch: Batch) -> torch.Tensor:
 def test_wrong_peer_fails_without_a_time_and_others_go_on(loss, reason, tmp_path, monkeypatch, capsys):
     peers = {
         "wrong": Peer("wrong peer", lambda device_type: loss, lambda tokens, vocab: 0),
-        "eager": all_peers("exact")["eager"],
+        "eager": all_peers()["eager"],
     }
-    monkeypatch.setattr(throughput, "all_peers", lambda backward: peers)
+    monkeypatch.setattr(throughput, "all_peers", lambda tau="auto": peers)
     _, result = run(QUICK, tmp_path)
     wrong, right = result["comparisons"][0]["rows"]
     assert wrong["status"] == "failed" and reason in wrong["note"]
@@ -171,10 +204,10 @@ def test_wrong_peer_fails_without_a_time_and_others_go_on(loss, reason, tmp_path
     assert "failed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("name", "status"), [("torch", 1), ("other", 0)])
+@pytest.mark.parametrize(("name", "status"), [("torch", 1), ("torch-exact", 1), ("other", 0)])
 def test_exit_status_tells_of_our_own_failure(name, status, tmp_path, monkeypatch):
     peer = Peer("peer", lambda device_type: not_a_number, lambda tokens, vocab: 0)
-    monkeypatch.setattr(throughput, "all_peers", lambda backward: {name: peer})
+    monkeypatch.setattr(throughput, "all_peers", lambda tau="auto": {name: peer})
     assert run(QUICK, tmp_path)[0] == status
 
 
@@ -208,6 +241,10 @@ def test_peer_that_does_not_fit_into_memory_is_skipped_with_a_note(tmp_path, mon
         (["--tokens", "100", "--pairs", "3"], "not a multiple of 2 x 3"),
         (["--tokens", "0"], "positive integer"),
         (["--shape", "gpt5"], "invalid choice"),
+        (["--sharpness", "50", "round"], "invalid"),
+        (["--saturated", "1"], "at least 0 and below 1"),
+        (["--saturated", "0.5", "--pairs", "1"], "none can be saturated"),
+        (["--tau", "-0.1"], "auto or a number of at least 0"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
@@ -220,10 +257,11 @@ def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
 @pytest.mark.parametrize("entries", [16, 50, 200])
 def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
     recipe = calibrate(Recipe(Shape("small", 64, 8192), 512, 2, torch.float32, "cpu"), entries)
-    batch, sharpness = preference_batch(recipe)
+    batch, sharpness = recipe.batch()
     # The number varies from row to row by about its own size; calibration and sample take a hundred or more.
     assert sharpness.entries == pytest.approx(entries, rel=0.25)
-    logps = (batch.hidden.flatten(0, 1) @ batch.weight.T).log_softmax(-1)[: sharpness.rows]
+    logps = (batch.hidden @ batch.weight.T).log_softmax(-1)
+    assert sharpness.rows == len(logps) == 512
     assert sharpness.entries == pytest.approx(
         (logps.exp() > PRESENT).sum(-1).double().mean().item(), rel=1e-3
     )
@@ -235,22 +273,27 @@ def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
 
 def test_input_is_the_same_for_the_same_seed_only():
     recipe = Recipe(Shape("tiny", 24, 300), 48, 2, torch.bfloat16, "cpu", scale=4.0)
-    first, _ = preference_batch(recipe)
-    again, _ = preference_batch(recipe)
-    other, _ = preference_batch(dataclasses.replace(recipe, seed=1))
+    first, _ = recipe.batch()
+    again, _ = recipe.batch()
+    other, _ = dataclasses.replace(recipe, seed=1).batch()
     for name in ("hidden", "weight", "labels", "ref_logps"):
         assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-def test_sampled_reference_is_what_autograd_gives_on_the_whole(softcap, monkeypatch):
+TRANSFORMS = [LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(softcap=5.0, logit_scale=0.5)]
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_sampled_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
     monkeypatch.setattr(check, "VOCAB_PER_TILE", 128)  # 300 = 128 + 128 + 44
     monkeypatch.setattr(check, "TOKENS_PER_TILE", 20)  # 48 = 20 + 20 + 8
-    batch = tiny_batch(softcap, torch.float64)
-    logits = batch.hidden @ batch.weight.T
-    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    logps = logits.log_softmax(-1).gather(-1, batch.labels[..., None])[..., 0].sum(-1)
+    batch = tiny_batch(transform, torch.float64)
+    logits = (batch.hidden @ batch.weight.T + batch.bias) * transform.logit_scale
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    per_token = logits.log_softmax(-1).gather(-1, batch.labels[:, None])[:, 0]
+    logps = torch.stack([sequence.sum() for sequence in per_token.split([12, 1, 5, 30])])
     chosen, rejected = (logps - batch.ref_logps.double()).chunk(2)
     losses = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected))
     dhidden, dweight = torch.autograd.grad(losses.mean(), [batch.hidden, batch.weight])
@@ -261,29 +304,109 @@ def test_sampled_reference_is_what_autograd_gives_on_the_whole(softcap, monkeypa
     assert sum(ticks) == check.ticks(batch)
     assert len(sample.rows) == 48 and len(sample.vocab) > 100
     torch.testing.assert_close(step.losses, losses)
-    torch.testing.assert_close(step.dhidden, dhidden.flatten(0, 1)[sample.rows])
+    torch.testing.assert_close(step.dhidden, dhidden[sample.rows])
     torch.testing.assert_close(step.dweight, dweight[sample.vocab])
 
 
-@pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("name", ["torch", "eager", "trl"])
-def test_peers_compute_the_same_loss_and_gradients(name, softcap):
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("name", ["torch", "torch-exact", "eager", "trl"])
+def test_peers_compute_the_same_loss_and_gradients(name, transform):
     if name == "trl":
         pytest.importorskip("trl", reason="the comparison needs TRL, which the extra `trl` installs")
-    batch = tiny_batch(softcap)
+    batch = tiny_batch(transform)
     sample = check.choose_sample(batch, seed=0)
     truth, plain = (check.sampled_step(batch, sample, dtype) for dtype in (torch.float64, torch.float32))
-    loss = all_peers("exact")[name].load("cpu")(batch)
+    loss = all_peers()[name].load("cpu")(batch).loss
     gradients = list(torch.autograd.grad(loss, batch.differentiated()))
     found = check.errors_of(loss.detach(), gradients, sample, truth)
-    assert found.exceeded(check.error_bound(truth, plain, torch.float32)) == []
-    # Without the softcap the same logits are another distribution: the check must notice.
-    if softcap is not None:
-        batch.softcap = None
-        uncapped = check.sampled_step(batch, sample, torch.float64)
-        assert "dhidden" in check.errors_of(loss.detach(), gradients, sample, uncapped).exceeded(
-            check.error_bound(truth, plain, torch.float32)
+    bound = check.error_bound(check.plain_errors(truth, plain), torch.float32)
+    assert found.exceeded(bound) == []
+    # Without the transform the same logits are another distribution: the check must notice.
+    if transform != LogitTransform():
+        batch.transform = LogitTransform()
+        untransformed = check.sampled_step(batch, sample, torch.float64)
+        assert "dhidden" in check.errors_of(loss.detach(), gradients, sample, untransformed).exceeded(bound)
+
+
+def test_sequences_are_summed_each_by_itself_and_padding_takes_no_part():
+    sequences = Sequences(torch.tensor([0, 2, 2, 3, 7]))
+    per_token = torch.arange(1.0, 8.0, requires_grad=True)
+    assert sequences.sums(per_token).tolist() == [3, 0, 3, 22]
+    (slope,) = torch.autograd.grad(sequences.sums(per_token) @ torch.tensor([1.0, 2.0, 3.0, 4.0]), per_token)
+    assert slope.tolist() == sequences.per_token(torch.tensor([1.0, 2.0, 3.0, 4.0])).tolist()
+    assert slope.tolist() == [1, 1, 3, 4, 4, 4, 4]
+
+
+def test_untrained_input_has_small_logits_and_an_almost_flat_softmax():
+    recipe = Recipe(Shape("small", 256, 8192), 128, 2, torch.float32, "cpu", scale=None)
+    batch, sharpness = recipe.batch()
+    logits = batch.hidden @ batch.weight.T
+    assert logits.std().item() == pytest.approx(UNTRAINED_STD * 256**0.5, rel=0.05)
+    assert sharpness.entropy > math.log(8192) - 0.1
+    assert recipe.about()["kind"] == "untrained"
+
+
+def test_each_sharpness_is_a_comparison_and_the_summary_has_them_all(tmp_path, capsys):
+    status, result = run([*QUICK, "--sharpness", "16", "flat", "--only", "torch", "eager"], tmp_path)
+    sharp, flat = result["comparisons"]
+    assert status == 0
+    assert (sharp["input"]["kind"], flat["input"]["kind"]) == ("LM-like", "untrained")
+    assert sharp["input"]["entropy"] < flat["input"]["entropy"]
+    summary = capsys.readouterr().out.split("on all inputs")[1]
+    assert "fp32, LM-like" in summary and "fp32, untrained" in summary and "x eager" in summary
+
+
+def test_errors_stand_beside_those_of_plain_pytorch_in_the_same_dtype(tmp_path, capsys):
+    options = ["--dtype", "bf16", "--repeats", "1", "--no-memory", "--only", "torch-exact"]
+    _, result = run([*TINY, *options], tmp_path)
+    comparison = result["comparisons"][0]
+    (ours,) = comparison["rows"]
+    for name in ("dhidden", "dweight"):
+        plain = comparison["plain_pytorch_errors"][name]
+        # Logits rounded to bf16 cost more than a dz rounded to bf16.
+        assert 0 < ours["errors"][name] < plain
+        assert comparison["error_bound"][name] == pytest.approx(
+            check.ERROR_FACTOR * max(plain, torch.finfo(torch.bfloat16).eps)
         )
+    assert "bf16 logits and bf16 dz, as TRL computes" in capsys.readouterr().out
+
+
+def test_saturated_pairs_have_next_to_no_gradient():
+    recipe = Recipe(Shape("tiny", 24, 300), 48, 4, torch.float32, "cpu", scale=4.0)
+    batch, _ = recipe.batch(saturated_pairs=3)
+    loss = load_eager("cpu")(batch.requires_grad_(frozen_head=True)).loss
+    (dhidden,) = torch.autograd.grad(loss, batch.differentiated())
+    per_pair = dhidden.view(2, 4, -1).norm(dim=(0, 2))
+    assert (per_pair[:3] < 1e-6 * per_pair[3]).all()
+
+
+@pytest.mark.parametrize(("share", "pairs", "count"), [(0, 4, 0), (0.01, 4, 1), (0.75, 4, 3), (0.99, 4, 3)])
+def test_saturated_share_is_rounded_to_whole_pairs_and_never_to_all(share, pairs, count):
+    assert throughput.saturated_pairs(share, pairs) == count
+
+
+def test_saturation_is_stated_and_lowers_the_kept_share(tmp_path, capsys):
+    options = ["--pairs", "4", "--saturated", "0", "0.75", "--only", "torch"]
+    status, result = run([*QUICK, *options], tmp_path)
+    without, with_saturated = result["comparisons"]
+    assert status == 0
+    assert (without["saturated_pairs"], with_saturated["saturated_pairs"]) == (0, 3)
+    assert with_saturated["rows"][0]["kept_share"] <= without["rows"][0]["kept_share"]
+    out = capsys.readouterr().out
+    assert out.count("pairs saturated") == out.count("3 of 4 pairs saturated, at u = 20") == 1
+
+
+def test_tau_is_handed_to_the_loss_in_every_mode(tmp_path, monkeypatch):
+    asked = []
+
+    class Spy(focalkern.FusedFocalPOLoss):
+        def __init__(self, **options):
+            asked.append((options["backward"], options["tau"]))
+            super().__init__(**options)
+
+    monkeypatch.setattr(focalkern, "FusedFocalPOLoss", Spy)
+    _, result = run([*QUICK, "--tau", "0.001", "--only", "torch", "torch-exact"], tmp_path)
+    assert asked == [("certified", 0.001), ("exact", 0.001)] and result["tau"] == 0.001
 
 
 def test_runs_alternate_between_the_steps_and_warm_up_is_left_out():
@@ -335,4 +458,4 @@ def test_eager_peer_is_charged_for_its_logits(tmp_path):
 def test_dpo_loss_is_the_one_of_the_paper():
     logps, ref_logps = torch.tensor([-1.0, -2.0, -4.0, -3.0]), torch.tensor([-1.5, -2.0, -3.0, -3.5])
     u = BETA * torch.tensor([0.5 + 1.0, 0.0 - 0.5])
-    torch.testing.assert_close(dpo_loss(logps, ref_logps), torch.log1p(torch.exp(-u)).mean())
+    torch.testing.assert_close(dpo_loss(logps, ref_logps).loss, torch.log1p(torch.exp(-u)).mean())

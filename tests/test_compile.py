@@ -19,6 +19,7 @@ from aot import compile_launch, float32_matmul_precision, recorded_launches
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern.backends import LogitTransform, PairObjective, triton_backend
 from focalkern.layout import Rows, Sequences
+from focalkern.selection import KeptCounts, KeptPairs
 
 # CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
 SHARED_LIMIT = {
@@ -30,7 +31,7 @@ SHARED_LIMIT = {
     "sm_120": 99 * 1024,
 }
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
-GEMM_KERNELS = ("fwd", "dz", "dweight", "dhidden")
+GEMM_KERNELS = ("fwd", "dz", "dweight", "bwd_dhidden", "certified_product")
 
 VARIANTS = {
     "plain": {},
@@ -67,6 +68,38 @@ def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False
         meta(n) if outputs else None,
         (True, True, bias is not None),
     )
+    triton_backend.head_backward_certified(
+        hidden,
+        weight,
+        bias,
+        rows,
+        transform,
+        forward.lse,
+        forward.one_minus_p,
+        meta(n),
+        kept_pairs(n, forward.block_lse.shape[1]),
+        2.0**-13,
+        (True, True, bias is not None),
+        workspace_bytes=256 * 2**20,
+    )
+
+
+def kept_pairs(n, blocks, share=0.05):
+    """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
+    per_row, total = int(share * blocks), n * int(share * blocks)
+
+    def meta(size):
+        return torch.empty(size, dtype=torch.int64, device="meta")
+
+    counts = KeptCounts(
+        per_block=meta(blocks),
+        per_row=meta(n),
+        per_block_host=torch.full((blocks,), total // blocks),
+        per_row_host=torch.full((n,), per_row),
+        total=total,
+        share=share,
+    )
+    return KeptPairs(row=meta(total), block=meta(total), counts=counts)
 
 
 def check_head_kernels(arch, dtype, precision="highest", **variant):
@@ -81,7 +114,7 @@ def check_head_kernels(arch, dtype, precision="highest", **variant):
         is_gemm = launch.name.removesuffix("_kernel").endswith(GEMM_KERNELS)
         if is_gemm and has_tensor_cores:
             assert TENSOR_CORE.get(arch, "mma.sync") in resources.ptx, f"{launch} does not use tensor cores"
-    assert len(launches) >= 5
+    assert len(launches) >= 9
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -31,8 +31,8 @@ def test_fp32_products_follow_torchs_settings_and_16_bits_ignore_them(setting, e
     code = f"""
 import torch
 {setting}
-from focalkern.backends.triton_backend import _precision
-print(_precision(torch.float32), _precision(torch.bfloat16))
+from focalkern.backends.triton_launch import precision
+print(precision(torch.float32), precision(torch.bfloat16))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [expected, "ieee"], done.stderr

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from focalkern.layout import Rows, Sequences
+
+if TYPE_CHECKING:
+    from focalkern.selection import KeptPairs
 
 try:
     import triton  # noqa: F401
@@ -84,6 +87,10 @@ class Backend(Protocol):
     def EXACT_ROW_COUNT(self) -> bool:
         """Whether `Rows` must have exactly its real entries, at the price of waiting for the device."""
 
+    @property
+    def EXACT_ABOVE_KEPT_SHARE(self) -> float:
+        """Above this share of kept (row, block) pairs the exact backward is faster than the certified one."""
+
     def head_forward(
         self,
         hidden: torch.Tensor,  # [M, H]
@@ -110,6 +117,23 @@ class Backend(Protocol):
         needs: tuple[bool, bool, bool],
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """dhidden, dweight and dbias, those that `needs` asks for."""
+
+    def head_backward_certified(
+        self,
+        hidden: torch.Tensor,  # [M, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        rows: Rows,
+        transform: LogitTransform,
+        lse: torch.Tensor,  # [n]
+        one_minus_p: torch.Tensor,  # [n]
+        g: torch.Tensor,  # [n] dL/dlogps of each row
+        pairs: KeptPairs,
+        tau: float,  # threshold that the pairs were selected by
+        needs: tuple[bool, bool, bool],
+        workspace_bytes: int,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """As `head_backward`, of the kept pairs alone."""
 
     def pair_forward(
         self,

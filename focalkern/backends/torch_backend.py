@@ -7,13 +7,18 @@ gradient error of 5e-2.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
-from focalkern.layout import Rows, Sequences, sequence_of_output
+from focalkern.backends.torch_certified import head_backward_certified as head_backward_certified
+from focalkern.backends.torch_tiles import Logits, compute_dtype, matmul, targets_in, transform_logits
+from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
 from focalkern.objective import pair_loss, sequence_scores
 
 EXACT_ROW_COUNT = True
+EXACT_ABOVE_KEPT_SHARE = 0.6
 
 # A tile of logits: 16 MB in fp32. Forward and backward of 2048 × 512 × 32768 in fp32 take 0.84 s with tiles
 # of 8 MB, 0.89 s with 16, 1.06 s with 32 and with 64 (2 idle cores of an AMD EPYC, torch 2.13, 2026-11);
@@ -21,7 +26,6 @@ EXACT_ROW_COUNT = True
 _TILE_ELEMENTS = 4 * 2**20
 _TILE_ROWS = 2048
 _MAX_VOCAB_CHUNK = 4096
-_SUM_BLOCK = 256
 
 # PyTorch 2.13: the first multi-threaded exp of a process can be off by 1e-4 in one thread's share.
 torch.exp(torch.zeros(16))
@@ -36,7 +40,7 @@ def head_forward(
     outputs: tuple[str, ...],
 ) -> HeadForward:
     n, vocab_size = rows.targets.numel(), weight.shape[0]
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     stats = _BlockStats(n, vocab_size, dtype, hidden.device, outputs)
     row_poison = torch.zeros(n, dtype=dtype, device=hidden.device)
     weight_poison = torch.zeros((), dtype=dtype, device=hidden.device)
@@ -45,12 +49,12 @@ def head_forward(
         tile_rows = slice(row_start, row_start + _TILE_ROWS)
         h = hidden[rows.hidden_index[tile_rows]].to(dtype)
         row_poison[tile_rows] = _nonfinite_to_nan(h, dim=1)
-        head = _Logits(h, is_fp32=hidden.dtype == torch.float32)
+        head = Logits(h, is_fp32=hidden.dtype == torch.float32)
         for start, end in _vocab_chunks(vocab_size, h.shape[0]):
             w = weight[start:end].to(dtype).contiguous()
             if row_start == 0:
                 weight_poison += _nonfinite_to_nan(w)
-            z, _ = _transform(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
+            z, _ = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
             stats.add_tile(z, rows.targets[tile_rows] - start, tile_rows, start)
 
     return stats.combine(row_poison + weight_poison, rows)
@@ -72,7 +76,7 @@ def head_backward(
     """Exact: recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
     needs_hidden, needs_weight, needs_bias = needs
     vocab_size = weight.shape[0]
-    dtype = _compute_dtype(hidden)
+    dtype = compute_dtype(hidden)
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
     dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
 
@@ -83,11 +87,11 @@ def head_backward(
     row_entropy = e = None
     if grad_entropy is not None and entropy is not None:
         row_entropy, e = entropy[rows.output_index][:, None], grad_entropy[rows.output_index][:, None]
-    head = _Logits(h, is_fp32=hidden.dtype == torch.float32)
+    head = Logits(h, is_fp32=hidden.dtype == torch.float32)
 
     for start, end in _vocab_chunks(vocab_size, h.shape[0]):
         w = weight[start:end].to(dtype).contiguous()
-        z, slope = _transform(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
+        z, slope = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
         p = z.sub_(lse[:, None]).exp_()
         dz_entropy = None
         if e is not None and row_entropy is not None:
@@ -96,7 +100,7 @@ def head_backward(
 
         # d logps / dz_v = 1[v = y] − p_v
         dz = p.mul_(-g[:, None])
-        row, column = _targets_in(rows.targets - start, end - start)
+        row, column = targets_in(rows.targets - start, end - start)
         dz[row, column] = target_dz[row]
         if dz_entropy is not None:
             dz += dz_entropy
@@ -104,11 +108,11 @@ def head_backward(
             dz = dz.mul_(slope)
 
         if dweight is not None:
-            dweight[start:end] = _matmul(dz.t(), h.t())
+            dweight[start:end] = matmul(dz.t(), h.t())
         if dbias is not None:
             dbias[start:end] = dz.sum(0)
         if dh is not None:
-            dh += _matmul(dz, w.t())
+            dh += matmul(dz, w.t())
 
     dhidden = None
     if dh is not None:
@@ -157,7 +161,7 @@ class _BlockStats:
     def add_tile(self, z: torch.Tensor, column: torch.Tensor, rows: slice, start: int) -> None:
         """Take in logits [rows, vocab chunk from `start`]; `column` is the label's place there, or
         outside."""
-        row, column = _targets_in(column, z.shape[1])
+        row, column = targets_in(column, z.shape[1])
         if self.sum_z is not None:
             self.sum_z[rows] += z.sum(-1)
         target_z = z[row, column]
@@ -192,10 +196,7 @@ class _BlockStats:
         logps = -torch.logaddexp(gap, torch.zeros_like(gap))
         lse = torch.logaddexp(rest_lse, self.target_z)
         log_block_p = self.lse - lse[:, None]
-
-        def spread(values: torch.Tensor) -> torch.Tensor:
-            flat = values.new_zeros(rows.output_shape.numel())
-            return flat.index_copy_(0, rows.output_index, values)
+        spread = partial(spread_over_outputs, rows=rows)
 
         entropy = mean_logits = is_top1 = log_sum_sq_probs = None
         if self.entropy is not None:
@@ -229,76 +230,10 @@ def _wins(target_z: torch.Tensor, others: torch.Tensor, before: torch.Tensor) ->
     return torch.where(before, target_z > others, target_z >= others).all(-1)
 
 
-def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _vocab_chunks(vocab_size: int, n: int) -> list[tuple[int, int]]:
     blocks = _TILE_ELEMENTS // max(n, 1) // VOCAB_BLOCK
     chunk = min(max(blocks, 1) * VOCAB_BLOCK, _MAX_VOCAB_CHUNK)
     return [(start, min(start + chunk, vocab_size)) for start in range(0, vocab_size, chunk)]
-
-
-def _targets_in(column: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows whose label lies in a chunk of `width` entries, and the label's column there."""
-    row = ((column >= 0) & (column < width)).nonzero().squeeze(-1)
-    return row, column[row]
-
-
-def _onednn_linear_works() -> bool:
-    # Private to torch, used by its compiler: seen to work rather than trusted.
-    try:
-        x, ones = torch.ones(2, 3), torch.ones(4, 3)
-        y = torch.ops.mkldnn._linear_pointwise(x, ones, None, "none", [], "")
-        y = torch.ops.mkldnn._linear_pointwise.binary(x, y, ones, None, "add")
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    return bool((y == 6).all())
-
-
-_HAS_ONEDNN_LINEAR = _onednn_linear_works()
-
-
-def _is_onednn(x: torch.Tensor) -> bool:
-    return _HAS_ONEDNN_LINEAR and x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-
-
-def _matmul(a: torch.Tensor, b: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """a @ bᵀ (+ bias); each contiguous, or the transpose of a contiguous tensor."""
-    # oneDNN's fp32 product, where torch.mm takes MKL's: 500 against 225 GFLOP/s on 2 cores of an AMD EPYC
-    # (Zen 5), 2048 × 512 × 2048, torch 2.13, 2026-11. Other strides take it a thousand times as long.
-    if _is_onednn(a):
-        return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
-    return torch.nn.functional.linear(a, b, bias)
-
-
-class _Logits:
-    """hidden @ weightᵀ + bias of one set of rows, for one vocabulary chunk after the other."""
-
-    def __init__(self, hidden: torch.Tensor, is_fp32: bool) -> None:
-        # oneDNN adds up the products of a logit one after the other, MKL in several sums: its error is 1.7
-        # times MKL's at H = 512, 2.2 times at 4096. In blocks of 256 it is 1.2 times, for an eighth of the
-        # speed of the whole. Rounding to fp16 or bf16 hides that difference.
-        hidden_size = hidden.shape[1]
-        self.block = _SUM_BLOCK if is_fp32 and _is_onednn(hidden) else hidden_size
-        self.hidden = [block.contiguous() for block in hidden.split(self.block, dim=1)]
-
-    def __call__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        first, *rest = (block.contiguous() for block in weight.split(self.block, dim=1))
-        z = _matmul(self.hidden[0], first, bias)
-        for hidden, block in zip(self.hidden[1:], rest, strict=True):
-            z = torch.ops.mkldnn._linear_pointwise.binary(hidden, z, block, None, "add")
-        return z
-
-
-def _transform(x: torch.Tensor, transform: LogitTransform) -> tuple[torch.Tensor, torch.Tensor | float]:
-    """z = T(x) and dz/dx, in place where possible."""
-    slope: torch.Tensor | float = transform.logit_scale / transform.temperature
-    if transform.softcap is None:
-        return (x if slope == 1.0 else x.mul_(slope)), slope
-    t = x.mul_(transform.logit_scale / transform.softcap).tanh_()
-    slope = t.square().neg_().add_(1.0).mul_(slope)
-    return t.mul_(transform.softcap / transform.temperature), slope
 
 
 def _nonfinite_to_nan(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:

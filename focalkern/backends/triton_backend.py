@@ -6,19 +6,26 @@ Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, for tests.
 
 from __future__ import annotations
 
-import contextlib
-from functools import lru_cache
-
 import torch
 import triton
 
 from csrc_triton import linear_logps as kernels
 from csrc_triton import pair_loss as pair_kernels
-from csrc_triton.launch import GROUP_M, Launch, launch_config
 from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.backends.triton_certified import head_backward_certified as head_backward_certified
+from focalkern.backends.triton_launch import (
+    launch_of,
+    on_device,
+    scales,
+    tile_grid,
+    tile_options,
+    unit_stride,
+)
 from focalkern.layout import Rows, Sequences
 
 EXACT_ROW_COUNT = False
+# By count of operations and bytes, not yet measured: see docs/certified-backward.md.
+EXACT_ABOVE_KEPT_SHARE = 0.4
 
 # Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
 # `_MAX_DZ_BYTES` for up to a million rows. Each chunk reads and writes the fp32 partial sums of dhidden once:
@@ -37,10 +44,10 @@ def head_forward(
     transform: LogitTransform,
     outputs: tuple[str, ...],
 ) -> HeadForward:
-    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    hidden, weight = unit_stride(hidden), unit_stride(weight)
     n, vocab_size = rows.targets.numel(), weight.shape[0]
     blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
-    in_scale, out_scale = _scales(transform)
+    in_scale, out_scale = scales(transform)
 
     def fp32(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -57,9 +64,9 @@ def head_forward(
         is_top1 = per_output(torch.int8)
 
     if n:
-        config = _config("fwd", hidden, small=bool(outputs))
-        with _on_device(hidden):
-            kernels.linear_logps_fwd_kernel[_grid(config, n, vocab_size)](
+        config = launch_of("fwd", hidden, small=bool(outputs))
+        with on_device(hidden):
+            kernels.linear_logps_fwd_kernel[tile_grid(config, n, vocab_size)](
                 hidden,
                 weight,
                 bias,
@@ -81,7 +88,7 @@ def head_forward(
                 HAS_SOFTCAP=transform.softcap is not None,
                 HAS_STATS=stats is not None,
                 EVEN_H=hidden.shape[1] % config.block_k == 0,
-                **_tile_options(config, "BLOCK_V", hidden.dtype),
+                **tile_options(config, "BLOCK_V", hidden.dtype),
             )
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
@@ -134,9 +141,9 @@ def head_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Exact: per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
     needs_hidden, needs_weight, needs_bias = needs
-    hidden, weight = _unit_stride(hidden), _unit_stride(weight)
+    hidden, weight = unit_stride(hidden), unit_stride(weight)
     n, (vocab_size, hidden_size) = rows.targets.numel(), weight.shape
-    in_scale, out_scale = _scales(transform)
+    in_scale, out_scale = scales(transform)
     device, dtype = hidden.device, hidden.dtype
 
     dhidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
@@ -150,14 +157,14 @@ def head_backward(
     chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
     dz = torch.empty((n, chunk), dtype=dtype, device=device)
     partial = None if dhidden is None else torch.empty((n, hidden_size), dtype=torch.float32, device=device)
-    dz_config = _config("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
-    dweight_config, dhidden_config = _config("bwd_dweight", hidden), _config("bwd_dhidden", hidden)
+    dz_config = launch_of("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
+    dweight_config, dhidden_config = launch_of("bwd_dweight", hidden), launch_of("bwd_dhidden", hidden)
 
-    with _on_device(hidden):
+    with on_device(hidden):
         for start in range(0, vocab_size, chunk):
             size = min(chunk, vocab_size - start)
             if n:
-                kernels.linear_logps_bwd_dz_kernel[_grid(dz_config, n, size)](
+                kernels.linear_logps_bwd_dz_kernel[tile_grid(dz_config, n, size)](
                     hidden,
                     weight,
                     bias,
@@ -184,10 +191,10 @@ def head_backward(
                     HAS_SOFTCAP=transform.softcap is not None,
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
                     EVEN_H=hidden_size % dz_config.block_k == 0,
-                    **_tile_options(dz_config, "BLOCK_V", dtype),
+                    **tile_options(dz_config, "BLOCK_V", dtype),
                 )
             if dweight is not None:
-                kernels.linear_logps_bwd_dweight_kernel[_grid(dweight_config, size, hidden_size)](
+                kernels.linear_logps_bwd_dweight_kernel[tile_grid(dweight_config, size, hidden_size)](
                     dz,
                     hidden,
                     rows.hidden_index,
@@ -198,14 +205,14 @@ def head_backward(
                     chunk,
                     hidden_size,
                     hidden.stride(0),
-                    **_tile_options(dweight_config, "BLOCK_N", dtype),
+                    **tile_options(dweight_config, "BLOCK_N", dtype),
                 )
             if dbias is not None:
                 kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
                     dz, rows.count, dbias, start, size, chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
                 )
             if dhidden is not None and n:
-                kernels.linear_logps_bwd_dhidden_kernel[_grid(dhidden_config, n, hidden_size)](
+                kernels.linear_logps_bwd_dhidden_kernel[tile_grid(dhidden_config, n, hidden_size)](
                     dz,
                     weight,
                     rows.hidden_index,
@@ -218,7 +225,7 @@ def head_backward(
                     vocab_size,
                     hidden_size,
                     weight.stride(0),
-                    **_tile_options(dhidden_config, "BLOCK_N", dtype),
+                    **tile_options(dhidden_config, "BLOCK_N", dtype),
                 )
     return dhidden, dweight, dbias
 
@@ -236,7 +243,7 @@ def pair_forward(
         return torch.empty(size, dtype=torch.float32, device=logps.device)
 
     result = PairForward(fp32(pairs), fp32(pairs), fp32(pairs), fp32(count), fp32(count), fp32(count))
-    with _on_device(logps):
+    with on_device(logps):
         pair_kernels.sequence_sum_fwd_kernel[(count,)](logps, sequences.offsets, result.logps, BLOCK=1024)
         pair_kernels.pair_loss_fwd_kernel[(triton.cdiv(pairs, 128),)](
             result.logps,
@@ -261,65 +268,7 @@ def pair_forward(
     return result
 
 
-def _unit_stride(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _scales(transform: LogitTransform) -> tuple[float, float]:
-    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap."""
-    if transform.softcap is None:
-        return transform.logit_scale / transform.temperature, 1.0
-    return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
-
-
 def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
     fitting = _MAX_DZ_BYTES // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
     chunk = min(max(fitting, VOCAB_BLOCK), _VOCAB_CHUNK)
     return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
-
-
-def _config(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
-    # Where 64 does not divide the hidden size, loads are masked or unvectorised: more registers for them.
-    if small or hidden.shape[1] % 64:
-        kernel += "_small"
-    return launch_config(kernel, _arch(hidden.device), hidden.element_size() * 8)
-
-
-@lru_cache
-def _arch(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "interpret"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
-
-
-def _grid(config: Launch, m: int, n: int) -> tuple[int]:
-    return (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
-
-
-def _tile_options(config: Launch, block_n: str, dtype: torch.dtype) -> dict[str, object]:
-    return {
-        "PRECISION": _precision(dtype),
-        "BLOCK_M": config.block_m,
-        block_n: config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP_M": GROUP_M,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
-
-
-def _precision(dtype: torch.dtype) -> str:
-    """As torch.matmul multiplies on CUDA: fp32 in full unless the user chose tf32; 16 bits know no choice."""
-    if dtype != torch.float32:
-        return "ieee"
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        # Since torch 2.9. It follows the older setting, whose getter raises once this one has been used.
-        chosen = torch.backends.cuda.matmul.fp32_precision
-        chosen = torch.backends.fp32_precision if chosen == "none" else chosen  # type: ignore[attr-defined]
-        return "tf32" if chosen == "tf32" else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def _on_device(x: torch.Tensor) -> contextlib.AbstractContextManager:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

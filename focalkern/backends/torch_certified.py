@@ -1,0 +1,182 @@
+"""The certified backward of the torch backend: per vocabulary block, the rows that need it.
+
+One block after the other would be many small calls. Several blocks share the gathering of their rows and the
+element-wise work; each has its own three products.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from focalkern.backends import VOCAB_BLOCK, LogitTransform
+from focalkern.backends.torch_tiles import (
+    Logits,
+    compute_dtype,
+    has_native_product,
+    matmul,
+    targets_in,
+    transform_logits,
+)
+from focalkern.layout import Rows
+from focalkern.selection import KeptPairs
+
+# oneDNN builds a kernel for every new shape, in more time than a block's product takes (300 against 130 µs
+# at 450 × 512 × 128, 2 cores of an AMD EPYC, torch 2.13, 2026-11). The rows of a block are padded to a
+# multiple of this: few shapes, that come again.
+_PADDING = 32
+# Rows and vocabulary blocks of a group: what they need stays in the processor's cache.
+_GROUP_ROWS = 2048
+_GROUP_BLOCKS = 32
+# Where this much may be left out, how oneDNN adds up a logit (see `Logits`) does not show.
+_ROUNDING_TAU = 2.0**-20
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that need one vocabulary block; those of a block may be in several parts."""
+
+    rows: slice  # of the padded list of rows
+    block: slice  # of the vocabulary
+    is_first: bool
+    is_last: bool
+
+
+def head_backward_certified(
+    hidden: torch.Tensor,  # [M, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    rows: Rows,
+    transform: LogitTransform,
+    lse: torch.Tensor,  # [n]
+    one_minus_p: torch.Tensor,  # [n]
+    g: torch.Tensor,  # [n]
+    pairs: KeptPairs,
+    tau: float,
+    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
+    workspace_bytes: int,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """dz of the kept pairs, group by group, and its products; rows of dweight that no pair needs are zero."""
+    needs_hidden, needs_weight, needs_bias = needs
+    n, hidden_size, vocab_size = rows.targets.numel(), hidden.shape[1], weight.shape[0]
+    dtype = compute_dtype(hidden)
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
+    dbias = torch.zeros_like(bias) if bias is not None and needs_bias else None
+    if dweight is not None:
+        for i_block in (pairs.counts.per_block_host == 0).nonzero().flatten().tolist():
+            dweight[_vocab_range(i_block, vocab_size)] = 0.0
+
+    # The rows, and one more that the lists of rows are padded with: it has no gradient.
+    def extended(values: torch.Tensor, value: float = 0.0) -> torch.Tensor:
+        return torch.cat([values, values.new_full((1, *values.shape[1:]), value)])
+
+    h_input = extended(hidden[rows.hidden_index])
+    h = h_input.to(dtype)
+    dh = torch.zeros_like(h) if needs_hidden else None
+    g, lse, targets = extended(g)[:, None], extended(lse)[:, None], extended(rows.targets, -1)
+    minus_g, target_dz = -g, g[:, 0] * extended(one_minus_p)
+    is_native = has_native_product(hidden)
+    is_fp32 = hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
+
+    # Bytes of one row of a group: hidden in both dtypes, its gradient, logits, dz in both dtypes.
+    row_bytes = hidden_size * (8 + hidden.element_size()) + VOCAB_BLOCK * (8 + hidden.element_size())
+    group_rows = max(min(_GROUP_ROWS, workspace_bytes // row_bytes) // _PADDING, 1) * _PADDING
+    row_list, first_v = _padded_rows(pairs, n)
+
+    dweight_sum = dbias_sum = h.new_zeros(())
+    for group in _groups(_parts(pairs, vocab_size, group_rows), group_rows):
+        listed = slice(group[0].rows.start, group[-1].rows.stop)
+        span = slice(group[0].block.start, group[-1].block.stop)
+        row = row_list[listed]
+        h_rows = h.index_select(0, row)  # several times as fast as h[row]
+        w_span = weight[span].to(dtype).contiguous()
+        b_span = None if bias is None else bias[span].to(dtype)
+        # For each part, its rows in the group and its block in the span.
+        places = [(_shifted(part.rows, -listed.start), _shifted(part.block, -span.start)) for part in group]
+
+        x = [Logits(h_rows[r], is_fp32)(w_span[v], None if b_span is None else b_span[v]) for r, v in places]
+        z, slope = transform_logits(torch.cat(x), transform)
+        # d logps / dz_v = 1[v = y] − p_v
+        dz = z.sub_(lse[row]).exp_().mul_(minus_g[row])
+        label_row, column = targets_in(targets[row] - first_v[listed], dz.shape[1])
+        dz[label_row, column] = target_dz[row[label_row]]
+        if isinstance(slope, torch.Tensor) or slope != 1.0:
+            dz = dz.mul_(slope)
+
+        if dweight is not None:
+            dz_native, h_native = (
+                (dz.to(hidden.dtype), h_input.index_select(0, row)) if is_native else (dz, h_rows)
+            )
+        for part, (r, v) in zip(group, places, strict=True):
+            if dh is not None:
+                dh.index_add_(0, row[r], matmul(dz[r], w_span[v].t()))
+            if dweight is not None:
+                if is_native:
+                    product = dz_native[r].t() @ h_native[r]
+                else:
+                    # A transposed first operand costs more than its copy: 248 against 176 + 22 µs, likewise.
+                    product = matmul(dz[r].t().contiguous(), h_rows[r].t())
+                dweight_sum = product if part.is_first else dweight_sum.to(dtype) + product
+                if part.is_last:
+                    dweight[part.block] = dweight_sum
+            if dbias is not None:
+                dbias_sum = dz[r].sum(0) if part.is_first else dbias_sum + dz[r].sum(0)
+                if part.is_last:
+                    dbias[part.block] = dbias_sum
+
+    dhidden = None
+    if dh is not None:
+        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
+        dhidden[rows.hidden_index] = dh[:n].to(hidden.dtype)
+    return dhidden, dweight, dbias
+
+
+def _padded_counts(pairs: KeptPairs) -> torch.Tensor:
+    return (pairs.counts.per_block_host + _PADDING - 1) // _PADDING * _PADDING
+
+
+def _padded_rows(pairs: KeptPairs, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows of all blocks, each block's padded with n; and beside each the first entry of its block."""
+    counts, padded, device = pairs.counts.per_block_host, _padded_counts(pairs), pairs.row.device
+    shift = ((padded - counts).cumsum(0) - (padded - counts)).to(device)
+    row = pairs.row.new_full((int(padded.sum()),), n)
+    row[torch.arange(len(pairs.row), device=device) + shift[pairs.block]] = pairs.row
+    first_v = torch.arange(len(counts)).repeat_interleave(padded) * VOCAB_BLOCK
+    return row, first_v.to(device)
+
+
+def _parts(pairs: KeptPairs, vocab_size: int, group_rows: int) -> Iterator[_Part]:
+    start = 0
+    for i_block, size in enumerate(_padded_counts(pairs).tolist()):
+        block = _vocab_range(i_block, vocab_size)
+        for first in range(0, size, group_rows):
+            last = min(first + group_rows, size)
+            yield _Part(slice(start + first, start + last), block, first == 0, last == size)
+        start += size
+
+
+def _groups(parts: Iterator[_Part], group_rows: int) -> Iterator[list[_Part]]:
+    """Consecutive parts that are processed together; their blocks have one width."""
+    group: list[_Part] = []
+    for part in parts:
+        if group:
+            first = group[0]
+            too_long = part.rows.stop - first.rows.start > group_rows
+            too_wide = part.block.stop - first.block.start > _GROUP_BLOCKS * VOCAB_BLOCK
+            narrower = part.block.stop - part.block.start < first.block.stop - first.block.start
+            if too_long or too_wide or narrower:
+                yield group
+                group = []
+        group.append(part)
+    if group:
+        yield group
+
+
+def _vocab_range(i_block: int, vocab_size: int) -> slice:
+    return slice(i_block * VOCAB_BLOCK, min((i_block + 1) * VOCAB_BLOCK, vocab_size))
+
+
+def _shifted(x: slice, offset: int) -> slice:
+    return slice(x.start + offset, x.stop + offset)

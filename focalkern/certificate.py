@@ -1,0 +1,96 @@
+"""What a certified backward left out: filled in by that backward, summed up on demand.
+
+`DroppedMass` travels from the forward through `LinearLogpsFunction` to the caller's output.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from focalkern.backends import LogitTransform
+from focalkern.layout import Rows
+
+# Rows of the head whose norms are taken at once.
+_NORM_ROWS = 16384
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How much of the gradient the last backward left out: nothing, and `kept_share` 1, when it was exact."""
+
+    mean_dropped_mass: float  # over completion tokens: probability mass of the vocabulary blocks left out
+    max_dropped_mass: float
+    kept_share: float  # share of (token, vocabulary block) pairs that were computed
+    dhidden_bound: float  # upper bound of the L2 error of any row of dhidden, rounding aside
+
+    def __str__(self) -> str:
+        return (
+            f"dropped mass {self.mean_dropped_mass:.2e} mean, {self.max_dropped_mass:.2e} max per token;"
+            f" {self.kept_share:.1%} of the vocabulary blocks kept;"
+            f" error of a dhidden row <= {self.dhidden_bound:.2e}"
+        )
+
+
+class DroppedMass:
+    """The record of one certified backward; NaN until it has run, then filled in place."""
+
+    def __init__(
+        self,
+        rows: Rows,
+        weight: torch.Tensor,  # [V, H] as the caller gave it
+        dtype: torch.dtype,  # of the product with hidden
+        transform: LogitTransform,
+    ) -> None:
+        def pending(shape: torch.Size) -> torch.Tensor:
+            return torch.full(shape, torch.nan, dtype=torch.float32, device=weight.device)
+
+        self.per_token = pending(rows.output_shape)
+        self.kept_share = pending(torch.Size([]))
+        self.largest_error = pending(torch.Size([]))  # max_t |g_t|·δ_t
+        self.tokens = rows.count
+        # As given, not the copy that autocast makes, which would live as long as this record.
+        self.weight = weight.detach()
+        self.weight_version = weight._version
+        self.dtype = dtype
+        self.slope = abs(transform.logit_scale) / transform.temperature
+
+    def fill(self, per_token: torch.Tensor, kept_share: float, largest_error: torch.Tensor) -> None:
+        self.per_token.copy_(per_token.view_as(self.per_token))
+        self.kept_share.fill_(kept_share)
+        self.largest_error.copy_(largest_error)
+
+    def fill_exact(self) -> None:
+        self.per_token.zero_()
+        self.kept_share.fill_(1.0)
+        self.largest_error.zero_()
+
+    def largest_weight_norm(self) -> float:
+        """max_v ‖W_v‖₂ in the dtype of the product."""
+        if self.weight._version != self.weight_version:
+            raise RuntimeError(
+                "certificate() needs the weight of the forward, and it has been changed since:"
+                " call it before optimizer.step()"
+            )
+        chunks = (chunk.to(self.dtype).float() for chunk in self.weight.split(_NORM_ROWS))
+        return torch.stack([torch.linalg.vector_norm(chunk, dim=1).amax() for chunk in chunks]).amax().item()
+
+
+def certify(dropped: DroppedMass | None) -> Certificate:
+    """The summary of a backward's record; None stands for an exact backward."""
+    if dropped is None:
+        return Certificate(0.0, 0.0, 1.0, 0.0)
+    kept_share = dropped.kept_share.item()
+    if math.isnan(kept_share):
+        raise RuntimeError("certificate() speaks of the backward: call loss.backward() first")
+    if kept_share == 1.0:
+        return Certificate(0.0, 0.0, 1.0, 0.0)
+    return Certificate(
+        mean_dropped_mass=(dropped.per_token.sum() / dropped.tokens).item(),
+        max_dropped_mass=dropped.per_token.amax().item(),
+        kept_share=kept_share,
+        # |dz| is at most the gradient of the logit times the largest slope of the logit transform.
+        dhidden_bound=dropped.largest_error.item() * dropped.slope * dropped.largest_weight_norm(),
+    )

@@ -1,0 +1,124 @@
+"""Which (row, vocabulary block) pairs a certified backward computes, and the probability mass it leaves out.
+
+Called by `LinearLogpsFunction.backward`, for both backends. All of it runs on the device, but for one
+transfer of the counts to the host, which every allocation after it depends on.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from focalkern.backends import VOCAB_BLOCK
+from focalkern.layout import Rows
+
+# No row may drop more than this share of the largest gradient: |g_t|·δ_t <= 2^-7·max|g|.
+MAX_WEIGHTED_MASS = 2.0**-7
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pairs that are kept; n rows, NB = ceil(V / 128) vocabulary blocks."""
+
+    keep: torch.Tensor  # [n, NB] bool
+    dropped_mass: torch.Tensor  # [n] fp32: δ_t = Σ_b P[t, b] over the blocks that are not kept
+    largest_error: torch.Tensor  # [] fp32: max_t |g_t|·δ_t
+
+
+@dataclass(frozen=True)
+class KeptCounts:
+    """How many pairs are kept, on the device and on the host."""
+
+    per_block: torch.Tensor  # [NB] int64
+    per_row: torch.Tensor  # [n] int64
+    per_block_host: torch.Tensor
+    per_row_host: torch.Tensor
+    total: int
+    share: float  # of all (completion token, block) pairs; 1 when there is no completion token
+
+
+@dataclass(frozen=True)
+class KeptPairs:
+    """The kept pairs, one vocabulary block after the other, rows ascending within each."""
+
+    row: torch.Tensor  # [K] int64
+    block: torch.Tensor  # [K] int64
+    counts: KeptCounts
+
+
+def automatic_tau(dtype: torch.dtype) -> float:
+    """`tau="auto"`: 2^-13 for bf16, 2^-16 for fp16, 2^-29 for fp32; float64 is exact."""
+    return 0.0 if dtype == torch.float64 else torch.finfo(dtype).eps / 64
+
+
+def row_gradients(grad_logps: torch.Tensor, rows: Rows) -> torch.Tensor:  # [n]
+    """g_t = dL/dlogps_t of each row, 0 past the real ones."""
+    position = torch.arange(rows.targets.numel(), device=grad_logps.device)
+    return torch.where(position < rows.count, grad_logps[rows.output_index], 0.0)
+
+
+def select_pairs(
+    block_lse: torch.Tensor,  # [n, NB] logsumexp of each block without the label
+    lse: torch.Tensor,  # [n]
+    one_minus_p: torch.Tensor,  # [n] 1 − p_y
+    targets: torch.Tensor,  # [n]
+    g: torch.Tensor,  # [n]
+    tau: float,
+) -> Selection:
+    """Keep (t, b) if |g_t|·P[t, b] > τ·max|g|, or if b holds the label; nothing of a row with g_t = 0.
+
+    P[t, b] = exp(block_lse[t, b] − lse[t]). Where a row would drop more than `MAX_WEIGHTED_MASS` allows, its
+    τ is halved until it does not. What is not a number is kept, so that it comes out as NaN.
+    """
+    relative = torch.where(g == 0, 0.0, g.abs() / g.abs().amax())[:, None]  # [n, 1]
+    own_block = (targets // VOCAB_BLOCK)[:, None]
+    mass = torch.exp(block_lse - lse[:, None])
+    # Of all blocks without the label it sums to 1 − p_y, but for the rounding of lse, which is that of a
+    # number of the size of the logits.
+    correction = one_minus_p / mass.sum(1)
+    mass.scatter_(1, own_block, 0.0)
+    weighted = relative * mass
+
+    # With a threshold of θ a row drops less than NB·θ: so many halvings are enough for every row.
+    tau = min(tau, 1.0)
+    halvings = max(0, math.ceil(math.log2(tau * block_lse.shape[1] / MAX_WEIGHTED_MASS)))
+    threshold = torch.full_like(weighted[:, :1], tau)
+    for _ in range(halvings):
+        dropped = torch.where(weighted <= threshold, weighted, 0.0).sum(1, keepdim=True)
+        threshold = torch.where(dropped > MAX_WEIGHTED_MASS, threshold / 2, threshold)
+
+    keep = (weighted <= threshold).logical_not_().scatter_(1, own_block, True)
+    dropped_mass = torch.where(keep, 0.0, mass).sum(1)
+    dropped_mass = torch.where(dropped_mass > 0, dropped_mass * correction, 0.0)
+    live = g != 0
+    keep &= live[:, None]
+    return Selection(
+        keep=keep,
+        dropped_mass=torch.where(live, dropped_mass, 1.0),
+        largest_error=torch.where(live, g.abs() * dropped_mass, 0.0).amax(),
+    )
+
+
+def count_pairs(selection: Selection, rows: Rows) -> KeptCounts:
+    """The only step of a certified backward that waits for the device."""
+    blocks = selection.keep.shape[1]
+    counts = torch.cat([selection.keep.sum(0), selection.keep.sum(1), rows.count.long()])
+    host = counts.cpu()
+    total, possible = int(host[:blocks].sum()), int(host[-1]) * blocks
+    return KeptCounts(
+        per_block=counts[:blocks],
+        per_row=counts[blocks:-1],
+        per_block_host=host[:blocks],
+        per_row_host=host[blocks:-1],
+        total=total,
+        share=total / possible if possible else 1.0,
+    )
+
+
+def list_pairs(selection: Selection, counts: KeptCounts) -> KeptPairs:
+    """The kept pairs as lists per block; their number being known, this does not wait for the device."""
+    n = selection.keep.shape[0]
+    pair = torch.nonzero_static(selection.keep.t().reshape(-1), size=counts.total).squeeze(1)
+    return KeptPairs(row=pair % n, block=pair // n, counts=counts)

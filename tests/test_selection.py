@@ -1,0 +1,152 @@
+"""Selection of the kept pairs, against the rule written out row by row in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from focalkern.layout import Rows
+from focalkern.selection import (
+    MAX_WEIGHTED_MASS,
+    automatic_tau,
+    count_pairs,
+    list_pairs,
+    row_gradients,
+    select_pairs,
+)
+
+
+def block_statistics(n, vocab_size, sharpness, seed=0):
+    """What the forward hands over, in fp32, and the true mass of each block, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    z = sharpness * torch.randn(n, vocab_size, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab_size, (n,), generator=generator)
+    g = torch.randn(n, generator=generator, dtype=torch.float64)
+    lse = z.logsumexp(-1)
+    one_minus_p = -torch.expm1(z.gather(1, targets[:, None])[:, 0] - lse)
+    rest = z.scatter(1, targets[:, None], -math.inf)
+    rest = torch.nn.functional.pad(rest, (0, -vocab_size % 128), value=-math.inf)
+    block_lse = rest.unflatten(1, (-1, 128)).logsumexp(-1)
+    mass = (block_lse - lse[:, None]).exp()
+    return block_lse.float(), lse.float(), one_minus_p.float(), targets, g.float(), mass
+
+
+def rows_of(targets, count=None):
+    n = len(targets)
+    index = torch.arange(n)
+    count = torch.tensor([n if count is None else count], dtype=torch.int32)
+    return Rows(index, index, targets, count, torch.Size([n]))
+
+
+@given(
+    n=st.integers(1, 40),
+    vocab_size=st.integers(2, 2000),
+    sharpness=st.floats(0.1, 20.0),
+    tau=st.sampled_from([1e-6, 2.0**-13, 1e-3, 0.1, 10.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_selection_is_the_rule(n, vocab_size, sharpness, tau, seed):
+    block_lse, lse, one_minus_p, targets, g, mass = block_statistics(n, vocab_size, sharpness, seed)
+    g[::3] *= 1e-3
+    g[1::5] = 0.0
+    selection = select_pairs(block_lse, lse, one_minus_p, targets, g, tau)
+    relative = (g.double().abs() / g.double().abs().amax().clamp(min=1e-30)).tolist()
+
+    for t in range(n):
+        keep = selection.keep[t]
+        own = targets[t].item() // 128
+        if g[t] == 0:
+            assert not keep.any()
+            assert selection.dropped_mass[t] == 1
+            continue
+        assert keep[own]
+        dropped = mass[t][~keep].sum().item()
+        assert selection.dropped_mass[t].item() == pytest.approx(dropped, abs=1e-6, rel=0)
+        assert relative[t] * dropped <= MAX_WEIGHTED_MASS * (1 + 1e-5)
+        others = [b for b in range(mass.shape[1]) if b != own]
+        weighted = relative[t] * mass[t]
+        # The smallest kept and the largest dropped block are on either side of a threshold, which is τ or,
+        # where the row would drop too much, τ halved as often as it takes.
+        threshold = min(tau, 1.0)
+        while sum(m for m in weighted[others].tolist() if m <= threshold) > MAX_WEIGHTED_MASS:
+            threshold /= 2
+        for b in others:
+            if abs(weighted[b].item() / threshold - 1) > 1e-4:
+                assert keep[b].item() == (weighted[b].item() > threshold)
+
+
+def test_largest_error_is_that_of_the_worst_row():
+    block_lse, lse, one_minus_p, targets, g, mass = block_statistics(30, 1500, 6.0)
+    selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
+    dropped = torch.where(selection.keep, 0.0, mass).sum(1)
+    assert dropped.amax() > 0
+    expected = (g.double().abs() * dropped).amax().item()
+    assert selection.largest_error.item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_scale_of_the_gradient_does_not_matter():
+    *statistics, g, _ = block_statistics(30, 1500, 6.0)
+    selections = [select_pairs(*statistics, g * scale, 1e-3) for scale in (1.0, 2.0**-100, 2.0**100)]
+    assert all(torch.equal(selections[0].keep, other.keep) for other in selections[1:])
+
+
+@pytest.mark.parametrize("where", ["g", "statistics"])
+def test_rows_that_are_not_a_number_are_kept_whole(where):
+    block_lse, lse, one_minus_p, targets, g, _ = block_statistics(10, 1500, 6.0)
+    if where == "g":
+        g[4] = math.nan
+    else:
+        block_lse[4, 2] = lse[4] = one_minus_p[4] = math.nan
+    selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
+    assert selection.keep[4].all()
+
+
+def test_an_infinite_gradient_is_kept_whole():
+    block_lse, lse, one_minus_p, targets, g, _ = block_statistics(10, 1500, 6.0)
+    g[4] = -math.inf
+    assert select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3).keep[4].all()
+
+
+def test_lists_are_per_block_with_ascending_rows():
+    block_lse, lse, one_minus_p, targets, g, _ = block_statistics(30, 1500, 6.0)
+    selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
+    counts = count_pairs(selection, rows_of(targets))
+    pairs = list_pairs(selection, counts)
+    expected = [(b, t) for b in range(12) for t in range(30) if selection.keep[t, b]]
+    assert list(zip(pairs.block.tolist(), pairs.row.tolist(), strict=True)) == expected
+    assert counts.total == len(expected)
+    assert counts.share == len(expected) / (12 * 30)
+    assert counts.per_block.tolist() == counts.per_block_host.tolist() == selection.keep.sum(0).tolist()
+    assert counts.per_row.tolist() == counts.per_row_host.tolist() == selection.keep.sum(1).tolist()
+
+
+def test_entries_past_the_count_take_no_part():
+    block_lse, lse, one_minus_p, targets, g, _ = block_statistics(30, 1500, 6.0)
+    rows = rows_of(targets, count=20)
+    for statistic in (block_lse, lse, one_minus_p):
+        statistic[20:] = math.nan
+    gradients = row_gradients(g, rows)
+    assert gradients[:20].equal(g[:20])
+    selection = select_pairs(block_lse, lse, one_minus_p, targets, gradients, 1e-3)
+    counts = count_pairs(selection, rows)
+    assert not selection.keep[20:].any()
+    assert counts.share == counts.total / (12 * 20)
+    assert math.isfinite(selection.largest_error)
+
+
+def test_no_token_is_a_share_of_one():
+    *statistics, targets, g, _ = block_statistics(5, 300, 6.0)
+    rows = rows_of(targets, count=0)
+    selection = select_pairs(*statistics, targets, row_gradients(g, rows), 1e-3)
+    assert count_pairs(selection, rows).share == 1.0
+
+
+def test_automatic_threshold_follows_the_dtype():
+    assert automatic_tau(torch.bfloat16) == 2.0**-13
+    assert automatic_tau(torch.float16) == 2.0**-16
+    assert automatic_tau(torch.float32) == 2.0**-29
+    assert automatic_tau(torch.float64) == 0.0
