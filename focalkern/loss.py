@@ -79,6 +79,9 @@ class FusedFocalPOLoss(nn.Module):
         reduction: "mean", "sum" or "none" over pairs.
         temperature, softcap, logit_scale: the logit transform, see `linear_logps`.
         backward, tau, backend: see `linear_logps`.
+            The certified backward, the default, leaves out what is negligible beside the largest gradient of
+            the batch; `out.certificate()` bounds the error. For training from scratch use "exact": rows of
+            dweight that nothing needs come out as exact zeros.
         ema_momentum, ema_bias_correction: of α-DPO's running statistics; without effect while alpha is 0.
 
     Raises:

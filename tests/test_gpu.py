@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -18,10 +19,11 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make_batch(dtype, pairs=4, length=300, hidden_size=1024, vocab_size=32000, seed=0):
+def make_batch(dtype, pairs=4, length=300, hidden_size=1024, vocab_size=32000, sharpness=4.0, seed=0):
     generator = torch.Generator("cuda").manual_seed(seed)
     hidden = torch.randn(2 * pairs, length, hidden_size, device="cuda", generator=generator)
-    weight = torch.randn(vocab_size, hidden_size, device="cuda", generator=generator) * (4 / hidden_size**0.5)
+    weight = torch.randn(vocab_size, hidden_size, device="cuda", generator=generator)
+    weight *= sharpness / hidden_size**0.5
     labels = torch.randint(vocab_size, (2 * pairs, length), device="cuda", generator=generator)
     labels[:, : length // 3] = -100
     ref_logps = -3.0 * length + torch.randn(2, pairs, device="cuda", generator=generator)
@@ -119,35 +121,64 @@ def test_hidden_of_more_than_2_to_the_31_elements():
 
 
 @pytest.mark.parametrize("layout", ["padded", "shift", "packed"])
-def test_no_step_waits_for_the_device(layout):
-    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64)
+@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
+def test_only_a_certified_backward_waits_for_the_device_and_once(layout, backward, allowed):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
     options = {"shift": True} if layout == "shift" else {}
     if layout == "packed":
         hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
         options = {"cu_seqlens": torch.arange(0, 257, 64, device="cuda", dtype=torch.int32), "shift": True}
-    loss_fn = FusedFocalPOLoss(length_normalize=True)
+    loss_fn = FusedFocalPOLoss(length_normalize=True, backward=backward)
 
     def step():
-        loss_fn(hidden, weight, labels, None, *ref_logps, **options).loss.backward()
+        out = loss_fn(hidden, weight, labels, None, *ref_logps, **options)
+        out.loss.backward()
+        return out
 
-    step()
+    out = step()
+    assert backward == "exact" or out.kept_share < 0.4
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        step()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(waits) == allowed, [str(warning.message) for warning in waits]
 
 
-def test_two_runs_are_bitwise_equal():
-    batch = make_batch(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_certified_gradients_are_closer_to_float64_than_those_of_plain_pytorch(dtype):
+    hidden, weight, labels, ref_logps = make_batch(dtype, pairs=8, length=512, sharpness=12.0)
+    out = FusedFocalPOLoss(tau=2.0**-13, backend="triton")(hidden, weight, labels, None, *ref_logps)
+    actual = torch.autograd.grad(out.loss, (hidden, weight))
+    assert out.kept_share < 0.4
+
+    def plain(dtype):
+        inputs = [x.detach().to(dtype).requires_grad_() for x in (hidden, weight)]
+        references = ref_logps.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        losses = reference.focalpo_loss(*inputs, labels, None, *references, beta=0.1, gamma=0.05)
+        return torch.autograd.grad(losses.mean(), inputs)
+
+    for a, naive, exact in zip(actual, plain(dtype), plain(torch.float64), strict=True):
+        assert relative_error(a, exact) < relative_error(naive, exact)
+
+
+@pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
+def test_two_runs_are_bitwise_equal(sharpness):
+    batch = make_batch(torch.bfloat16, sharpness=sharpness)
     first = [x.clone() for x in loss_and_gradients(FusedFocalPOLoss(), *batch)]
     second = loss_and_gradients(FusedFocalPOLoss(), *batch)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_peak_memory_stays_far_below_the_logits():
-    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=8, length=512, vocab_size=128256)
+@pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
+def test_peak_memory_stays_far_below_the_logits(sharpness):
+    hidden, weight, labels, ref_logps = make_batch(
+        torch.bfloat16, pairs=8, length=512, vocab_size=128256, sharpness=sharpness
+    )
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

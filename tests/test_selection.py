@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import focalkern.selection
 from focalkern.layout import Rows
 from focalkern.selection import (
     MAX_WEIGHTED_MASS,
@@ -122,6 +123,20 @@ def test_lists_are_per_block_with_ascending_rows():
     assert counts.share == len(expected) / (12 * 30)
     assert counts.per_block.tolist() == counts.per_block_host.tolist() == selection.keep.sum(0).tolist()
     assert counts.per_row.tolist() == counts.per_row_host.tolist() == selection.keep.sum(1).tolist()
+
+
+@pytest.mark.parametrize(("name", "value"), [("_ROWS_AT_ONCE", 7), ("_MAX_NONZERO", 65)])
+def test_selection_in_pieces_is_the_same(name, value, monkeypatch):
+    *statistics, targets, g, _ = block_statistics(30, 1500, 6.0)
+
+    def select():
+        selection = select_pairs(*statistics, targets, g, 1e-3)
+        pairs = list_pairs(selection, count_pairs(selection, rows_of(targets)))
+        return selection.keep, selection.dropped_mass, selection.largest_error, pairs.row, pairs.block
+
+    whole = select()
+    monkeypatch.setattr(focalkern.selection, name, value)
+    assert all(torch.equal(a, b) for a, b in zip(select(), whole, strict=True))
 
 
 def test_entries_past_the_count_take_no_part():

@@ -1,13 +1,18 @@
 """The certified backward of the torch backend: per vocabulary block, the rows that need it.
 
 One block after the other would be many small calls. Several blocks share the gathering of their rows and the
-element-wise work; each has its own three products.
+element-wise work; each has its own three products. Half of the blocks are worked on in a thread of its own:
+forward and backward of 2048 × 512 × 32768 with a fifth of the pairs kept are then 2.1 times as fast as exact
+ones, and 1.8 times otherwise (bf16, 2 cores of an AMD EPYC, torch 2.13, 2026-11).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
 
 import torch
 
@@ -28,7 +33,7 @@ from focalkern.selection import KeptPairs
 # multiple of this: few shapes, that come again.
 _PADDING = 32
 # Rows and vocabulary blocks of a group: what they need stays in the processor's cache.
-_GROUP_ROWS = 2048
+_GROUP_ROWS = 1024
 _GROUP_BLOCKS = 32
 # Where this much may be left out, how oneDNN adds up a logit (see `Logits`) does not show.
 _ROUNDING_TAU = 2.0**-20
@@ -74,7 +79,6 @@ def head_backward_certified(
 
     h_input = extended(hidden[rows.hidden_index])
     h = h_input.to(dtype)
-    dh = torch.zeros_like(h) if needs_hidden else None
     g, lse, targets = extended(g)[:, None], extended(lse)[:, None], extended(rows.targets, -1)
     minus_g, target_dz = -g, g[:, 0] * extended(one_minus_p)
     is_native = has_native_product(hidden)
@@ -85,52 +89,93 @@ def head_backward_certified(
     group_rows = max(min(_GROUP_ROWS, workspace_bytes // row_bytes) // _PADDING, 1) * _PADDING
     row_list, first_v = _padded_rows(pairs, n)
 
-    dweight_sum = dbias_sum = h.new_zeros(())
-    for group in _groups(_parts(pairs, vocab_size, group_rows), group_rows):
-        listed = slice(group[0].rows.start, group[-1].rows.stop)
-        span = slice(group[0].block.start, group[-1].block.stop)
-        row = row_list[listed]
-        h_rows = h.index_select(0, row)  # several times as fast as h[row]
-        w_span = weight[span].to(dtype).contiguous()
-        b_span = None if bias is None else bias[span].to(dtype)
-        # For each part, its rows in the group and its block in the span.
-        places = [(_shifted(part.rows, -listed.start), _shifted(part.block, -span.start)) for part in group]
+    def process(parts: list[_Part], dh: torch.Tensor | None) -> None:
+        """Gradients of the blocks of these parts; `dh` takes what they add to dhidden."""
+        dweight_sum = dbias_sum = h.new_zeros(())
+        for group in _groups(parts, group_rows):
+            listed = slice(group[0].rows.start, group[-1].rows.stop)
+            span = slice(group[0].block.start, group[-1].block.stop)
+            row = row_list[listed]
+            h_native = h_input.index_select(0, row)  # several times as fast as h_input[row]
+            h_rows = h_native.to(dtype)
+            w_span = weight[span].to(dtype).contiguous()
+            b_span = None if bias is None else bias[span].to(dtype)
 
-        x = [Logits(h_rows[r], is_fp32)(w_span[v], None if b_span is None else b_span[v]) for r, v in places]
-        z, slope = transform_logits(torch.cat(x), transform)
-        # d logps / dz_v = 1[v = y] − p_v
-        dz = z.sub_(lse[row]).exp_().mul_(minus_g[row])
-        label_row, column = targets_in(targets[row] - first_v[listed], dz.shape[1])
-        dz[label_row, column] = target_dz[row[label_row]]
-        if isinstance(slope, torch.Tensor) or slope != 1.0:
-            dz = dz.mul_(slope)
+            sizes = [part.rows.stop - part.rows.start for part in group]
+            in_span = [slice(part.block.start - span.start, part.block.stop - span.start) for part in group]
+            h_parts, w_parts = h_rows.split(sizes), [w_span[v] for v in in_span]
+            b_parts = [None if b_span is None else b_span[v] for v in in_span]
+            x = [Logits(h, is_fp32)(w, b) for h, w, b in zip(h_parts, w_parts, b_parts, strict=True)]
+            z, slope = transform_logits(torch.cat(x), transform)
+            # d logps / dz_v = 1[v = y] − p_v
+            dz = z.sub_(lse[row]).exp_().mul_(minus_g[row])
+            label_row, column = targets_in(targets[row] - first_v[listed], dz.shape[1])
+            dz[label_row, column] = target_dz[row[label_row]]
+            if isinstance(slope, torch.Tensor) or slope != 1.0:
+                dz = dz.mul_(slope)
 
-        if dweight is not None:
-            dz_native, h_native = (
-                (dz.to(hidden.dtype), h_input.index_select(0, row)) if is_native else (dz, h_rows)
-            )
-        for part, (r, v) in zip(group, places, strict=True):
+            dz_parts = dz.split(sizes)
             if dh is not None:
-                dh.index_add_(0, row[r], matmul(dz[r], w_span[v].t()))
+                for r, dz_part, w in zip(row.split(sizes), dz_parts, w_parts, strict=True):
+                    dh.index_add_(0, r, matmul(dz_part, w.t()))
             if dweight is not None:
                 if is_native:
-                    product = dz_native[r].t() @ h_native[r]
+                    native_parts = zip(dz.to(hidden.dtype).split(sizes), h_native.split(sizes), strict=True)
+                    products = (dz_part.t() @ h for dz_part, h in native_parts)
                 else:
                     # A transposed first operand costs more than its copy: 248 against 176 + 22 µs, likewise.
-                    product = matmul(dz[r].t().contiguous(), h_rows[r].t())
-                dweight_sum = product if part.is_first else dweight_sum.to(dtype) + product
-                if part.is_last:
-                    dweight[part.block] = dweight_sum
+                    fp32_parts = zip(dz_parts, h_parts, strict=True)
+                    products = (matmul(dz_part.t().contiguous(), h.t()) for dz_part, h in fp32_parts)
+                for part, product in zip(group, products, strict=True):
+                    dweight_sum = product if part.is_first else dweight_sum.to(dtype) + product
+                    if part.is_last:
+                        dweight[part.block] = dweight_sum
             if dbias is not None:
-                dbias_sum = dz[r].sum(0) if part.is_first else dbias_sum + dz[r].sum(0)
-                if part.is_last:
-                    dbias[part.block] = dbias_sum
+                for part, dz_part in zip(group, dz_parts, strict=True):
+                    dbias_sum = dz_part.sum(0) if part.is_first else dbias_sum + dz_part.sum(0)
+                    if part.is_last:
+                        dbias[part.block] = dbias_sum
+
+    halves = _halves(list(_parts(pairs, vocab_size, group_rows)))
+    sums = [torch.zeros_like(h) for _ in halves] if needs_hidden else []
+    _run_side_by_side([partial(process, *work) for work in zip_longest(halves, sums)], hidden.device)
 
     dhidden = None
-    if dh is not None:
+    if needs_hidden:
         dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden[rows.hidden_index] = dh[:n].to(hidden.dtype)
+        dhidden[rows.hidden_index] = (sums[0] + sums[1])[:n].to(hidden.dtype)
     return dhidden, dweight, dbias
+
+
+def _halves(parts: list[_Part]) -> list[list[_Part]]:
+    """The parts in two runs of about as many rows, each block in one of them."""
+    total = parts[-1].rows.stop if parts else 0
+    middle = next(
+        (i for i, part in enumerate(parts) if part.is_first and 2 * part.rows.start >= total), len(parts)
+    )
+    return [parts[:middle], parts[middle:]]
+
+
+def _run_side_by_side(tasks: list[Callable[[], None]], device: torch.device) -> None:
+    """Each task with its share of the threads: products this small gain little from more than one."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads < len(tasks):
+        for task in tasks:
+            task()
+        return
+
+    def run(task: Callable[[], None]) -> None:
+        torch.set_num_threads(threads // len(tasks))
+        with torch.no_grad():
+            task()
+
+    try:
+        with ThreadPoolExecutor(len(tasks)) as pool:
+            for future in [pool.submit(run, task) for task in tasks]:
+                future.result()
+    finally:
+        # Threads that are started later take over what was set last, in whichever thread.
+        torch.set_num_threads(threads)
 
 
 def _padded_counts(pairs: KeptPairs) -> torch.Tensor:
@@ -157,7 +202,7 @@ def _parts(pairs: KeptPairs, vocab_size: int, group_rows: int) -> Iterator[_Part
         start += size
 
 
-def _groups(parts: Iterator[_Part], group_rows: int) -> Iterator[list[_Part]]:
+def _groups(parts: list[_Part], group_rows: int) -> Iterator[list[_Part]]:
     """Consecutive parts that are processed together; their blocks have one width."""
     group: list[_Part] = []
     for part in parts:
@@ -176,7 +221,3 @@ def _groups(parts: Iterator[_Part], group_rows: int) -> Iterator[list[_Part]]:
 
 def _vocab_range(i_block: int, vocab_size: int) -> slice:
     return slice(i_block * VOCAB_BLOCK, min((i_block + 1) * VOCAB_BLOCK, vocab_size))
-
-
-def _shifted(x: slice, offset: int) -> slice:
-    return slice(x.start + offset, x.stop + offset)
