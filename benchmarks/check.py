@@ -48,6 +48,12 @@ class Errors:
             for name, error in asdict(self).items()
         }
 
+    def at_tau(self, tau: float) -> Errors:
+        """This bound for a certified backward with `tau`, which is eps/64 of a dtype whose eps is 64·tau."""
+        least = ERROR_FACTOR * 64 * tau
+        dweight = None if self.dweight is None else max(self.dweight, least)
+        return Errors(self.loss, max(self.dhidden, least), dweight)
+
     def exceeded(self, bound: Errors) -> list[str]:
         """The names of the errors above their bound. NaN exceeds every bound."""
         limits = asdict(bound)

@@ -261,8 +261,10 @@ def compare(options: argparse.Namespace, source: Source, saturated: int, console
     sample = choose_sample(batch, options.seed)
     truth, plain = reference(batch, sample, source.dtype)
     bound = error_bound(plain, source.dtype)
+    certified_bound = bound if options.tau == "auto" else bound.at_tau(options.tau)
     for name, loss in losses.items():
-        check_peer(rows[name], loss, batch, sample, truth, bound)
+        own_bound = certified_bound if name in CERTIFIED else bound
+        check_peer(rows[name], loss, batch, sample, truth, own_bound)
     print_correctness(list(rows.values()), plain, bound, sample, source.dtype, console)
 
     losses = {name: loss for name, loss in losses.items() if rows[name].status == "ok"}

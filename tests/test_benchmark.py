@@ -459,3 +459,11 @@ def test_dpo_loss_is_the_one_of_the_paper():
     logps, ref_logps = torch.tensor([-1.0, -2.0, -4.0, -3.0]), torch.tensor([-1.5, -2.0, -3.0, -3.5])
     u = BETA * torch.tensor([0.5 + 1.0, 0.0 - 0.5])
     torch.testing.assert_close(dpo_loss(logps, ref_logps).loss, torch.log1p(torch.exp(-u)).mean())
+
+
+def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():
+    bound = check.Errors(loss=1e-6, dhidden=6e-6, dweight=5e-2)
+    loosened = bound.at_tau(2.0**-13)
+    assert loosened == check.Errors(1e-6, check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps, 5e-2)
+    assert bound.at_tau(0.0) == bound
+    assert check.Errors(1e-6, 6e-6, None).at_tau(2.0**-13).dweight is None

@@ -94,3 +94,11 @@ def test_another_file_is_refused_by_name(tmp_path):
     (tmp_path / "other.pt").write_bytes(b"no capture")
     with pytest.raises(SystemExit, match="not written by benchmarks"):
         block_mass.main([str(tmp_path / "other.pt"), "--out", str(tmp_path / "picture.png")])
+
+
+def test_the_example_of_the_page_runs(capsys):
+    page = (Path(block_mass.__file__).parent / "certified-backward.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0]
+    exec(compile(code, "certified-backward.md", "exec"), {})
+    described = capsys.readouterr().out
+    assert "torch.Size([8, 50])" in described and "% of the vocabulary blocks kept" in described
