@@ -77,9 +77,9 @@ def linear_logps(
         gives NaN.
 
     Raises:
-        ValueError, TypeError: naming the argument. A label out of range on CUDA fails the step with a
-            device-side assertion instead:
-            with the Triton backend no step waits for the device.
+        ValueError, TypeError: naming the argument. On CUDA, a label out of range fails the step with a
+            device-side assertion instead: with the Triton backend only a certified backward waits for the
+            device, once.
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     checks.check_flag("shift", shift)

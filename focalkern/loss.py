@@ -195,7 +195,7 @@ class FusedFocalPOLoss(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens`
                 or an empty completion under `length_normalize` fail the step with a device-side assertion
-                instead: with the Triton backend no step waits for the device.
+                instead: with the Triton backend only a certified backward waits for the device, once.
         """
         given_weight = weight
         hidden, weight, bias = autocast_head(hidden, weight, bias)
