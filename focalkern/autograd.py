@@ -71,60 +71,31 @@ class LinearLogpsFunction(torch.autograd.Function):
         no_grad_for_options = (None,) * 6
         if grad_logps is None and grad_entropy is None:
             return None, None, None, *no_grad_for_options
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            gradients = _certified_gradients(ctx, grad_logps) if grad_entropy is None else None
-            if gradients is None:
-                gradients = _exact_gradients(ctx, grad_logps, grad_entropy)
+        # Unpacked once: under activation checkpointing or offloading, each time costs, or is an error.
+        hidden, weight, bias, *rows, lse, one_minus_p, block_lse, entropy = ctx.saved_tensors
+        rows = Rows(*rows, ctx.output_shape)
+        head = (hidden, weight, bias, rows, ctx.transform, lse, one_minus_p)
+        needs = ctx.needs_input_grad[:3]
+        with torch.autocast(hidden.device.type, enabled=False):
+            g = pairs = None
+            if block_lse is not None and grad_entropy is None and rows.targets.numel():
+                g = row_gradients(grad_logps, rows)
+                selection = select_pairs(block_lse, lse, one_minus_p, rows.targets, g, ctx.tau)
+                counts = count_pairs(selection, rows)
+                if counts.share <= ctx.backend.EXACT_ABOVE_KEPT_SHARE:
+                    pairs = list_pairs(selection, counts)
+            if pairs is None:
+                gradients = ctx.backend.head_backward(*head, entropy, grad_logps, grad_entropy, needs)
+            else:
+                gradients = ctx.backend.head_backward_certified(
+                    *head, g, pairs, ctx.tau, needs, WORKSPACE_BYTES
+                )
+        if ctx.dropped is not None and pairs is None:
+            ctx.dropped.fill_exact()
+        elif ctx.dropped is not None:
+            per_token = spread_over_outputs(selection.dropped_mass, rows)
+            ctx.dropped.fill(per_token, counts.share, selection.largest_error)
         return *gradients, *no_grad_for_options
-
-
-def _exact_gradients(ctx, grad_logps, grad_entropy):
-    hidden, weight, bias, *rows, lse, one_minus_p, _, entropy = ctx.saved_tensors
-    if ctx.dropped is not None:
-        ctx.dropped.fill_exact()
-    return ctx.backend.head_backward(
-        hidden,
-        weight,
-        bias,
-        Rows(*rows, ctx.output_shape),
-        ctx.transform,
-        lse,
-        one_minus_p,
-        entropy,
-        grad_logps,
-        grad_entropy,
-        ctx.needs_input_grad[:3],
-    )
-
-
-def _certified_gradients(ctx, grad_logps):
-    """None where the exact backward is to be taken: τ = 0, or nothing to gain from leaving blocks out."""
-    hidden, weight, bias, *rows, lse, one_minus_p, block_lse, _ = ctx.saved_tensors
-    rows = Rows(*rows, ctx.output_shape)
-    if block_lse is None or not block_lse.numel():
-        return None
-    g = row_gradients(grad_logps, rows)
-    selection = select_pairs(block_lse, lse, one_minus_p, rows.targets, g, ctx.tau)
-    counts = count_pairs(selection, rows)
-    if counts.share > ctx.backend.EXACT_ABOVE_KEPT_SHARE:
-        return None
-    if ctx.dropped is not None:
-        dropped_mass = spread_over_outputs(selection.dropped_mass, rows)
-        ctx.dropped.fill(dropped_mass, counts.share, selection.largest_error)
-    return ctx.backend.head_backward_certified(
-        hidden,
-        weight,
-        bias,
-        rows,
-        ctx.transform,
-        lse,
-        one_minus_p,
-        g,
-        list_pairs(selection, counts),
-        ctx.tau,
-        ctx.needs_input_grad[:3],
-        WORKSPACE_BYTES,
-    )
 
 
 class PairLossFunction(torch.autograd.Function):

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import DEVICE, INTERPRETED, LOW_PRECISION
 from hypothesis import given
 from hypothesis import strategies as st
@@ -256,6 +257,17 @@ def test_two_runs_are_bitwise_equal(dtype, backend):
     assert first[0].kept_share < 0.4
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
     assert torch.equal(first[0].dropped_mass, second[0].dropped_mass)
+
+
+def test_activation_checkpointing_changes_nothing(backend):
+    problem = Problem()
+    hidden, weight = problem.leaves()
+
+    def logps(hidden, weight):
+        return linear_logps(hidden, weight, problem.labels, tau=TAU, backend=backend).logps
+
+    torch.utils.checkpoint.checkpoint(logps, hidden, weight, use_reentrant=False).backward(problem.g)
+    assert all(torch.equal(x.grad, e) for x, e in zip((hidden, weight), problem.run(backend)[1], strict=True))
 
 
 @pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)

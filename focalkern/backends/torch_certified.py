@@ -188,7 +188,7 @@ def _padded_rows(pairs: KeptPairs, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     shift = ((padded - counts).cumsum(0) - (padded - counts)).to(device)
     row = pairs.row.new_full((int(padded.sum()),), n)
     row[torch.arange(len(pairs.row), device=device) + shift[pairs.block]] = pairs.row
-    first_v = torch.arange(len(counts)).repeat_interleave(padded) * VOCAB_BLOCK
+    first_v = torch.arange(len(counts), device=counts.device).repeat_interleave(padded) * VOCAB_BLOCK
     return row, first_v.to(device)
 
 
