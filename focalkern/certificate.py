@@ -53,7 +53,8 @@ class DroppedMass:
         self.tokens = rows.count
         # As given, not the copy that autocast makes, which would live as long as this record.
         self.weight = weight.detach()
-        self.weight_version = weight._version
+        # Tensors of inference mode have no version, and no backward either.
+        self.weight_version = None if weight.is_inference() else weight._version
         self.dtype = dtype
         self.slope = abs(transform.logit_scale) / transform.temperature
 

@@ -369,6 +369,16 @@ def test_certificate_refuses_a_weight_that_has_changed(backend):
     assert before.dhidden_bound > 0
 
 
+def test_inference_mode_needs_no_record(backend):
+    problem = Problem()
+    with torch.inference_mode():
+        hidden, weight = (x.detach().clone() for x in problem.leaves())
+        result = linear_logps(hidden, weight, problem.labels, backend=backend)
+    assert result.dropped_mass.isnan().all()
+    with pytest.raises(RuntimeError, match="backward"):
+        result.certificate()
+
+
 def test_certificate_under_autocast_is_of_the_head_that_was_multiplied(backend):
     problem = Problem()
     hidden, weight = problem.leaves()

@@ -25,7 +25,7 @@ from focalkern.layout import Rows, Sequences
 
 EXACT_ROW_COUNT = False
 # Estimated: by count of operations and bytes on an H200, the certified backward takes as long as the exact
-# one at 0.42 (docs/certified-backward.md). The torch backend has the same limit, for accuracy.
+# one somewhere from 0.4 to 0.5 (docs/certified-backward.md). The torch backend's limit is one of accuracy.
 EXACT_ABOVE_KEPT_SHARE = 0.4
 
 # Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
