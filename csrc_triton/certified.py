@@ -129,7 +129,8 @@ def certified_dweight_kernel(
         o_dz = (place + i_k + o_k)[:, None] * VOCAB_BLOCK + o_c[None, :]
         b_dz = tl.load(dz_ptr + o_dz, mask=m_k[:, None], other=0.0)
         o_hidden = o_row[:, None] * stride_hidden + o_h[None, :]
-        b_hidden = tl.load(hidden_ptr + o_hidden, mask=m_h[None, :], other=0.0)
+        # Rows past the end must not meet the NaN of a row that is not theirs.
+        b_hidden = tl.load(hidden_ptr + o_hidden, mask=m_k[:, None] & m_h[None, :], other=0.0)
         b_acc = tl.dot(tl.trans(b_dz), b_hidden, b_acc, input_precision=PRECISION)
 
     o_v = i_block * VOCAB_BLOCK + o_c
@@ -171,7 +172,7 @@ def certified_product_kernel(
     block_place_ptr,  # [NB] int64
     tile_end_ptr,  # [NB] int64
     tile_block_ptr,  # [tiles] int64
-    product_ptr,  # [pairs, columns] out, in the inputs' dtype
+    product_ptr,  # [pairs, columns] out
     first_column,
     columns,
     NB,
@@ -209,7 +210,7 @@ def certified_product_kernel(
     tl.store(product_ptr + o_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "first_place"])
 def certified_dhidden_kernel(
     product_ptr,  # [pairs, columns]
     row_places_ptr,  # [pairs] int64: row after row, the places of its pairs, blocks ascending

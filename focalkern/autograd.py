@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from focalkern.backends import Backend, HeadForward, LogitTransform, PairForward, PairObjective
 from focalkern.certificate import DroppedMass
-from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
+from focalkern.layout import Rows, Sequences, sequence_of_output
 from focalkern.selection import count_pairs, list_pairs, row_gradients, select_pairs
 
 # What a certified backward may allocate for gradients of logits and their products.
@@ -84,17 +84,17 @@ class LinearLogpsFunction(torch.autograd.Function):
                 counts = count_pairs(selection, rows)
                 if counts.share <= ctx.backend.EXACT_ABOVE_KEPT_SHARE:
                     pairs = list_pairs(selection, counts)
+                    if ctx.dropped is not None:
+                        ctx.dropped.fill(selection, counts, rows)
+                del selection
             if pairs is None:
+                if ctx.dropped is not None:
+                    ctx.dropped.fill_exact()
                 gradients = ctx.backend.head_backward(*head, entropy, grad_logps, grad_entropy, needs)
             else:
                 gradients = ctx.backend.head_backward_certified(
                     *head, g, pairs, ctx.tau, needs, WORKSPACE_BYTES
                 )
-        if ctx.dropped is not None and pairs is None:
-            ctx.dropped.fill_exact()
-        elif ctx.dropped is not None:
-            per_token = spread_over_outputs(selection.dropped_mass, rows)
-            ctx.dropped.fill(per_token, counts.share, selection.largest_error)
         return *gradients, *no_grad_for_options
 
 

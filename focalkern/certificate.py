@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from focalkern.backends import LogitTransform
-from focalkern.layout import Rows
+from focalkern.layout import Rows, spread_over_outputs
+from focalkern.selection import KeptCounts, Selection
 
 # Rows of the head whose norms are taken at once.
 _NORM_ROWS = 16384
@@ -51,17 +52,17 @@ class DroppedMass:
         self.kept_share = pending(torch.Size([]))
         self.largest_error = pending(torch.Size([]))  # max_t |g_t|·δ_t
         self.tokens = rows.count
-        # As given, not the copy that autocast makes, which would live as long as this record.
+        # As given, not the copy that autocast makes: either lives as long as this record.
         self.weight = weight.detach()
         # Tensors of inference mode have no version, and no backward either.
         self.weight_version = None if weight.is_inference() else weight._version
         self.dtype = dtype
         self.slope = abs(transform.logit_scale) / transform.temperature
 
-    def fill(self, per_token: torch.Tensor, kept_share: float, largest_error: torch.Tensor) -> None:
-        self.per_token.copy_(per_token.view_as(self.per_token))
-        self.kept_share.fill_(kept_share)
-        self.largest_error.copy_(largest_error)
+    def fill(self, selection: Selection, counts: KeptCounts, rows: Rows) -> None:
+        self.per_token.copy_(spread_over_outputs(selection.dropped_mass, rows).view_as(self.per_token))
+        self.kept_share.fill_(counts.share)
+        self.largest_error.copy_(selection.largest_error)
 
     def fill_exact(self) -> None:
         self.per_token.zero_()

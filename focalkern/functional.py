@@ -63,8 +63,8 @@ def linear_logps(
         shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T −
             1]`. One dimension is one sequence.
         backward: "certified" leaves out the blocks of 128 vocabulary entries whose |g_t|·P[t, block] is at
-            most tau·max|g|, except the label's own (g_t = dloss/dlogps_t, P the block's probability), and
-            `dropped_mass` tells how much that was. "exact" never leaves anything out.
+            most tau·min(max|g|, 2·mean|g|), except the label's own (g_t = dloss/dlogps_t, P the block's
+            probability), and `dropped_mass` tells how much that was. "exact" never leaves anything out.
         tau: threshold of the certified backward, >= 0. "auto" is eps/64 of the dtype: 2^-13 for bf16, 2^-16
             for fp16, 2^-29 for fp32. With 0, in fp64, through the entropy, and where little could be left
             out, the backward is the exact one.
@@ -141,7 +141,8 @@ def head_logps(
     dropped, threshold = None, 0.0
     if backward == "certified":
         dropped = DroppedMass(rows, given_weight, weight.dtype, transform)
-        threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
+        if hidden.dtype != torch.float64:
+            threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
     flat = hidden.reshape(-1, hidden.shape[-1])
     bias = None if bias is None else bias.contiguous()
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (

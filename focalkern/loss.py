@@ -43,9 +43,11 @@ class FocalPOOutput:
     def certificate(self) -> Certificate:
         """Summary of what `loss.backward()` left out, with the bound on the error of any row of dhidden:
         max_t |g_t|·δ_t · max_v ‖W_v‖₂, times the largest slope of the logit transform. Waits for the device.
+        For this the output holds the weight it was given: one that would else be freed lives as long as it.
 
         Raises:
-            RuntimeError: before `loss.backward()` has run, or after the weight has been changed.
+            RuntimeError: before `loss.backward()` has run, or after the weight has been changed in place
+                (not seen where it was changed through `.data`).
         """
         return certify(self.dropped)
 

@@ -1,5 +1,7 @@
 """Launches the certified backward: dz of the kept pairs, then dweight per block and dhidden per row.
 
+The workspace is dz and its products with weight. The lists of pairs come on top, about 50 bytes a pair.
+
 dz is kept for all pairs at once where the workspace holds it. Where it does not, dweight is made of some
 blocks at a time and dhidden of some rows at a time, and dz is formed for each: every gradient is written
 once, from the same sums, whatever the workspace.
@@ -68,7 +70,7 @@ def head_backward_certified(
     dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
 
     pair_bytes = VOCAB_BLOCK * hidden.element_size()
-    product_bytes = _PRODUCT_COLUMNS * hidden.element_size() if needs_hidden else 0
+    product_bytes = _PRODUCT_COLUMNS * _product_dtype(hidden).itemsize if needs_hidden else 0
     most_pairs = max(workspace_bytes // (pair_bytes + product_bytes), 1)
     with on_device(hidden):
         if counts.total <= most_pairs:
@@ -120,10 +122,8 @@ class _Step:
         return _Slice.of(int(counts.per_block_host[slice(*blocks)].sum()), self.block_start, size)
 
     def slice_of_rows(self, rows: tuple[int, int]) -> _Slice:
-        n = self.rows.targets.numel()
-        key = self.pairs.block * n + self.pairs.row  # ascending
-        first_key = torch.arange(len(self.block_start), device=key.device) * n
-        start, end = (torch.searchsorted(key, first_key + row) for row in rows)
+        first_key = torch.arange(len(self.block_start), device=self.key.device) * self.rows.targets.numel()
+        start, end = (torch.searchsorted(self.key, first_key + row) for row in rows)
         return _Slice.of(int(self.pairs.counts.per_row_host[slice(*rows)].sum()), start, end - start)
 
     def dz(self, part: _Slice) -> torch.Tensor:  # [pairs, 128]
@@ -209,10 +209,11 @@ class _Step:
         if not part.count:
             return
         vocab_size, hidden_size = self.weight.shape
-        column_bytes = part.count * dz.element_size()
+        dtype = _product_dtype(self.hidden)
+        column_bytes = part.count * dtype.itemsize
         columns = max(free_bytes // column_bytes // _PRODUCT_COLUMNS, 1) * _PRODUCT_COLUMNS
         columns = min(columns, triton.cdiv(hidden_size, _PRODUCT_COLUMNS) * _PRODUCT_COLUMNS)
-        product = torch.empty((part.count, columns), dtype=dz.dtype, device=dz.device)
+        product = torch.empty((part.count, columns), dtype=dtype, device=dz.device)
         row_places, first_place = self._row_places(part, rows)
         config = launch_of("certified_product", self.hidden)
         tile_end, tile_block = part.tiles(config.block_m)
@@ -263,9 +264,19 @@ class _Step:
         return pair - part.start[block] + part.place[block], before
 
     @cached_property
+    def key(self) -> torch.Tensor:  # [K] int64
+        """Block and row of each pair in one number, ascending."""
+        return self.pairs.block * self.rows.targets.numel() + self.pairs.row
+
+    @cached_property
     def by_row(self) -> torch.Tensor:  # [K] int64
         """The pairs, row after row instead of block after block."""
         return self.pairs.row.int().sort(stable=True).indices
+
+
+def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+    # Under a loss scale, what single blocks add to a row may exceed fp16 where their sum does not.
+    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
 
 
 def _ranges(counts: torch.Tensor, most: int) -> Iterator[tuple[int, int]]:
