@@ -19,7 +19,7 @@ from focalkern.objective import pair_loss, sequence_scores
 
 EXACT_ROW_COUNT = True
 # The certified backward is the faster one up to a share of 0.85. What stops it here is accuracy: in bf16 its
-# error is 0.07, 0.23, 0.53 and 0.74 times that of bf16 logits at a share of 0.07, 0.22, 0.42 and 0.70, and on
+# error is 0.07, 0.23, 0.53 and 0.73 times that of bf16 logits at a share of 0.07, 0.22, 0.42 and 0.70, and on
 # another model it was 1.16 times at 0.45 (docs/certified-backward.md).
 EXACT_ABOVE_KEPT_SHARE = 0.4
 
