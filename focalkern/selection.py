@@ -156,12 +156,20 @@ def list_pairs(selection: Selection, counts: KeptCounts) -> KeptPairs:
     n, blocks = selection.keep.shape
     at_once = max(_MAX_NONZERO // max(n, 1), 1)
     pairs = [
-        torch.nonzero_static(
+        _nonzero(
             selection.keep[:, start : start + at_once].t().reshape(-1),
-            size=int(counts.per_block_host[start : start + at_once].sum()),
-        ).squeeze(1)
+            int(counts.per_block_host[start : start + at_once].sum()),
+        )
         + start * n
         for start in range(0, blocks, at_once)
     ]
     pair = torch.cat(pairs)
     return KeptPairs(row=pair % n, block=pair // n, counts=counts)
+
+
+def _nonzero(mask: torch.Tensor, count: int) -> torch.Tensor:
+    """Where the mask is true; `count` is known to be how often."""
+    if mask.is_cuda and torch.version.hip is None:
+        return torch.nonzero_static(mask, size=count).squeeze(1)
+    # Not every kind of device has the one above; and only the Triton backend promises to wait but once.
+    return mask.nonzero().squeeze(1)
