@@ -96,7 +96,7 @@ _CONSUMER = {
     "bwd_dweight": Launch(128, 128, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 3),
     "certified_dz": Launch(128, 128, 64, 8, 3),
-    "certified_dweight": Launch(128, 128, 32, 8, 7),
+    "certified_dweight": Launch(128, 64, 64, 8, 5),
 }
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles.
 _HOPPER = {
