@@ -86,7 +86,10 @@ def certify(dropped: DroppedMass | None) -> Certificate:
         return Certificate(0.0, 0.0, 1.0, 0.0)
     kept_share = dropped.kept_share.item()
     if math.isnan(kept_share):
-        raise RuntimeError("certificate() speaks of the backward: call loss.backward() first")
+        raise RuntimeError(
+            "certificate() describes a backward, and none has run: call it after loss.backward()"
+            " (after a forward under no_grad there is none)"
+        )
     if kept_share == 1.0:
         return Certificate(0.0, 0.0, 1.0, 0.0)
     return Certificate(
