@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import TINY, write_jsonl
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,26 +42,16 @@ RECORDS = [
     for times, thing in enumerate(["sky", "sea", "house", "car", "door", "hat"], start=1)
     for colour in ["red", "green", "blue", "white"]
 ]
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 1,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "initializer_range": 0.5,  # so that transforms of the logits show
-}
+# Transforms of the logits are to show.
+SHARP = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.5}
 MODELS = {
-    "llama": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **TINY)),
+    "llama": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **SHARP)),
     "gemma2": lambda vocab: Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=vocab, head_dim=16, final_logit_softcapping=5.0, **TINY)
+        Gemma2Config(vocab_size=vocab, head_dim=16, final_logit_softcapping=5.0, **SHARP)
     ),
-    "cohere": lambda vocab: CohereForCausalLM(CohereConfig(vocab_size=vocab, logit_scale=0.25, **TINY)),
-    "granite": lambda vocab: GraniteForCausalLM(GraniteConfig(vocab_size=vocab, logits_scaling=4.0, **TINY)),
-    "phi": lambda vocab: with_bias(PhiForCausalLM(PhiConfig(vocab_size=vocab, **TINY))),
+    "cohere": lambda vocab: CohereForCausalLM(CohereConfig(vocab_size=vocab, logit_scale=0.25, **SHARP)),
+    "granite": lambda vocab: GraniteForCausalLM(GraniteConfig(vocab_size=vocab, logits_scaling=4.0, **SHARP)),
+    "phi": lambda vocab: with_bias(PhiForCausalLM(PhiConfig(vocab_size=vocab, **SHARP))),
 }
 
 
@@ -78,9 +69,7 @@ def same_threads_afterwards():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS), encoding="utf-8")
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", RECORDS)
 
 
 def save_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
@@ -216,7 +205,7 @@ def test_a_model_that_transforms_its_logits_in_another_way_is_refused(llama, dat
 
 def test_a_reference_with_another_vocabulary_is_refused(llama, data, tmp_path):
     tokenizer = quickstart.train_tokenizer([Pair("Quite", " other words", "", "", "")])
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(tmp_path / "other")
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHARP)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="another vocabulary"):
         take(llama, data, tmp_path / "capture.pt", "--reference", tmp_path / "other")
