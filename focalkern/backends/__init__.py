@@ -89,7 +89,7 @@ class Backend(Protocol):
 
     @property
     def EXACT_ABOVE_KEPT_SHARE(self) -> float:
-        """Above this share of kept (row, block) pairs the exact backward is faster than the certified one."""
+        """The share of kept (row, block) pairs above which the exact backward is faster or more accurate."""
 
     def head_forward(
         self,

@@ -18,7 +18,7 @@ import triton
 
 from csrc_triton import certified as kernels
 from focalkern.backends import VOCAB_BLOCK, LogitTransform
-from focalkern.backends.triton_launch import launch_of, on_device, precision, scales, unit_stride
+from focalkern.backends.triton_launch import launch_of, on_device, product_options, scales, unit_stride
 from focalkern.layout import Rows
 from focalkern.selection import KeptPairs
 
@@ -158,11 +158,8 @@ class _Step:
                 HAS_BIAS=self.bias is not None,
                 HAS_SOFTCAP=self.transform.softcap is not None,
                 EVEN_H=hidden.shape[1] % config.block_k == 0,
-                PRECISION=precision(hidden.dtype),
                 BLOCK_M=config.block_m,
-                BLOCK_K=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **product_options(config, hidden.dtype),
             )
         return dz
 
@@ -192,11 +189,8 @@ class _Step:
                 vocab_size,
                 hidden_size,
                 self.hidden.stride(0),
-                PRECISION=precision(self.hidden.dtype),
                 BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **product_options(config, self.hidden.dtype),
             )
         if dbias is not None:
             kernels.certified_dbias_kernel[(len(order),)](
@@ -233,12 +227,9 @@ class _Step:
                 vocab_size,
                 hidden_size,
                 self.weight.stride(0),
-                PRECISION=precision(self.hidden.dtype),
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
-                BLOCK_K=config.block_k,
-                num_warps=config.num_warps,
-                num_stages=config.num_stages,
+                **product_options(config, self.hidden.dtype),
             )
             kernels.certified_dhidden_kernel[(rows[1] - rows[0], triton.cdiv(columns, _PRODUCT_COLUMNS))](
                 product,

@@ -47,11 +47,18 @@ def tile_grid(config: Launch, m: int, n: int) -> tuple[int]:
 
 def tile_options(config: Launch, block_n: str, dtype: torch.dtype) -> dict[str, object]:
     return {
-        "PRECISION": precision(dtype),
         "BLOCK_M": config.block_m,
         block_n: config.block_n,
-        "BLOCK_K": config.block_k,
         "GROUP_M": GROUP_M,
+        **product_options(config, dtype),
+    }
+
+
+def product_options(config: Launch, dtype: torch.dtype) -> dict[str, object]:
+    """What every kernel with a product takes, whatever its tiles are."""
+    return {
+        "PRECISION": precision(dtype),
+        "BLOCK_K": config.block_k,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
