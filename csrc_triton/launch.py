@@ -33,8 +33,10 @@ GROUP_M = 8
 #   bwd_dhidden    rows × hidden size over vocabulary
 #   certified_dz, _dweight, _product: as the three above, of the rows that need one block of 128 vocabulary
 #                  entries: 128 is dz's n, dweight's m, and what product sums over
-# `*_small` where the large tile would spill registers: optional outputs, softcap or entropy gradient in the
-# backward, or a hidden size that is not a multiple of 64.
+#   kl_fwd, kl_bwd_dz  rows × vocabulary over the hidden size, for two models in turn: two tiles of logits are
+#                  alive at a time; n is 128, the vocabulary block
+# `*_small` where the large tile would spill registers: optional outputs, softcap (also in kl_fwd) or entropy
+# gradient in the backward, or a hidden size that is not a multiple of 64.
 KERNELS = (
     "fwd",
     "fwd_small",
@@ -44,6 +46,10 @@ KERNELS = (
     "bwd_dweight_small",
     "bwd_dhidden",
     "bwd_dhidden_small",
+    "kl_fwd",
+    "kl_fwd_small",
+    "kl_bwd_dz",
+    "kl_bwd_dz_small",
     "certified_dz",
     "certified_dz_small",
     "certified_dweight",
@@ -57,6 +63,8 @@ _SMALL = {
     "bwd_dz_small": Launch(64, 128, 64, 8, 3),
     "bwd_dweight_small": Launch(64, 128, 32, 8, 5),
     "bwd_dhidden_small": Launch(64, 128, 32, 8, 3),
+    "kl_fwd_small": Launch(64, 128, 32, 8, 3),
+    "kl_bwd_dz_small": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(64, 128, 64, 8, 3),
     "certified_dweight_small": Launch(128, 64, 32, 8, 5),
     "certified_product_small": Launch(64, 128, 32, 8, 3),
@@ -72,6 +80,10 @@ _FP32 = {
     "bwd_dweight_small": Launch(64, 64, 32, 8, 5),
     "bwd_dhidden": Launch(64, 128, 32, 8, 3),
     "bwd_dhidden_small": Launch(64, 64, 32, 8, 3),
+    "kl_fwd": Launch(64, 128, 16, 8, 3),
+    "kl_fwd_small": Launch(32, 128, 16, 8, 3),
+    "kl_bwd_dz": Launch(64, 128, 16, 8, 3),
+    "kl_bwd_dz_small": Launch(32, 128, 16, 8, 3),
     "certified_dz": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(32, 128, 32, 8, 3),
     "certified_dweight": Launch(128, 64, 32, 8, 5),
@@ -85,6 +97,8 @@ _AMPERE = {
     "bwd_dz": Launch(128, 256, 32, 8, 4),
     "bwd_dweight": Launch(128, 256, 32, 8, 7),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    "kl_fwd": Launch(128, 128, 32, 8, 4),
+    "kl_bwd_dz": Launch(128, 128, 32, 8, 4),
     "certified_dz": Launch(128, 128, 64, 8, 4),
     "certified_dweight": Launch(128, 256, 32, 8, 7),
     "certified_product": Launch(128, 128, 64, 8, 3),
@@ -104,6 +118,8 @@ _HOPPER = {
     "bwd_dz": Launch(128, 256, 64, 8, 3),
     "bwd_dweight": Launch(128, 256, 64, 8, 5),
     "bwd_dhidden": Launch(128, 128, 64, 8, 4),
+    "kl_fwd": Launch(128, 128, 64, 8, 4),
+    "kl_bwd_dz": Launch(128, 128, 64, 8, 4),
     "certified_dz": Launch(128, 128, 64, 8, 4),
     "certified_dweight": Launch(128, 256, 64, 8, 5),
     "certified_product": Launch(128, 128, 64, 8, 3),
@@ -114,6 +130,7 @@ _BLACKWELL = {
     **_HOPPER,
     "fwd": Launch(128, 128, 64, 8, 4),
     "bwd_dz": Launch(128, 128, 64, 8, 4),
+    "kl_fwd": Launch(64, 128, 64, 8, 4),
 }
 
 LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {

@@ -1,7 +1,7 @@
 """Kernels of the pairwise objective: sums over sequences, then per pair u, p, the loss and its gradient.
 
-Between the two is the place for statistics over the batch or over ranks: all values stay on the device. The
-same formulas, with their sources, are in `focalkern/objective.py`. Launched by
+Between the two stand the statistics of α-DPO's adaptive margin, over the batch and all ranks; it comes in as
+one value per pair. The same formulas, with their sources, are in `focalkern/objective.py`. Launched by
 `focalkern.backends.triton_backend`.
 """
 
@@ -73,6 +73,7 @@ def pair_loss_fwd_kernel(
     logps_ptr,  # [2B] sums over completion tokens
     ref_logps_ptr,  # [2B]
     lengths_ptr,  # [2B] int64
+    adaptive_margin_ptr,  # [B]
     losses_ptr,  # [B] out
     prob_ptr,  # [B] out
     slope_ptr,  # [B] out: dL/du
@@ -85,6 +86,7 @@ def pair_loss_fwd_kernel(
     label_smoothing,
     MODULATION: tl.constexpr,
     HAS_REF: tl.constexpr,
+    HAS_ADAPTIVE_MARGIN: tl.constexpr,
     LENGTH_NORMALIZE: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -105,6 +107,8 @@ def pair_loss_fwd_kernel(
     b_score_l *= b_per_l
 
     b_u = beta * (b_score_w - b_score_l) - margin
+    if HAS_ADAPTIVE_MARGIN:
+        b_u -= tl.load(adaptive_margin_ptr + o_b, mask=m_b, other=0.0)
     b_loss, b_slope = modulated_nll(b_u, gamma, MODULATION)
     if LABEL_SMOOTHING:
         b_loss_flipped, b_slope_flipped = modulated_nll(-b_u, gamma, MODULATION)

@@ -2,8 +2,26 @@
 
 from focalkern.certificate import Certificate
 from focalkern.functional import LinearLogps, linear_logps
+from focalkern.kl import linear_kl
 from focalkern.loss import FocalPOOutput, FusedFocalPOLoss
+from focalkern.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
+from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
 
 __version__ = "0.1.0"
 
-__all__ = ["Certificate", "FocalPOOutput", "FusedFocalPOLoss", "LinearLogps", "linear_logps"]
+__all__ = [
+    "Certificate",
+    "CosineGamma",
+    "ExponentialGamma",
+    "FocalPOOutput",
+    "FusedFocalPOLoss",
+    "FusedPairLoss",
+    "GammaSchedule",
+    "LinearGamma",
+    "LinearLogps",
+    "PairLossOutput",
+    "Pairs",
+    "check_pair_loss",
+    "linear_kl",
+    "linear_logps",
+]

@@ -1,7 +1,7 @@
-"""The two operators as `torch.autograd.Function`s: log-probs of the head's tokens, and the loss of each pair.
+"""The operators as `torch.autograd.Function`s: log-probs of a head's tokens, KL of two heads, loss of a pair.
 
-The first knows nothing of preferences, the second nothing of heads. Called by `focalkern.functional` and
-`focalkern.loss`; both hand the work to a backend.
+Those of heads know nothing of preferences, that of pairs nothing of heads. Called by `focalkern.functional`,
+`focalkern.kl` and `focalkern.loss`; all hand the work to a backend.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from focalkern.backends import Backend, HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.backends import (
+    Backend,
+    HeadForward,
+    HeadInputs,
+    KLForward,
+    LogitTransform,
+    PairForward,
+    PairObjective,
+)
 from focalkern.certificate import DroppedMass
 from focalkern.layout import Rows, Sequences, sequence_of_output
 from focalkern.selection import count_pairs, list_pairs, row_gradients, select_pairs
@@ -98,32 +106,110 @@ class LinearLogpsFunction(torch.autograd.Function):
         return *gradients, *no_grad_for_options
 
 
-class PairLossFunction(torch.autograd.Function):
-    """L = −w(p)·log p of each pair from per-token log-probs, with the analytic dL/du (FocalPO Eq. 4 and 6).
-
-    Returns the fields of `PairForward` but the last; only the losses are differentiable, in the log-probs
-    alone.
-    """
+class SequenceSumFunction(torch.autograd.Function):
+    """Sums of per-token log-probs over each sequence."""
 
     @staticmethod
     def forward(
         ctx,
         logps: torch.Tensor,  # [outputs] flat, 0 where ignored
-        ref_logps: torch.Tensor | None,  # [2B]
         sequences: Sequences,
+        backend: Backend,
+    ):
+        ctx.save_for_backward(sequences.offsets)
+        ctx.output_count = logps.numel()
+        return backend.sequence_sums(logps, sequences)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_sums):
+        (offsets,) = ctx.saved_tensors
+        return grad_sums[sequence_of_output(offsets, ctx.output_count)], None, None
+
+
+class PairLossFunction(torch.autograd.Function):
+    """L = −w(p)·log p of each pair from its log-probs, with the analytic dL/du (FocalPO Eq. 4 and 6).
+
+    Returns the fields of `PairForward` but the last; only the losses are differentiable, in the log-probs
+    and the adaptive margin.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        logps: torch.Tensor,  # [2B] sums over completion tokens
+        ref_logps: torch.Tensor | None,  # [2B]
+        lengths: torch.Tensor,  # [2B]
+        adaptive_margin: torch.Tensor | None,  # [B]
         objective: PairObjective,
         backend: Backend,
     ):
-        result: PairForward = backend.pair_forward(logps, sequences, ref_logps, objective)
-        ctx.save_for_backward(result.grad_logps, sequences.offsets)
-        ctx.output_count = logps.numel()
-        constants = (result.prob, result.slope, result.logps, result.rewards)
+        result: PairForward = backend.pair_forward(logps, ref_logps, lengths, adaptive_margin, objective)
+        ctx.save_for_backward(result.grad_logps, result.slope)
+        constants = (result.prob, result.slope, result.rewards)
         ctx.mark_non_differentiable(*constants)
         return result.losses, *constants
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_losses, *_):
-        grad_logps, offsets = ctx.saved_tensors
-        per_sequence = grad_logps * grad_losses.repeat(2)
-        return per_sequence[sequence_of_output(offsets, ctx.output_count)], None, None, None, None
+        grad_logps, slope = ctx.saved_tensors
+        grad_margin = -slope * grad_losses if ctx.needs_input_grad[3] else None
+        return grad_logps * grad_losses.repeat(2), None, None, grad_margin, None, None
+
+
+class LinearKLFunction(torch.autograd.Function):
+    """KL(ref ‖ policy) of each token, flat over the output positions, without holding either's logits.
+
+    Differentiable in hidden, weight and bias of the policy; the reference is a constant.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,  # [M, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        ref_hidden: torch.Tensor,  # [M, H_ref]
+        ref_weight: torch.Tensor,  # [V, H_ref]
+        ref_bias: torch.Tensor | None,  # [V]
+        rows: Rows,
+        transform: LogitTransform,
+        backend: Backend,
+    ):
+        ctx.set_materialize_grads(False)
+        policy, ref = HeadInputs(hidden, weight, bias), HeadInputs(ref_hidden, ref_weight, ref_bias)
+        with torch.autocast(hidden.device.type, enabled=False):
+            result: KLForward = backend.kl_forward(policy, ref, rows, transform)
+        ctx.save_for_backward(
+            hidden,
+            weight,
+            bias,
+            ref_hidden,
+            ref_weight,
+            ref_bias,
+            rows.hidden_index,
+            rows.output_index,
+            rows.targets,
+            rows.count,
+            result.lse,
+            result.ref_lse,
+        )
+        ctx.output_shape, ctx.transform, ctx.backend = rows.output_shape, transform, backend
+        return result.kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_kl):
+        no_grad_for_constants = (None,) * 6
+        if grad_kl is None:
+            return None, None, None, *no_grad_for_constants
+        # Unpacked once: under activation checkpointing or offloading, each time costs, or is an error.
+        *tensors, hidden_index, output_index, targets, count, lse, ref_lse = ctx.saved_tensors
+        policy, ref = HeadInputs(*tensors[:3]), HeadInputs(*tensors[3:])
+        rows = Rows(hidden_index, output_index, targets, count, ctx.output_shape)
+        with torch.autocast(policy.hidden.device.type, enabled=False):
+            gradients = ctx.backend.kl_backward(
+                policy, ref, rows, ctx.transform, lse, ref_lse, grad_kl, ctx.needs_input_grad[:3]
+            )
+        return *gradients, *no_grad_for_constants

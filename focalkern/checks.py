@@ -26,19 +26,32 @@ def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def check_number(
-    name: str, value: object, low: float = -math.inf, high: float = math.inf, exclude_low: bool = False
+    name: str,
+    value: object,
+    low: float = -math.inf,
+    high: float = math.inf,
+    exclude_low: bool = False,
+    exclude_high: bool = False,
 ) -> None:
-    """A finite real number in [low, high], or in (low, high] with `exclude_low`."""
+    """A finite real number in [low, high], the ends left out as told."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
     number = float(value)
     too_low = number <= low if exclude_low else number < low
-    if not math.isfinite(number) or too_low or number > high:
+    too_high = number >= high if exclude_high else number > high
+    if not math.isfinite(number) or too_low or too_high:
         bounds = [f"{'>' if exclude_low else '>='} {low:g}"] if low > -math.inf else []
-        bounds += [f"<= {high:g}"] if high < math.inf else []
+        bounds += [f"{'<' if exclude_high else '<='} {high:g}"] if high < math.inf else []
         raise ValueError(
             f"{name} must be finite{''.join(' and ' + bound for bound in bounds)}; got {value!r}"
         )
+
+
+def check_integer(name: str, value: object, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}")
+    if value < low:
+        raise ValueError(f"{name} must be >= {low}; got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -56,12 +69,7 @@ def check_head_options(
     backend: object,
 ) -> None:
     """The options that `linear_logps` and `FusedFocalPOLoss` share."""
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__} {ignore_index!r}")
-    check_number("temperature", temperature, low=0.0, exclude_low=True)
-    if softcap is not None:
-        check_number("softcap", softcap, low=0.0, exclude_low=True)
-    check_number("logit_scale", logit_scale)
+    check_logit_options(ignore_index, temperature, softcap, logit_scale)
     check_choice("backward", backward, BACKWARDS)
     if isinstance(tau, str):
         if tau != "auto":
@@ -71,20 +79,27 @@ def check_head_options(
     check_choice("backend", backend, BACKENDS)
 
 
+def check_logit_options(
+    ignore_index: object, temperature: object, softcap: object, logit_scale: object
+) -> None:
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
+        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__} {ignore_index!r}")
+    check_number("temperature", temperature, low=0.0, exclude_low=True)
+    if softcap is not None:
+        check_number("softcap", softcap, low=0.0, exclude_low=True)
+    check_number("logit_scale", logit_scale)
+
+
 def check_objective_options(
     beta: object,
-    gamma: object,
     modulation: object,
     margin: object,
     label_smoothing: object,
-    reduction: object,
 ) -> None:
     check_number("beta", beta, low=0.0, exclude_low=True)
-    check_number("gamma", gamma, low=0.0)
     check_choice("modulation", modulation, MODULATIONS)
     check_number("margin", margin)
     check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
-    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
@@ -108,33 +123,69 @@ def check_head(
     hidden: torch.Tensor,  # [..., H]
     weight: torch.Tensor,  # [V, H]
     bias: torch.Tensor | None,  # [V]
+    prefix: str = "",  # of the arguments' names
 ) -> None:
     """Shapes, dtypes and devices of the head's inputs, after autocast."""
     for name, value in (("hidden", hidden), ("weight", weight)):
+        name = prefix + name
         check_tensor(name, value)
         if value.dtype not in DTYPES:
             raise TypeError(f"{name} must be float32, float16, bfloat16 or float64; got {value.dtype}")
     if weight.dim() != 2 or not weight.numel():
         raise ValueError(
-            f"weight must be [V, H] with V, H > 0; got {_shape(weight)}"
+            f"{prefix}weight must be [V, H] with V, H > 0; got {_shape(weight)}"
             + (" (a parameter sharded by ZeRO-3 or FSDP? gather it first)" if not weight.numel() else "")
         )
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be [..., H] with H = {weight.shape[1]}, the width of weight; got {_shape(hidden)}"
+            f"{prefix}hidden must be [..., H] with H = {weight.shape[1]}, the width of {prefix}weight;"
+            f" got {_shape(hidden)}"
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(
-            f"weight must have the dtype of hidden, {hidden.dtype}; got {weight.dtype} (autocast casts both)"
+            f"{prefix}weight must have the dtype of {prefix}hidden, {hidden.dtype}; got {weight.dtype}"
+            " (autocast casts both)"
         )
-    _check_device("weight", weight, hidden)
+    _check_device(f"{prefix}weight", weight, hidden)
     if bias is not None:
-        check_tensor("bias", bias)
+        check_tensor(f"{prefix}bias", bias)
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"bias must be [V] = [{weight.shape[0]}]; got {_shape(bias)}")
+            raise ValueError(f"{prefix}bias must be [V] = [{weight.shape[0]}]; got {_shape(bias)}")
         if bias.dtype != weight.dtype:
-            raise TypeError(f"bias must have the dtype of weight, {weight.dtype}; got {bias.dtype}")
-        _check_device("bias", bias, hidden)
+            raise TypeError(
+                f"{prefix}bias must have the dtype of {prefix}weight, {weight.dtype}; got {bias.dtype}"
+            )
+        _check_device(f"{prefix}bias", bias, hidden)
+
+
+def check_ref_head(
+    ref_hidden: torch.Tensor,  # [..., H_ref]
+    ref_weight: torch.Tensor,  # [V, H_ref]
+    ref_bias: torch.Tensor | None,  # [V]
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+) -> None:
+    """A reference model beside the policy's head, both after autocast: same tokens, same vocabulary."""
+    check_head(ref_hidden, ref_weight, ref_bias, prefix="ref_")
+    if ref_hidden.shape[:-1] != hidden.shape[:-1]:
+        raise ValueError(
+            f"ref_hidden must be [..., H_ref] with the tokens of hidden, {list(hidden.shape[:-1])};"
+            f" got {_shape(ref_hidden)}"
+        )
+    if ref_weight.shape[0] != weight.shape[0]:
+        raise ValueError(
+            f"ref_weight must be [V, H_ref] with V = {weight.shape[0]}, the vocabulary of weight;"
+            f" got {_shape(ref_weight)}"
+        )
+    if ref_hidden.dtype != hidden.dtype:
+        raise TypeError(
+            f"ref_hidden must have the dtype of hidden, {hidden.dtype}; got {ref_hidden.dtype}"
+            " (autocast casts both)"
+        )
+    _check_device("ref_hidden", ref_hidden, hidden)
+    for name, value in (("ref_hidden", ref_hidden), ("ref_weight", ref_weight), ("ref_bias", ref_bias)):
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
 
 
 def check_labels(labels: torch.Tensor, hidden: torch.Tensor) -> None:
@@ -208,23 +259,38 @@ def check_completions(lengths: torch.Tensor) -> None:
 
 
 def check_ref_logps(
-    name: str, ref_logps: torch.Tensor | None, pairs: int, required: bool, like: torch.Tensor
+    name: str,
+    ref_logps: torch.Tensor | None,
+    pairs: int,
+    required_unless: str | None,  # what would make it unnecessary; None where it is
+    like: torch.Tensor,
 ) -> None:
     if ref_logps is None:
-        if required:
+        if required_unless is not None:
             raise ValueError(
                 f"{name} must be given, [B] = [{pairs}] sums over completion tokens, unless"
-                " reference_free=True; got None"
+                f" {required_unless}; got None"
             )
         return
-    check_tensor(name, ref_logps)
-    if not ref_logps.is_floating_point():
-        raise TypeError(f"{name} must be floating point; got {ref_logps.dtype}")
-    if ref_logps.shape != (pairs,):
-        raise ValueError(f"{name} must be [B] = [{pairs}]; got {_shape(ref_logps)}")
+    check_per_pair(name, ref_logps, pairs, like)
     if ref_logps.requires_grad:
         raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
-    _check_device(name, ref_logps, like)
+
+
+def check_per_pair(name: str, value: torch.Tensor, pairs: int, like: torch.Tensor) -> None:
+    check_tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating point; got {value.dtype}")
+    if value.shape != (pairs,):
+        raise ValueError(f"{name} must be [B] = [{pairs}]; got {_shape(value)}")
+    _check_device(name, value, like)
+
+
+def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Tensor) -> None:
+    check_tensor(name, value)
+    if value.dim() and value.shape[0] != pairs:
+        raise ValueError(f"{name} must be [B, ...] with B = {pairs}, or 0-dim; got {_shape(value)}")
+    _check_device(name, value, like)
 
 
 def _shape(tensor: torch.Tensor) -> str:

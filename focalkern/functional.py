@@ -110,16 +110,20 @@ def autocast_head(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As autocast does for a linear layer: all three in its dtype, float64 left alone."""
     checks.check_tensor("hidden", hidden)
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
+    return autocast_tensors(hidden.device, hidden, weight, bias)
+
+
+def autocast_tensors(device: torch.device, *tensors):
+    """The tensors, narrow floating-point ones in the dtype that autocast has on the device, if it is on."""
+    if not torch.is_autocast_enabled(device.type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device.type)
 
     def cast(x):
         is_narrow = isinstance(x, torch.Tensor) and x.is_floating_point() and x.dtype != torch.float64
         return x.to(dtype) if is_narrow else x
 
-    return cast(hidden), cast(weight), cast(bias)
+    return tuple(cast(x) for x in tensors)
 
 
 def head_logps(

@@ -113,3 +113,18 @@ def sequence_ranges(
     offsets = cu_seqlens.long().contiguous()
     running = torch.cat([keep.new_zeros(1, dtype=torch.int64), keep.cumsum(0)])
     return Sequences(offsets, running[offsets[1:]] - running[offsets[:-1]])
+
+
+def tail_weights(
+    labels: torch.Tensor,  # aligned
+    ignore_index: int,
+    sequences: Sequences,
+    weight: float,
+) -> torch.Tensor:  # [outputs]
+    """1 for the first min(|w|, |l|) completion tokens of both sequences of a pair, `weight` for the rest."""
+    count = (labels.reshape(-1) != ignore_index).cumsum(0)
+    sequence = sequence_of_output(sequences.offsets, count.numel())
+    before = torch.cat([count.new_zeros(1), count])[sequences.offsets[:-1]]
+    chosen, rejected = sequences.lengths.chunk(2)
+    shared = torch.minimum(chosen, rejected).repeat(2)
+    return torch.where(count - before[sequence] <= shared[sequence], 1.0, weight)

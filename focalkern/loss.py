@@ -2,62 +2,39 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-from torch import nn
+import torch.distributed as dist
 
 from focalkern import checks
+from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin, needs_reference
 from focalkern.autograd import PairLossFunction
-from focalkern.backends import LogitTransform, PairObjective, select_backend
-from focalkern.certificate import Certificate, DroppedMass, certify
-from focalkern.functional import autocast_head, head_logps
-from focalkern.layout import aligned_labels, sequence_ranges
+from focalkern.backends import PairObjective
+from focalkern.pair_head import PairBatch, PairHead, PairOutput
+from focalkern.schedules import CosineGamma, GammaSchedule
 
 
-@dataclass(frozen=True)
-class FocalPOOutput:
-    """What `FusedFocalPOLoss` returns. fp32 (fp64 for fp64 inputs); only `loss` is differentiable.
+@dataclass(frozen=True, kw_only=True)
+class FocalPOOutput(PairOutput):
+    """What `FusedFocalPOLoss` returns; the fields that every loss has are described in `PairOutput`.
 
-    Per pair, [B]: `losses`, `chosen_logps` and `rejected_logps` (sums over completion tokens, in nats),
-    `chosen_rewards` and `rejected_rewards` (β·score), `prob` (p = σ(u)), `weight` (−dL/du of the pair's own
-    loss). Per sequence, [2B]: `lengths` in completion tokens. Per token, in the shape of the (shifted)
-    labels: `dropped_mass`, 0 where ignored; it and the 0-dim `kept_share` are NaN until `loss.backward()`
-    fills them in place, and None when the backward is exact. With `reduction="none"`, `loss` is `losses`,
-    both differentiable.
+    Per pair, [B]: `prob` is p = σ(u), `weight` −dL/du of the pair's own loss, `adaptive_margin` α·M* of α-DPO
+    (None where α is 0).
     """
 
-    loss: torch.Tensor
-    losses: torch.Tensor
-    chosen_logps: torch.Tensor
-    rejected_logps: torch.Tensor
-    chosen_rewards: torch.Tensor
-    rejected_rewards: torch.Tensor
-    prob: torch.Tensor
     weight: torch.Tensor
-    lengths: torch.Tensor
-    dropped_mass: torch.Tensor | None
-    kept_share: torch.Tensor | None
-    dropped: DroppedMass | None = field(default=None, repr=False)  # behind `certificate()`
-
-    def certificate(self) -> Certificate:
-        """Summary of what `loss.backward()` left out, with the bound on the error of any row of dhidden:
-        max_t |g_t|·δ_t · max_v ‖W_v‖₂, times the largest slope of the logit transform. Waits for the device.
-        For this the output holds the weight it was given: one that would else be freed lives as long as it.
-
-        Raises:
-            RuntimeError: before `loss.backward()` has run, or after the weight has been changed in place
-                (not seen where it was changed through `.data`).
-        """
-        return certify(self.dropped)
+    adaptive_margin: torch.Tensor | None = None
 
 
-class FusedFocalPOLoss(nn.Module):
+class FusedFocalPOLoss(PairHead):
     """Focal / α-margin preference loss of (chosen, rejected) pairs, fused with the LM head.
 
-        score  s = logps − ref_logps, divided by the number of completion tokens when `length_normalize`
-        logit  u = β·(s_w − s_l) − margin,   p = σ(u)
-        loss   L = −w(p)·log p;   (1−ε)·L(u) + ε·L(−u) with label smoothing ε
+        score   s = logps − ref_logps, divided by the number of completion tokens when `length_normalize`
+        margin  m = margin + α·M*,  M* = (M − μ)/σ under stop-gradient,
+                M = β·[(logps_w − ref_w) − (logps_l − ref_l)], length-normalised like s (α-DPO Eq. 10-12)
+        logit   u = β·(s_w − s_l) − m,   p = σ(u)
+        loss    L = −w(p)·log p;   (1−ε)·L(u) + ε·L(−u) with label smoothing ε
 
     | modulation  | w(p)       | source                          |
     |-------------|------------|---------------------------------|
@@ -70,11 +47,12 @@ class FusedFocalPOLoss(nn.Module):
 
     Args:
         beta: β > 0.
-        gamma: γ >= 0.
+        gamma: γ >= 0, or γ(t): a `GammaSchedule` (DynamicFocalPO), moved by `set_step`.
         modulation: w(p), see the table.
         margin: m, outside β as in α-DPO Eq. 12 (`margin = beta·gamma_beta_ratio` of the SimPO authors' code).
-        alpha: weight of α-DPO's adaptive margin; not yet available, must be 0.
-        reference_free: score without reference log-probs (SimPO); those given are then not used.
+        alpha: α >= 0, weight of α-DPO's adaptive margin, outside β too (`alpha = beta·alpha` of its authors'
+            code). Above 0 the reference log-probs are needed also when `reference_free`.
+        reference_free: score without reference log-probs (SimPO); those given are then not used in it.
         length_normalize: divide each score by the number of completion tokens (SimPO, α-DPO).
         label_smoothing: ε in [0, 0.5].
         ignore_index: label of the positions that take no part; may lie inside [0, V).
@@ -84,17 +62,29 @@ class FusedFocalPOLoss(nn.Module):
             The certified backward, the default, leaves out what is negligible beside the largest gradient of
             the batch; `out.certificate()` bounds the error. For training from scratch use "exact": rows of
             dweight that nothing needs come out as exact zeros.
-        ema_momentum, ema_bias_correction: of α-DPO's running statistics; without effect while alpha is 0.
+        ema_momentum, ema_bias_correction: of the running μ and σ of M. Each batch in training mode moves them
+            before it uses them; eval mode leaves them alone. M* is 0 where σ is 0 or not known yet. Without
+            bias correction they start at 0, as in the authors' code: σ is ten times too small at first.
+        implicit_reference: what M is made of. Other than the default, ablations of α-DPO's Table 2 and
+            App. C.4: "policy", M = β·(logps_w − logps_l); "reference" and "inverse_reference",
+            M = ±β·(ref_w − ref_l); "sequence_kl", TDPO's δ = β·(KL_l − KL_w) of `chosen_kl`, `rejected_kl`.
+        normalize_margin: False puts M itself for M*.
+        stop_gradient: False lets the gradient through M (never through μ and σ).
+        process_group: the ranks whose pairs make up one batch of the statistics; None is the default group of
+            torch.distributed, where it is initialised. In training mode all of them must call together.
+
+    `state_dict()` holds the step of the schedule and the statistics.
 
     Raises:
         ValueError, TypeError: naming the argument.
-        NotImplementedError: alpha other than 0.
     """
+
+    step: torch.Tensor  # [] int64, for state_dict(); `_step` is read, so that nothing waits for a device
 
     def __init__(
         self,
         beta: float = 0.1,
-        gamma: float = 0.05,
+        gamma: float | GammaSchedule = 0.05,
         modulation: str = "focalpo",
         margin: float = 0.0,
         alpha: float = 0.0,
@@ -111,37 +101,40 @@ class FusedFocalPOLoss(nn.Module):
         ema_momentum: float = 0.9,
         ema_bias_correction: bool = True,
         backend: str = "auto",
+        implicit_reference: str = "policy_over_reference",
+        normalize_margin: bool = True,
+        stop_gradient: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__()
-        checks.check_objective_options(beta, gamma, modulation, margin, label_smoothing, reduction)
-        checks.check_flag("reference_free", reference_free)
-        checks.check_flag("length_normalize", length_normalize)
-        checks.check_number("ema_momentum", ema_momentum, low=0.0, high=1.0)
-        checks.check_flag("ema_bias_correction", ema_bias_correction)
-        checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
+        super().__init__(ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend)
+        checks.check_objective_options(beta, modulation, margin, label_smoothing)
+        if not isinstance(gamma, GammaSchedule):
+            checks.check_number("gamma", gamma, low=0.0)
         checks.check_number("alpha", alpha, low=0.0)
-        if alpha:
-            raise NotImplementedError(
-                f"alpha must be 0: the adaptive margin of α-DPO is not available yet; got {alpha}"
-            )
+        checks.check_number("ema_momentum", ema_momentum, low=0.0, high=1.0, exclude_high=True)
+        checks.check_choice("implicit_reference", implicit_reference, tuple(IMPLICIT_REFERENCES))
+        for name, flag in (
+            ("reference_free", reference_free),
+            ("length_normalize", length_normalize),
+            ("ema_bias_correction", ema_bias_correction),
+            ("normalize_margin", normalize_margin),
+            ("stop_gradient", stop_gradient),
+        ):
+            checks.check_flag(name, flag)
         self.beta = float(beta)
-        self.gamma = float(gamma)
+        self.gamma = gamma if isinstance(gamma, GammaSchedule) else float(gamma)
         self.modulation = modulation
         self.margin = float(margin)
         self.alpha = float(alpha)
         self.reference_free = reference_free
         self.length_normalize = length_normalize
         self.label_smoothing = float(label_smoothing)
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.temperature = float(temperature)
-        self.softcap = softcap
-        self.logit_scale = float(logit_scale)
-        self.backward = backward
-        self.tau = tau
-        self.ema_momentum = float(ema_momentum)
-        self.ema_bias_correction = ema_bias_correction
-        self.backend = backend
+        self.implicit_reference = implicit_reference
+        self.normalize_margin = normalize_margin
+        self.stop_gradient = stop_gradient
+        self.margin_statistics = RunningMoments(float(ema_momentum), ema_bias_correction, process_group)
+        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
+        self._step = 0
 
     @classmethod
     def dpo(cls, beta: float = 0.1, **options) -> FusedFocalPOLoss:
@@ -157,12 +150,60 @@ class FusedFocalPOLoss(nn.Module):
         fixed = {"gamma": 0.0, "reference_free": True, "length_normalize": True}
         return cls(beta=beta, margin=margin, **{**fixed, **options})
 
+    @classmethod
+    def alpha_dpo(
+        cls, beta: float = 10.0, margin: float = 4.0, alpha: float = 0.5, **options
+    ) -> FusedFocalPOLoss:
+        """α-DPO, Eq. 12: SimPO with the adaptive margin; γ = 0 unless given. Needs the reference log-probs.
+
+        The defaults are the paper's β = 10 and α = 5e-2 (App. C.1) with the gamma_beta_ratio = 0.4 that its
+        authors' configurations take with this β. Their margins stand inside β, these outside:
+        `margin = beta·gamma_beta_ratio`, `alpha = beta·alpha`. Values per model are in `focalkern.recipes`.
+        """
+        return cls.simpo(beta, margin, **{"alpha": alpha, **options})
+
+    @classmethod
+    def dynamic(
+        cls,
+        total_steps: int,
+        beta: float = 0.1,
+        gamma_max: float = 0.1,
+        gamma_min: float = 0.01,
+        schedule: type[GammaSchedule] = CosineGamma,
+        **options,
+    ) -> FusedFocalPOLoss:
+        """DynamicFocalPO: FocalPO with γ(t) from `gamma_max` to `gamma_min` in `total_steps` optimizer steps.
+
+        The defaults are those of its Table 3 for Llama-3-Instruct-8B. `set_step` moves it at every step.
+        """
+        return cls(beta=beta, gamma=schedule(total_steps, gamma_max, gamma_min), **options)
+
+    def set_step(self, step: int) -> None:
+        """Move γ(t) to optimizer step `step` >= 0; a `gamma` that is a number does not depend on it.
+
+        Raises:
+            ValueError, TypeError: naming the argument.
+        """
+        checks.check_integer("step", step, low=0)
+        self._step = int(step)
+        self.step.fill_(self._step)
+
+    @property
+    def current_gamma(self) -> float:
+        """γ at the current step."""
+        if not isinstance(self.gamma, GammaSchedule):
+            return self.gamma
+        gamma = self.gamma(self._step)
+        checks.check_number(f"gamma at step {self._step}", gamma, low=0.0)
+        return float(gamma)
+
     def extra_repr(self) -> str:
         names = (
             "beta",
             "gamma",
             "modulation",
             "margin",
+            "alpha",
             "reference_free",
             "length_normalize",
             "reduction",
@@ -181,6 +222,8 @@ class FusedFocalPOLoss(nn.Module):
         ref_rejected_logps: torch.Tensor | None = None,  # [B]
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        chosen_kl: torch.Tensor | None = None,  # [B]
+        rejected_kl: torch.Tensor | None = None,  # [B]
     ) -> FocalPOOutput:
         """Loss of B pairs: the first B sequences are chosen, the last B their rejected.
 
@@ -190,59 +233,47 @@ class FusedFocalPOLoss(nn.Module):
             labels: `[2B, T]` or `[N]`, int64 or int32: completion tokens in [0, V), `ignore_index` elsewhere.
             bias: `[V]`, dtype of weight.
             ref_chosen_logps, ref_rejected_logps: `[B]` floating point, constants: the reference model's sums
-                over the same completion tokens. Needed unless `reference_free`.
+                over the same completion tokens. Needed unless neither score nor margin has a reference.
             shift: labels are the input ids with the prompt masked; position t predicts label t+1.
             cu_seqlens: `[2B + 1]` int32 or int64, boundaries of the packed sequences, from 0 to N.
+            chosen_kl, rejected_kl: `[B]` Σ_t KL(π_ref ‖ π_θ) over the completion tokens in nats, as
+                `linear_kl(...).sum(-1)` has it; needed, and taken, by `implicit_reference="sequence_kl"`
+                alone.
 
         Raises:
             ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens`
                 or an empty completion under `length_normalize` fail the step with a device-side assertion
                 instead: with the Triton backend only a certified backward waits for the device, once.
         """
-        given_weight = weight
-        hidden, weight, bias = autocast_head(hidden, weight, bias)
-        checks.check_head(hidden, weight, bias)
-        checks.check_labels(labels, hidden)
-        checks.check_pair_layout(hidden, labels, shift, cu_seqlens)
-        pairs = (hidden.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1) // 2
-        required = not self.reference_free
-        checks.check_ref_logps("ref_chosen_logps", ref_chosen_logps, pairs, required, hidden)
-        checks.check_ref_logps("ref_rejected_logps", ref_rejected_logps, pairs, required, hidden)
-
-        labels = aligned_labels(labels, self.ignore_index, shift, cu_seqlens)
-        sequences = sequence_ranges(labels, self.ignore_index, cu_seqlens)
+        batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
         if self.length_normalize:
-            checks.check_completions(sequences.lengths)
-        backend = select_backend(self.backend, hidden)
-        head = head_logps(
-            hidden,
-            weight,
-            bias,
-            labels,
-            self.ignore_index,
-            LogitTransform(self.temperature, self.softcap, self.logit_scale),
-            self.backward,
-            self.tau,
-            backend,
-            (),
-            given_weight,
-        )
+            checks.check_completions(batch.sequences.lengths)
+        self._check_references(batch, ref_chosen_logps, ref_rejected_logps)
+        self._check_kl(batch, chosen_kl, rejected_kl)
+        head = self.token_logps(batch)
+        logps = self.sequence_logps(batch, head.logps)
 
         ref_logps = None
-        if not self.reference_free and ref_chosen_logps is not None and ref_rejected_logps is not None:
-            ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(head.logps.dtype)
-        losses, prob, slope, logps, rewards = PairLossFunction.apply(
-            head.logps.reshape(-1),
-            ref_logps,
-            sequences,
+        if ref_chosen_logps is not None and ref_rejected_logps is not None:
+            ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(logps.dtype)
+        adaptive_margin = None
+        if self.alpha:
+            kl = None
+            if chosen_kl is not None and rejected_kl is not None:
+                kl = torch.cat([chosen_kl, rejected_kl]).to(logps.dtype)
+            adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, batch.sequences.lengths)
+        losses, prob, slope, rewards = PairLossFunction.apply(
+            logps,
+            None if self.reference_free else ref_logps,
+            batch.sequences.lengths,
+            adaptive_margin,
             self._objective(),
-            backend,
+            batch.backend,
         )
-        loss = losses if self.reduction == "none" else getattr(losses, self.reduction)()
-        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen_logps, rejected_logps = logps.detach().chunk(2)
         chosen_rewards, rejected_rewards = rewards.chunk(2)
         return FocalPOOutput(
-            loss=loss,
+            loss=self.reduced(losses),
             losses=losses if self.reduction == "none" else losses.detach(),
             chosen_logps=chosen_logps,
             rejected_logps=rejected_logps,
@@ -250,13 +281,75 @@ class FusedFocalPOLoss(nn.Module):
             rejected_rewards=rejected_rewards,
             prob=prob,
             weight=-slope,
-            lengths=sequences.lengths,
+            lengths=batch.sequences.lengths,
             dropped_mass=head.dropped_mass,
             kept_share=head.kept_share,
+            adaptive_margin=None if adaptive_margin is None else adaptive_margin.detach(),
             dropped=head.dropped,
         )
 
+    def _adaptive_margin(
+        self,
+        logps: torch.Tensor,  # [2B]
+        ref_logps: torch.Tensor | None,  # [2B]
+        kl: torch.Tensor | None,  # [2B]
+        lengths: torch.Tensor,  # [2B]
+    ) -> torch.Tensor:  # [B]
+        """α·M* (α-DPO Eq. 11-12); `margin_statistics` takes in the batch first."""
+        if self.length_normalize:
+            logps = logps / lengths
+            ref_logps = None if ref_logps is None else ref_logps / lengths
+            kl = None if kl is None else kl / lengths
+        margin, rounding = implicit_margin(self.implicit_reference, self.beta, logps, ref_logps, kl)
+        if self.stop_gradient:
+            margin = margin.detach()
+        if self.normalize_margin:
+            if self.training:
+                self.margin_statistics.update(margin.detach())
+            margin = self.margin_statistics.standardized(margin, rounding)
+        return self.alpha * margin
+
+    def _check_references(
+        self,
+        batch: PairBatch,
+        ref_chosen_logps: torch.Tensor | None,  # [B]
+        ref_rejected_logps: torch.Tensor | None,  # [B]
+    ) -> None:
+        unless = None
+        if self.alpha and needs_reference(self.implicit_reference):
+            unless = "alpha=0 and reference_free=True"
+        elif not self.reference_free:
+            unless = "reference_free=True"
+        checks.check_ref_logps("ref_chosen_logps", ref_chosen_logps, batch.pairs, unless, batch.hidden)
+        checks.check_ref_logps("ref_rejected_logps", ref_rejected_logps, batch.pairs, unless, batch.hidden)
+
+    def _check_kl(
+        self,
+        batch: PairBatch,
+        chosen_kl: torch.Tensor | None,  # [B]
+        rejected_kl: torch.Tensor | None,  # [B]
+    ) -> None:
+        needed = self.alpha > 0 and self.implicit_reference == "sequence_kl"
+        for name, kl in (("chosen_kl", chosen_kl), ("rejected_kl", rejected_kl)):
+            if (kl is not None) != needed:
+                raise ValueError(
+                    f"{name} must be given, [B] = [{batch.pairs}], with alpha > 0 and"
+                    " implicit_reference='sequence_kl', and else not;"
+                    f" got {None if kl is None else 'a tensor'}"
+                )
+            if kl is not None:
+                checks.check_per_pair(name, kl, batch.pairs, batch.hidden)
+
     def _objective(self) -> PairObjective:
         return PairObjective(
-            self.beta, self.gamma, self.modulation, self.margin, self.length_normalize, self.label_smoothing
+            self.beta,
+            self.current_gamma,
+            self.modulation,
+            self.margin,
+            self.length_normalize,
+            self.label_smoothing,
         )
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._step = int(self.step)

@@ -39,6 +39,34 @@ def linear_logps(
     return {name: value.new_zeros(labels.shape).masked_scatter(keep, value) for name, value in values.items()}
 
 
+def linear_kl(
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+    ref_hidden: torch.Tensor,  # [..., H_ref]
+    ref_weight: torch.Tensor,  # [V, H_ref]
+    labels: torch.Tensor,  # [...]
+    bias: torch.Tensor | None = None,  # [V]
+    ref_bias: torch.Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> torch.Tensor:
+    """Per-token KL(ref ‖ policy), 0 where ignored; labels are aligned with hidden."""
+    keep = labels != ignore_index
+
+    def log_probs(hidden, weight, bias):
+        z = F.linear(hidden[keep], weight, bias) * logit_scale
+        if softcap is not None:
+            z = softcap * torch.tanh(z / softcap)
+        z = z / temperature
+        return torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=-1)
+
+    log_p, ref_log_p = log_probs(hidden, weight, bias), log_probs(ref_hidden, ref_weight, ref_bias)
+    kl = F.kl_div(log_p, ref_log_p, reduction="none", log_target=True).sum(-1)
+    return kl.new_zeros(labels.shape).masked_scatter(keep, kl)
+
+
 def pair_losses(
     chosen_logps: torch.Tensor,  # [B] sums over completion tokens
     rejected_logps: torch.Tensor,  # [B]

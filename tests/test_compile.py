@@ -17,7 +17,7 @@ if INTERPRETED:
 from aot import compile_launch, float32_matmul_precision, recorded_launches
 
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
-from focalkern.backends import LogitTransform, PairObjective, triton_backend
+from focalkern.backends import HeadInputs, LogitTransform, PairObjective, triton_backend
 from focalkern.layout import Rows, Sequences
 from focalkern.selection import KeptCounts, KeptPairs
 
@@ -84,6 +84,54 @@ def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False
     )
 
 
+KL_VARIANTS = {
+    "plain": {},
+    "vocabulary not a multiple of 16": {"vocab_size": 50257},
+    "a larger reference with a bias": {"ref_hidden_size": 8192, "ref_bias": True},
+    "reference of odd hidden size": {"ref_hidden_size": 4100},
+    "softcap, biases, odd hidden sizes": {
+        "softcap": 30.0,
+        "bias": True,
+        "ref_bias": True,
+        "hidden_size": 4100,
+        "ref_hidden_size": 4100,
+    },
+    "softcap": {"softcap": 30.0},
+}
+
+
+def launch_kl(
+    dtype,
+    softcap=None,
+    bias=False,
+    ref_bias=False,
+    hidden_size=4096,
+    ref_hidden_size=4096,
+    n=8192,
+    vocab_size=128256,
+):
+    """Run forward and backward launches of two heads' KL on tensors without storage."""
+
+    def meta(*shape, dtype=torch.float32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def head(hidden_size, bias):
+        return HeadInputs(
+            meta(n, hidden_size, dtype=dtype),
+            meta(vocab_size, hidden_size, dtype=dtype),
+            meta(vocab_size, dtype=dtype) if bias else None,
+        )
+
+    policy, ref = head(hidden_size, bias), head(ref_hidden_size, ref_bias)
+    index = meta(n, dtype=torch.int64)
+    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
+    transform = LogitTransform(softcap=softcap)
+    forward = triton_backend.kl_forward(policy, ref, rows, transform)
+    triton_backend.kl_backward(
+        policy, ref, rows, transform, forward.lse, forward.ref_lse, meta(n), (True, True, bias)
+    )
+
+
 def kept_pairs(n, blocks, share=0.05):
     """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
     per_row, total = int(share * blocks), n * int(share * blocks)
@@ -102,9 +150,9 @@ def kept_pairs(n, blocks, share=0.05):
     return KeptPairs(row=meta(total), block=meta(total), counts=counts)
 
 
-def check_head_kernels(arch, dtype, precision="highest", **variant):
+def check_head_kernels(arch, dtype, precision="highest", launch=launch_head, at_least=9, **variant):
     with float32_matmul_precision(precision):
-        launches = recorded_launches(arch, lambda: launch_head(dtype, **variant))
+        launches = recorded_launches(arch, lambda: launch(dtype, **variant))
     has_tensor_cores = dtype != torch.float32 or precision != "highest"
     for launch in launches:
         resources = compile_launch(launch, arch)
@@ -114,7 +162,11 @@ def check_head_kernels(arch, dtype, precision="highest", **variant):
         is_gemm = launch.name.removesuffix("_kernel").endswith(GEMM_KERNELS)
         if is_gemm and has_tensor_cores:
             assert TENSOR_CORE.get(arch, "mma.sync") in resources.ptx, f"{launch} does not use tensor cores"
-    assert len(launches) >= 9
+    assert len(launches) >= at_least
+
+
+def check_kl_kernels(arch, dtype, precision="highest", **variant):
+    check_head_kernels(arch, dtype, precision, launch_kl, at_least=5, **variant)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -135,6 +187,24 @@ def test_launch_table_fits_other_architectures(arch):
     check_head_kernels(arch, torch.bfloat16, **VARIANTS["everything, odd hidden size"])
 
 
+@pytest.mark.parametrize("variant", KL_VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kl_kernels_compile_without_spills(arch, dtype, variant):
+    check_kl_kernels(arch, dtype, **KL_VARIANTS[variant])
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_fp32_kl_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
+    check_kl_kernels(arch, torch.float32, precision="high")
+
+
+@pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
+def test_kl_launch_table_fits_other_architectures(arch):
+    check_kl_kernels(arch, torch.bfloat16)
+    check_kl_kernels(arch, torch.bfloat16, **KL_VARIANTS["softcap, biases, odd hidden sizes"])
+
+
 @pytest.mark.parametrize("modulation", ["focalpo", "inverse", "focal"])
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_pair_kernels_compile_without_spills(arch, modulation):
@@ -143,7 +213,9 @@ def test_pair_kernels_compile_without_spills(arch, modulation):
         offsets = torch.empty(17, dtype=torch.int64, device="meta")
         sequences = Sequences(offsets, offsets[1:])
         objective = PairObjective(0.1, 0.05, modulation, 0.5, True, 0.1)
-        triton_backend.pair_forward(logps, sequences, torch.empty(16, device="meta"), objective)
+        sums = triton_backend.sequence_sums(logps, sequences)
+        ref_logps, margin = torch.empty(16, device="meta"), torch.empty(8, device="meta")
+        triton_backend.pair_forward(sums, ref_logps, sequences.lengths, margin, objective)
 
     launches = recorded_launches(arch, run)
     assert [launch.name for launch in launches] == ["sequence_sum_fwd_kernel", "pair_loss_fwd_kernel"]

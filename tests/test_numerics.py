@@ -132,9 +132,7 @@ def test_the_sum_over_a_long_sequence_keeps_fp32_accuracy(length, backend):
     logps = -torch.rand(2 * length, generator=torch.Generator().manual_seed(0)).to(DEVICE) - 0.3
     offsets = torch.tensor([0, length, 2 * length], device=DEVICE)
     sequences = Sequences(offsets, offsets.diff())
-    objective = PairObjective(0.1, 0.0, "focalpo", 0.0, False, 0.0)
-    module = select_backend(backend, logps)
-    sums = module.pair_forward(logps, sequences, None, objective).logps
+    sums = select_backend(backend, logps).sequence_sums(logps, sequences)
     exact = logps.double().view(2, -1).sum(-1)
     # 8 additions in each of 1024 lanes and a tree of 10 levels: 18 roundings of half an eps at worst.
     assert ((sums.double() / exact - 1).abs() <= 1e-6).all()
@@ -352,13 +350,11 @@ def test_pair_loss_is_accurate_and_finite_for_any_logit(modulation, gamma, label
     magnitudes += [1e3, 1e4]
     u = torch.tensor([sign * x for x in magnitudes for sign in (1, -1)], device=DEVICE)
     pairs = len(u)
-    # One token per sequence, β = 1: u is the log-prob of the chosen one.
+    # β = 1: u is the log-prob of the chosen sequence.
     logps = torch.cat([u, torch.zeros_like(u)])
-    offsets = torch.arange(2 * pairs + 1, device=DEVICE)
+    lengths = torch.ones(2 * pairs, dtype=torch.int64, device=DEVICE)
     objective = PairObjective(1.0, gamma, modulation, 0.0, False, label_smoothing)
-    result = select_backend(backend, logps).pair_forward(
-        logps, Sequences(offsets, offsets.diff()), None, objective
-    )
+    result = select_backend(backend, logps).pair_forward(logps, None, lengths, None, objective)
 
     rounded_gamma = torch.tensor(gamma).item()
     losses, slope = pair_loss(u.double(), rounded_gamma, modulation, label_smoothing)

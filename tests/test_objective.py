@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from focalkern import reference
-from focalkern.autograd import PairLossFunction
+from focalkern.autograd import PairLossFunction, SequenceSumFunction
 from focalkern.backends import PairObjective, torch_backend
 from focalkern.layout import Sequences
 from focalkern.objective import MODULATIONS, modulated_nll, pair_loss, sequence_scores
@@ -158,10 +158,12 @@ def test_gradient_in_the_log_probs_passes_gradcheck(modulation, reference_free, 
     ref_logps = None if reference_free else -4 * torch.rand(6, dtype=torch.float64)
     chosen = objective(modulation=modulation, **changes)
 
-    def losses(logps):
-        return PairLossFunction.apply(logps, ref_logps, Sequences(offsets, lengths), chosen, torch_backend)[0]
+    def losses(logps, margin):
+        sums = SequenceSumFunction.apply(logps, Sequences(offsets, lengths), torch_backend)
+        return PairLossFunction.apply(sums, ref_logps, lengths, margin, chosen, torch_backend)[0]
 
-    assert torch.autograd.gradcheck(losses, logps.requires_grad_())
+    margin = torch.randn(3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(losses, (logps.requires_grad_(), margin.requires_grad_()))
 
 
 def test_score_is_the_log_ratio_per_token_when_length_normalised():
@@ -182,9 +184,9 @@ def test_gamma_zero_is_dpo_in_loss_and_gradient(modulation):
     torch.manual_seed(0)
     logps = torch.randn(8, dtype=torch.float64, requires_grad=True)
     ref_logps = torch.randn(8, dtype=torch.float64)
-    sequences = Sequences(torch.arange(9), torch.ones(8, dtype=torch.int64))
+    lengths = torch.ones(8, dtype=torch.int64)
     dpo = objective(gamma=0.0, modulation=modulation)
-    losses = PairLossFunction.apply(logps, ref_logps, sequences, dpo, torch_backend)[0]
+    losses = PairLossFunction.apply(logps, ref_logps, lengths, None, dpo, torch_backend)[0]
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
 
     chosen, rejected = (logps - ref_logps).chunk(2)

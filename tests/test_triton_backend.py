@@ -10,7 +10,9 @@ import torch
 
 from focalkern.backends import select_backend
 
-triton_backend = pytest.importorskip("focalkern.backends.triton_backend", reason="no triton on this platform")
+triton_products = pytest.importorskip(
+    "focalkern.backends.triton_products", reason="no triton on this platform"
+)
 
 
 @pytest.mark.parametrize(
@@ -41,14 +43,14 @@ print(precision(torch.float32), precision(torch.bfloat16))
 @pytest.mark.parametrize("element_size", [2, 4])
 @pytest.mark.parametrize("n", [0, 1, 100, 8192, 65536, 10**6 // 4])
 def test_gradient_workspace_is_bounded(n, element_size):
-    chunk = triton_backend._vocab_chunk(n, 128256, element_size)
+    chunk = triton_products.vocab_chunk(n, 128256, element_size)
     assert chunk % 128 == 0
     assert 128 <= chunk <= 4096
     assert n * chunk * element_size <= 256 * 2**20
 
 
 def test_small_vocabulary_takes_one_chunk():
-    assert triton_backend._vocab_chunk(1000, 300, 2) == 384
+    assert triton_products.vocab_chunk(1000, 300, 2) == 384
 
 
 def test_amd_gpus_take_the_torch_backend(monkeypatch):

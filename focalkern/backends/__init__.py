@@ -57,6 +57,24 @@ class HeadForward:
 
 
 @dataclass(frozen=True)
+class HeadInputs:
+    """One of the two models of `linear_kl`: what its logits are made of."""
+
+    hidden: torch.Tensor  # [M, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+
+
+@dataclass(frozen=True)
+class KLForward:
+    """KL(ref ‖ policy) per output position, and per row (n completion tokens) what the backward needs."""
+
+    kl: torch.Tensor  # [outputs] fp32, flat, 0 where ignored
+    lse: torch.Tensor  # [n] logsumexp over the vocabulary, of the policy
+    ref_lse: torch.Tensor  # [n] and of the reference
+
+
+@dataclass(frozen=True)
 class PairObjective:
     """The numbers of the pairwise loss; formulas in `focalkern.objective`."""
 
@@ -75,9 +93,8 @@ class PairForward:
     losses: torch.Tensor  # [B]
     prob: torch.Tensor  # [B] p = σ(u)
     slope: torch.Tensor  # [B] dL/du
-    logps: torch.Tensor  # [2B] sums over completion tokens
     rewards: torch.Tensor  # [2B] β·score
-    grad_logps: torch.Tensor  # [2B] dL/dlogps of every token of the sequence
+    grad_logps: torch.Tensor  # [2B] dL/dlogps of the sequence's sum, and so of every token of it
 
 
 class Backend(Protocol):
@@ -135,11 +152,37 @@ class Backend(Protocol):
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """As `head_backward`, of the kept pairs alone."""
 
-    def pair_forward(
+    def kl_forward(
+        self, policy: HeadInputs, ref: HeadInputs, rows: Rows, transform: LogitTransform
+    ) -> KLForward:
+        """KL(ref ‖ policy) of the rows."""
+
+    def kl_backward(
+        self,
+        policy: HeadInputs,
+        ref: HeadInputs,
+        rows: Rows,
+        transform: LogitTransform,
+        lse: torch.Tensor,  # [n]
+        ref_lse: torch.Tensor,  # [n]
+        grad_kl: torch.Tensor,  # [outputs]
+        needs: tuple[bool, bool, bool],
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """dhidden, dweight and dbias of the policy, those that `needs` asks for."""
+
+    def sequence_sums(
         self,
         logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
         sequences: Sequences,
+    ) -> torch.Tensor:  # [2B]
+        """Sums of the log-probs over the tokens of each sequence."""
+
+    def pair_forward(
+        self,
+        logps: torch.Tensor,  # [2B] sums over completion tokens
         ref_logps: torch.Tensor | None,  # [2B]; None when reference-free
+        lengths: torch.Tensor,  # [2B] completion tokens
+        adaptive_margin: torch.Tensor | None,  # [B], on top of the objective's margin
         objective: PairObjective,
     ) -> PairForward:
         """Loss, metrics and gradient of each pair."""

@@ -13,7 +13,18 @@ import torch
 
 from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
 from focalkern.backends.torch_certified import head_backward_certified as head_backward_certified
-from focalkern.backends.torch_tiles import Logits, compute_dtype, matmul, targets_in, transform_logits
+from focalkern.backends.torch_kl import kl_backward as kl_backward
+from focalkern.backends.torch_kl import kl_forward as kl_forward
+from focalkern.backends.torch_tiles import (
+    TILE_ROWS,
+    HeadGradients,
+    Logits,
+    compute_dtype,
+    nonfinite_to_nan,
+    targets_in,
+    transform_logits,
+    vocab_chunks,
+)
 from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
 from focalkern.objective import pair_loss, sequence_scores
 
@@ -22,13 +33,6 @@ EXACT_ROW_COUNT = True
 # error is 0.07, 0.23, 0.53 and 0.73 times that of bf16 logits at a share of 0.07, 0.22, 0.42 and 0.70, and on
 # another model it was 1.16 times at 0.45 (docs/certified-backward.md).
 EXACT_ABOVE_KEPT_SHARE = 0.4
-
-# A tile of logits: 16 MB in fp32. Forward and backward of 2048 × 512 × 32768 in fp32 take 0.84 s with tiles
-# of 8 MB, 0.89 s with 16, 1.06 s with 32 and with 64 (2 idle cores of an AMD EPYC, torch 2.13, 2026-11);
-# where other processes want the cores, each call may wait for them, and few large ones lose less.
-_TILE_ELEMENTS = 4 * 2**20
-_TILE_ROWS = 2048
-_MAX_VOCAB_CHUNK = 4096
 
 # PyTorch 2.13: the first multi-threaded exp of a process can be off by 1e-4 in one thread's share.
 torch.exp(torch.zeros(16))
@@ -48,15 +52,15 @@ def head_forward(
     row_poison = torch.zeros(n, dtype=dtype, device=hidden.device)
     weight_poison = torch.zeros((), dtype=dtype, device=hidden.device)
 
-    for row_start in range(0, n, _TILE_ROWS):
-        tile_rows = slice(row_start, row_start + _TILE_ROWS)
+    for row_start in range(0, n, TILE_ROWS):
+        tile_rows = slice(row_start, row_start + TILE_ROWS)
         h = hidden[rows.hidden_index[tile_rows]].to(dtype)
-        row_poison[tile_rows] = _nonfinite_to_nan(h, dim=1)
+        row_poison[tile_rows] = nonfinite_to_nan(h, dim=1)
         head = Logits(h, is_fp32=hidden.dtype == torch.float32)
-        for start, end in _vocab_chunks(vocab_size, h.shape[0]):
+        for start, end in vocab_chunks(vocab_size, h.shape[0]):
             w = weight[start:end].to(dtype).contiguous()
             if row_start == 0:
-                weight_poison += _nonfinite_to_nan(w)
+                weight_poison += nonfinite_to_nan(w)
             z, _ = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
             stats.add_tile(z, rows.targets[tile_rows] - start, tile_rows, start)
 
@@ -77,14 +81,10 @@ def head_backward(
     needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Exact: recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
-    needs_hidden, needs_weight, needs_bias = needs
     vocab_size = weight.shape[0]
     dtype = compute_dtype(hidden)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-    dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
-
     h = hidden[rows.hidden_index].to(dtype)
-    dh = torch.zeros_like(h) if needs_hidden else None
+    gradients = HeadGradients(hidden, weight, bias, rows, h, needs)
     g = h.new_zeros(h.shape[0]) if grad_logps is None else grad_logps[rows.output_index].to(dtype)
     target_dz = g * one_minus_p
     row_entropy = e = None
@@ -92,7 +92,7 @@ def head_backward(
         row_entropy, e = entropy[rows.output_index][:, None], grad_entropy[rows.output_index][:, None]
     head = Logits(h, is_fp32=hidden.dtype == torch.float32)
 
-    for start, end in _vocab_chunks(vocab_size, h.shape[0]):
+    for start, end in vocab_chunks(vocab_size, h.shape[0]):
         w = weight[start:end].to(dtype).contiguous()
         z, slope = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
         p = z.sub_(lse[:, None]).exp_()
@@ -110,36 +110,40 @@ def head_backward(
         if isinstance(slope, torch.Tensor) or slope != 1.0:
             dz = dz.mul_(slope)
 
-        if dweight is not None:
-            dweight[start:end] = matmul(dz.t(), h.t())
-        if dbias is not None:
-            dbias[start:end] = dz.sum(0)
-        if dh is not None:
-            dh += matmul(dz, w.t())
+        gradients.add(dz, w, start, end)
+    return gradients.dhidden(), gradients.dweight, gradients.dbias
 
-    dhidden = None
-    if dh is not None:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden[rows.hidden_index] = dh.to(hidden.dtype)
-    return dhidden, dweight, dbias
+
+def sequence_sums(
+    logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
+    sequences: Sequences,
+) -> torch.Tensor:  # [2B]
+    count = sequences.lengths.numel()
+    sequence = sequence_of_output(sequences.offsets, logps.numel())
+    # One after the other in fp32 would lose digits over thousands of tokens.
+    accumulate = torch.float32 if logps.device.type == "mps" else torch.float64
+    sums = torch.zeros(count, dtype=accumulate, device=logps.device)
+    return sums.index_add_(0, sequence, logps.to(accumulate)).to(logps.dtype)
 
 
 def pair_forward(
-    logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
-    sequences: Sequences,
+    logps: torch.Tensor,  # [2B] sums over completion tokens
     ref_logps: torch.Tensor | None,  # [2B]; None when reference-free
+    lengths: torch.Tensor,  # [2B] completion tokens
+    adaptive_margin: torch.Tensor | None,  # [B], on top of the objective's margin
     objective: PairObjective,
 ) -> PairForward:
-    sums = _sequence_sums(logps, sequences)
-    score = sequence_scores(sums, ref_logps, sequences.lengths, objective.length_normalize)
+    score = sequence_scores(logps, ref_logps, lengths, objective.length_normalize)
     score_w, score_l = score.chunk(2)
     u = objective.beta * (score_w - score_l) - objective.margin
+    if adaptive_margin is not None:
+        u = u - adaptive_margin
     losses, slope = pair_loss(u, objective.gamma, objective.modulation, objective.label_smoothing)
 
     grad_logps = torch.cat([slope, -slope]) * objective.beta
     if objective.length_normalize:
-        grad_logps = grad_logps / sequences.lengths
-    return PairForward(losses, torch.sigmoid(u), slope, sums, objective.beta * score, grad_logps)
+        grad_logps = grad_logps / lengths
+    return PairForward(losses, torch.sigmoid(u), slope, objective.beta * score, grad_logps)
 
 
 class _BlockStats:
@@ -231,24 +235,3 @@ class _BlockStats:
 def _wins(target_z: torch.Tensor, others: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
     """Whether the label is the first maximum: above all that stand before it, at least equal to the rest."""
     return torch.where(before, target_z > others, target_z >= others).all(-1)
-
-
-def _vocab_chunks(vocab_size: int, n: int) -> list[tuple[int, int]]:
-    blocks = _TILE_ELEMENTS // max(n, 1) // VOCAB_BLOCK
-    chunk = min(max(blocks, 1) * VOCAB_BLOCK, _MAX_VOCAB_CHUNK)
-    return [(start, min(start + chunk, vocab_size)) for start in range(0, vocab_size, chunk)]
-
-
-def _nonfinite_to_nan(x: torch.Tensor, dim: int | None = None) -> torch.Tensor:
-    """NaN where x holds NaN or inf, else 0: for what a softmax would turn into 0, or a tanh into 1."""
-    low, high = torch.aminmax(x) if dim is None else torch.aminmax(x, dim=dim)
-    return (low - low) + (high - high)
-
-
-def _sequence_sums(logps: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    count = sequences.lengths.numel()
-    sequence = sequence_of_output(sequences.offsets, logps.numel())
-    # One after the other in fp32 would lose digits over thousands of tokens.
-    accumulate = torch.float32 if logps.device.type == "mps" else torch.float64
-    sums = torch.zeros(count, dtype=accumulate, device=logps.device)
-    return sums.index_add_(0, sequence, logps.to(accumulate)).to(logps.dtype)

@@ -13,6 +13,8 @@ from csrc_triton import linear_logps as kernels
 from csrc_triton import pair_loss as pair_kernels
 from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
 from focalkern.backends.triton_certified import head_backward_certified as head_backward_certified
+from focalkern.backends.triton_kl import kl_backward as kl_backward
+from focalkern.backends.triton_kl import kl_forward as kl_forward
 from focalkern.backends.triton_launch import (
     launch_of,
     on_device,
@@ -21,18 +23,13 @@ from focalkern.backends.triton_launch import (
     tile_options,
     unit_stride,
 )
+from focalkern.backends.triton_products import HeadGradients
 from focalkern.layout import Rows, Sequences
 
 EXACT_ROW_COUNT = False
 # Estimated: by count of operations and bytes on an H200, the certified backward takes as long as the exact
 # one somewhere from 0.4 to 0.5 (docs/certified-backward.md). The torch backend's limit is one of accuracy.
 EXACT_ABOVE_KEPT_SHARE = 0.4
-
-# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
-# `_MAX_DZ_BYTES` for up to a million rows. Each chunk reads and writes the fp32 partial sums of dhidden once:
-# by count of bytes and operations, about 160/chunk of the backward on an A100 or H200.
-_VOCAB_CHUNK = 4096
-_MAX_DZ_BYTES = 256 * 2**20
 
 _MODULATIONS = {"focalpo": 0, "inverse": 1, "focal": 2}
 
@@ -141,29 +138,18 @@ def head_backward(
     needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Exact: per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
-    needs_hidden, needs_weight, needs_bias = needs
     hidden, weight = unit_stride(hidden), unit_stride(weight)
     n, (vocab_size, hidden_size) = rows.targets.numel(), weight.shape
     in_scale, out_scale = scales(transform)
-    device, dtype = hidden.device, hidden.dtype
-
-    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
-    dweight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
-    dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
     if grad_logps is None:
-        grad_logps = torch.zeros(rows.output_shape.numel(), dtype=torch.float32, device=device)
+        grad_logps = torch.zeros(rows.output_shape.numel(), dtype=torch.float32, device=hidden.device)
     grad_logps = grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
 
-    chunk = _vocab_chunk(n, vocab_size, hidden.element_size())
-    dz = torch.empty((n, chunk), dtype=dtype, device=device)
-    partial = None if dhidden is None else torch.empty((n, hidden_size), dtype=torch.float32, device=device)
+    gradients = HeadGradients(hidden, weight, bias, rows, needs)
     dz_config = launch_of("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
-    dweight_config, dhidden_config = launch_of("bwd_dweight", hidden), launch_of("bwd_dhidden", hidden)
-
     with on_device(hidden):
-        for start in range(0, vocab_size, chunk):
-            size = min(chunk, vocab_size - start)
+        for start, size in gradients.chunks():
             if n:
                 kernels.linear_logps_bwd_dz_kernel[tile_grid(dz_config, n, size)](
                     hidden,
@@ -178,10 +164,10 @@ def head_backward(
                     entropy,
                     grad_logps,
                     grad_entropy,
-                    dz,
+                    gradients.dz,
                     start,
                     size,
-                    chunk,
+                    gradients.chunk,
                     vocab_size,
                     hidden_size,
                     hidden.stride(0),
@@ -192,64 +178,43 @@ def head_backward(
                     HAS_SOFTCAP=transform.softcap is not None,
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
                     EVEN_H=hidden_size % dz_config.block_k == 0,
-                    **tile_options(dz_config, "BLOCK_V", dtype),
+                    **tile_options(dz_config, "BLOCK_V", hidden.dtype),
                 )
-            if dweight is not None:
-                kernels.linear_logps_bwd_dweight_kernel[tile_grid(dweight_config, size, hidden_size)](
-                    dz,
-                    hidden,
-                    rows.hidden_index,
-                    rows.count,
-                    dweight,
-                    start,
-                    size,
-                    chunk,
-                    hidden_size,
-                    hidden.stride(0),
-                    **tile_options(dweight_config, "BLOCK_N", dtype),
-                )
-            if dbias is not None:
-                kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
-                    dz, rows.count, dbias, start, size, chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
-                )
-            if dhidden is not None and n:
-                kernels.linear_logps_bwd_dhidden_kernel[tile_grid(dhidden_config, n, hidden_size)](
-                    dz,
-                    weight,
-                    rows.hidden_index,
-                    rows.count,
-                    partial,
-                    dhidden,
-                    start,
-                    size,
-                    chunk,
-                    vocab_size,
-                    hidden_size,
-                    weight.stride(0),
-                    **tile_options(dhidden_config, "BLOCK_N", dtype),
-                )
-    return dhidden, dweight, dbias
+            gradients.add(start, size)
+    return gradients.dhidden, gradients.dweight, gradients.dbias
+
+
+def sequence_sums(
+    logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
+    sequences: Sequences,
+) -> torch.Tensor:  # [2B]
+    count = sequences.lengths.numel()
+    sums = torch.empty(count, dtype=torch.float32, device=logps.device)
+    with on_device(logps):
+        pair_kernels.sequence_sum_fwd_kernel[(count,)](logps, sequences.offsets, sums, BLOCK=1024)
+    return sums
 
 
 def pair_forward(
-    logps: torch.Tensor,  # [outputs] per token, flat, 0 where ignored
-    sequences: Sequences,
+    logps: torch.Tensor,  # [2B] sums over completion tokens
     ref_logps: torch.Tensor | None,  # [2B]; None when reference-free
+    lengths: torch.Tensor,  # [2B] completion tokens
+    adaptive_margin: torch.Tensor | None,  # [B], on top of the objective's margin
     objective: PairObjective,
 ) -> PairForward:
-    count = sequences.lengths.numel()
+    count = lengths.numel()
     pairs = count // 2
 
     def fp32(size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.float32, device=logps.device)
 
-    result = PairForward(fp32(pairs), fp32(pairs), fp32(pairs), fp32(count), fp32(count), fp32(count))
+    result = PairForward(fp32(pairs), fp32(pairs), fp32(pairs), fp32(count), fp32(count))
     with on_device(logps):
-        pair_kernels.sequence_sum_fwd_kernel[(count,)](logps, sequences.offsets, result.logps, BLOCK=1024)
         pair_kernels.pair_loss_fwd_kernel[(triton.cdiv(pairs, 128),)](
-            result.logps,
+            logps,
             ref_logps,
-            sequences.lengths,
+            lengths,
+            adaptive_margin,
             result.losses,
             result.prob,
             result.slope,
@@ -262,14 +227,9 @@ def pair_forward(
             objective.label_smoothing,
             MODULATION=_MODULATIONS[objective.modulation],
             HAS_REF=ref_logps is not None,
+            HAS_ADAPTIVE_MARGIN=adaptive_margin is not None,
             LENGTH_NORMALIZE=objective.length_normalize,
             LABEL_SMOOTHING=objective.label_smoothing > 0,
             BLOCK=128,
         )
     return result
-
-
-def _vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
-    fitting = _MAX_DZ_BYTES // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
-    chunk = min(max(fitting, VOCAB_BLOCK), _VOCAB_CHUNK)
-    return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)

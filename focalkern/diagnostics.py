@@ -1,0 +1,98 @@
+"""What the papers plot of a training run, from the output of a loss and the gradient of its hidden states."""
+
+from __future__ import annotations
+
+import torch
+
+from focalkern.layout import sequence_of_output
+from focalkern.loss import FocalPOOutput
+from focalkern.pair_head import PairOutput
+from focalkern.pair_loss import PairLossOutput
+
+
+@torch.no_grad()
+def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
+    """Means over the pairs of a batch, 0-dim tensors on its device: nothing waits for it until they are read.
+
+    | name                           | mean of                                                      |
+    |--------------------------------|--------------------------------------------------------------|
+    | rewards/chosen, /rejected      | β·score                                                      |
+    | rewards/margins                | their difference                                             |
+    | rewards/accuracies             | 1 where chosen has the higher reward, ½ where they are equal |
+    | logps/chosen, /rejected        | sums over completion tokens                                  |
+    | prob                           | p, the probability that chosen is preferred                  |
+    | weight                         | −dL/du: the focal weight (FocalPO Eq. 6)                     |
+    | flipped                        | 1 where the loss pushes a pair together                      |
+    | adaptive_margin                | α·M* (α-DPO), where the loss has one                         |
+
+    Of a `FusedPairLoss`, `weight` is that of −dloss/dlogps of the chosen, `flipped` tells where it or that of
+    the rejected is negative, and both are NaN before `loss.backward()`.
+    """
+    margins = out.chosen_rewards - out.rejected_rewards
+    metrics = {
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/margins": margins,
+        "rewards/accuracies": (margins.sign() + 1) / 2,
+        "logps/chosen": out.chosen_logps,
+        "logps/rejected": out.rejected_logps,
+        "prob": out.prob,
+    }
+    if isinstance(out, FocalPOOutput):
+        metrics |= {"weight": out.weight, "flipped": (out.weight < 0).to(margins.dtype)}
+        if out.adaptive_margin is not None:
+            metrics["adaptive_margin"] = out.adaptive_margin
+    elif isinstance(out, PairLossOutput):
+        weight = torch.minimum(out.chosen_weight, out.rejected_weight)
+        flipped = torch.where(weight.isnan(), torch.nan, (weight < 0).to(margins.dtype))
+        metrics |= {"weight": out.chosen_weight, "flipped": flipped}
+    return {name: value.mean() for name, value in metrics.items()}
+
+
+@torch.no_grad()
+def pair_gradient_norms(
+    dhidden: torch.Tensor,  # [2B, T, H], or packed [N, H]
+    cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+) -> torch.Tensor:  # [B]
+    """‖∂L_i/∂hidden‖₂ of each pair, over the positions of both of its sequences; fp32.
+
+    The hidden states of a pair take part in no other pair's loss, so that these come out of one backward of
+    the whole batch, where ‖∇_θ L_i‖ would take one for each pair. `dhidden` is `hidden.grad` after
+    `hidden.retain_grad()`.
+
+    Raises:
+        ValueError: `dhidden` has the wrong shape.
+    """
+    if cu_seqlens is None:
+        if dhidden.dim() != 3 or dhidden.shape[0] % 2:
+            raise ValueError(
+                f"dhidden must be [2B, T, H], or [N, H] with cu_seqlens; got {list(dhidden.shape)}"
+            )
+        squares = dhidden.float().square().sum((1, 2))
+    else:
+        if dhidden.dim() != 2:
+            raise ValueError(f"dhidden must be [N, H] when cu_seqlens is given; got {list(dhidden.shape)}")
+        offsets = cu_seqlens.long()
+        per_token = dhidden.float().square().sum(-1)
+        squares = per_token.new_zeros(offsets.numel() - 1)
+        squares.index_add_(0, sequence_of_output(offsets, per_token.numel()), per_token)
+    chosen, rejected = squares.chunk(2)
+    return (chosen + rejected).sqrt()
+
+
+@torch.no_grad()
+def gradient_contribution_ratio(
+    norms: torch.Tensor,  # [B]
+    prob: torch.Tensor,  # [B]
+) -> torch.Tensor:  # []
+    """R = Σ_{i: p_i > ½} ‖∇L_i‖ / Σ_i ‖∇L_i‖, the share of the correctly ranked pairs (DynamicFocalPO Eq.
+    35).
+
+    `norms` from `pair_gradient_norms`, `prob` the output's; NaN where all norms are 0.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if norms.shape != prob.shape:
+        raise ValueError(f"norms must be [B] like prob, {list(prob.shape)}; got {list(norms.shape)}")
+    return (norms * (prob > 0.5)).sum() / norms.sum()

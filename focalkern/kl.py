@@ -1,0 +1,92 @@
+"""`linear_kl`: per-token KL divergence between the distributions of two LM heads, policy and reference."""
+
+from __future__ import annotations
+
+import torch
+
+from focalkern import checks
+from focalkern.autograd import LinearKLFunction
+from focalkern.backends import LogitTransform, select_backend
+from focalkern.functional import autocast_head, autocast_tensors
+from focalkern.layout import aligned_labels, pick_rows
+
+
+@torch.compiler.disable
+def linear_kl(
+    hidden: torch.Tensor,  # [..., T, H]
+    weight: torch.Tensor,  # [V, H]
+    ref_hidden: torch.Tensor,  # [..., T, H_ref]
+    ref_weight: torch.Tensor,  # [V, H_ref]
+    labels: torch.Tensor,  # [..., T]
+    *,
+    bias: torch.Tensor | None = None,  # [V]
+    ref_bias: torch.Tensor | None = None,  # [V]
+    ignore_index: int = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Per-token KL(π_ref ‖ π_θ) of two LM heads, without holding the `[tokens, vocab]` logits of either.
+
+        z = logit_scale·(hidden @ weightᵀ + bias);  z = softcap·tanh(z/softcap);  z = z/temperature
+        KL_t = Σ_v p_ref[t, v]·(log p_ref[t, v] − log p[t, v]),  p = softmax(z), p_ref likewise
+
+    Summed along a sequence this is the sequential KL divergence of α-DPO (Eq. 18) and of TDPO (Zeng et al.,
+    2024); with a teacher as reference, the forward-KL distillation loss. What is kept per token in the
+    forward are three numbers for each block of 128 vocabulary entries.
+
+    Args:
+        hidden: `[..., T, H]` fp32, fp16 or bf16 (fp64 with the torch backend): the policy's last hidden
+            states.
+        weight: `[V, H]`, dtype of hidden: the policy's head. Under autocast all of hidden, weight and bias,
+            of either model, are cast to the autocast dtype.
+        ref_hidden: `[..., T, H_ref]`, dtype of hidden: the reference's; H_ref may differ from H.
+        ref_weight: `[V, H_ref]`, dtype of hidden: the reference's head over the same vocabulary.
+        labels: `[..., T]` int64 or int32, in [0, V) or `ignore_index`: they say which positions count.
+        bias, ref_bias: `[V]`, dtype of hidden.
+        shift: labels are the input ids (prompt masked), position t predicts label t+1, the result is `[..., T
+            − 1]`. One dimension is one sequence.
+        temperature, softcap, logit_scale: of the logits of both models.
+        backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
+
+    Returns:
+        The KL in nats, fp32 (fp64 for fp64 inputs), shape of the (shifted) labels, 0 where ignored, never
+        negative, and 0 exactly between equal models. Differentiable in hidden, weight and bias, always
+        exactly; the reference is a constant. Masked positions take no part, NaN there included; NaN or inf
+        elsewhere in hidden or weight of either model gives NaN. An entry that a bias of −inf removes from the
+        reference adds nothing; one that it removes from the policy alone makes the KL inf.
+
+    Raises:
+        ValueError, TypeError: naming the argument; also where a tensor of the reference requires grad while
+            gradients are being recorded. On CUDA, a label out of range fails the step with a device-side
+            assertion instead: with the Triton backend nothing waits for the device.
+    """
+    checks.check_logit_options(ignore_index, temperature, softcap, logit_scale)
+    checks.check_choice("backend", backend, checks.BACKENDS)
+    checks.check_flag("shift", shift)
+    hidden, weight, bias = autocast_head(hidden, weight, bias)
+    checks.check_head(hidden, weight, bias)
+    ref_hidden, ref_weight, ref_bias = autocast_tensors(hidden.device, ref_hidden, ref_weight, ref_bias)
+    checks.check_ref_head(ref_hidden, ref_weight, ref_bias, hidden, weight)
+    checks.check_labels(labels, hidden)
+    if shift and labels.shape[-1] == 0:
+        raise ValueError(f"labels must have at least one position to shift; got {list(labels.shape)}")
+
+    aligned = aligned_labels(labels, ignore_index, shift)
+    checks.check_label_values(aligned, weight.shape[0], ignore_index)
+    module = select_backend(backend, hidden)
+    rows = pick_rows(aligned, hidden.shape[-2], ignore_index, synchronize=module.EXACT_ROW_COUNT)
+    kl = LinearKLFunction.apply(
+        hidden.reshape(-1, hidden.shape[-1]),
+        weight,
+        None if bias is None else bias.contiguous(),
+        ref_hidden.reshape(-1, ref_hidden.shape[-1]),
+        ref_weight,
+        None if ref_bias is None else ref_bias.contiguous(),
+        rows,
+        LogitTransform(float(temperature), softcap, float(logit_scale)),
+        module,
+    )
+    return kl.view(aligned.shape)

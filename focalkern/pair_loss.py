@@ -1,0 +1,348 @@
+"""`FusedPairLoss`: any loss of (chosen, rejected) pairs, a function of their log-probs, on a fused head.
+
+The losses that come with the library are in `focalkern.methods`, written in the way a user would write one.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.autograd.gradcheck import GradcheckError, gradcheck
+
+from focalkern import checks
+from focalkern.pair_head import PairHead, PairOutput
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What a pair loss is a function of: B pairs, `[B]` fp32 each (fp64 for fp64 inputs).
+
+    `chosen_logps` and `rejected_logps` are sums over completion tokens in nats (weighted with `ld_alpha`,
+    where that is set) and carry the gradient. What is missing raises ValueError when asked for, by the name
+    of the argument that would bring it.
+    """
+
+    chosen_logps: torch.Tensor
+    rejected_logps: torch.Tensor
+    chosen_lengths: torch.Tensor  # completion tokens
+    rejected_lengths: torch.Tensor
+    beta: float
+    ref_chosen_logps: torch.Tensor | None = None
+    ref_rejected_logps: torch.Tensor | None = None
+    # Unweighted sums [2B] of per-token values of `linear_logps`, by name; "logps" is always there.
+    token_sums: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    # f′ of an f-divergence other than reverse KL, of log(π_θ/π_ref).
+    score_of_log_ratio: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    @property
+    def chosen_log_ratios(self) -> torch.Tensor:
+        """log(π_θ/π_ref), for losses that are not functions of a difference of scores."""
+        return self.chosen_logps - self.references()[0]
+
+    @property
+    def rejected_log_ratios(self) -> torch.Tensor:
+        return self.rejected_logps - self.references()[1]
+
+    @property
+    def chosen_scores(self) -> torch.Tensor:
+        """log(π_θ/π_ref), or f′(π_θ/π_ref) of the divergence in place of reverse KL."""
+        return self._score(self.chosen_logps, "ref_chosen_logps")
+
+    @property
+    def rejected_scores(self) -> torch.Tensor:
+        return self._score(self.rejected_logps, "ref_rejected_logps")
+
+    @property
+    def chosen_mean_logps(self) -> torch.Tensor:
+        """Log-prob per completion token; 0 where there is none."""
+        return self.chosen_logps / self.chosen_lengths.clamp(min=1)
+
+    @property
+    def rejected_mean_logps(self) -> torch.Tensor:
+        return self.rejected_logps / self.rejected_lengths.clamp(min=1)
+
+    def references(self) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
+        """The reference log-probs, for losses that are not functions of a difference of scores."""
+        if self.score_of_log_ratio is not None:
+            raise ValueError(
+                "f_divergence must be 'reverse_kl' with this loss: for others log Z(x) only cancels in a"
+                " difference of scores"
+            )
+        return self._reference("ref_chosen_logps"), self._reference("ref_rejected_logps")
+
+    def sums(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
+        """Plain sums over completion tokens of an output of `linear_logps`: of chosen, of rejected."""
+        if name not in self.token_sums:
+            raise ValueError(
+                f"outputs must name {name!r}, which this loss needs; got {list(self.token_sums)}"
+            )
+        chosen, rejected = self.token_sums[name].chunk(2)
+        return chosen, rejected
+
+    def _score(self, logps: torch.Tensor, name: str) -> torch.Tensor:
+        log_ratios = logps - self._reference(name)
+        return log_ratios if self.score_of_log_ratio is None else self.score_of_log_ratio(log_ratios)
+
+    def _reference(self, name: str) -> torch.Tensor:
+        ref_logps = getattr(self, name)
+        if ref_logps is None:
+            shape = list(self.chosen_logps.shape)
+            raise ValueError(f"{name} must be given, [B] = {shape}: this loss needs a reference")
+        return ref_logps
+
+
+PairLoss = Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairLossOutput(PairOutput):
+    """What `FusedPairLoss` returns; the fields that every loss has are described in `PairOutput`.
+
+    `losses` is what the function returned: `[B]`, `[2B]` or 0-dim. `chosen_rewards` and `rejected_rewards`
+    are β·(logps − ref_logps), without a reference β·logps; `prob` is σ of their difference.
+    """
+
+    logps_gradient: torch.Tensor  # [2B] dloss/dlogps, NaN until `loss.backward()` fills it in place
+
+    @property
+    def chosen_weight(self) -> torch.Tensor:  # [B]
+        """−dloss/dlogps of the chosen sequences, after `loss.backward()`; negative, it pushes them down."""
+        return -self.logps_gradient.chunk(2)[0]
+
+    @property
+    def rejected_weight(self) -> torch.Tensor:  # [B]
+        """dloss/dlogps of the rejected sequences, after `loss.backward()`; negative, it pushes them up."""
+        return self.logps_gradient.chunk(2)[1]
+
+
+class FusedPairLoss(PairHead):
+    """A function of the sequence log-probs of B pairs as a loss on hidden states, labels and LM head.
+
+        def hinge(pairs):                                        # from focalkern.methods
+            return torch.relu(1 - pairs.beta * (pairs.chosen_scores - pairs.rejected_scores))
+
+        loss_fn = FusedPairLoss(hinge, beta=0.1)
+        out = loss_fn(hidden, weight, labels, ref_chosen_logps=..., ref_rejected_logps=...)
+        out.loss.backward()
+
+    Options of a function are set by `functools.partial(function, option=...)`. Autograd differentiates the
+    function, and the fused head takes what comes out, one number per token. `check_pair_loss` compares that
+    with finite differences.
+
+    Args:
+        function: `function(pairs, **tensors)` → losses `[B]`, one per sequence `[2B]`, or 0-dim; `pairs` is a
+            `Pairs`, `tensors` are the named tensors given to the call. An `nn.Module` may keep state: it is
+            in `state_dict()` and follows `train()` and `eval()`.
+        beta: β > 0, `pairs.beta`.
+        outputs: per-token outputs of `linear_logps` that the function takes as `pairs.sums(name)`.
+        ld_alpha: in [0, 1]: tokens beyond the length that both sequences of a pair have weigh this much in
+            `chosen_logps` and `rejected_logps` (LD-DPO, Liu et al. 2024); None, or 1, is the plain sum. Those
+            of the reference must be weighted likewise: `reference_logps` does it.
+        ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend: as in
+            `FusedFocalPOLoss`; the reduction is over what the function returns.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        function: PairLoss,
+        *,
+        beta: float = 0.1,
+        outputs: tuple[str, ...] = (),
+        ld_alpha: float | None = None,
+        ignore_index: int = -100,
+        reduction: str = "mean",
+        temperature: float = 1.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        backward: str = "certified",
+        tau: str | float = "auto",
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(
+            ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend, ld_alpha
+        )
+        if not callable(function):
+            raise TypeError(f"function must be callable; got {type(function).__name__}")
+        checks.check_number("beta", beta, low=0.0, exclude_low=True)
+        self.function = function
+        self.beta = float(beta)
+        self.outputs = checks.check_outputs(outputs)
+
+    def extra_repr(self) -> str:
+        names = ("beta", "outputs", "ld_alpha", "reduction", "backward")
+        own = "" if isinstance(self.function, torch.nn.Module) else f"{_name(self.function)}, "
+        return own + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @torch.compiler.disable
+    def forward(
+        self,
+        hidden: torch.Tensor,  # [2B, T, H], or packed [N, H]
+        weight: torch.Tensor,  # [V, H]
+        labels: torch.Tensor,  # [2B, T], or packed [N]
+        bias: torch.Tensor | None = None,  # [V]
+        ref_chosen_logps: torch.Tensor | None = None,  # [B]
+        ref_rejected_logps: torch.Tensor | None = None,  # [B]
+        shift: bool = False,
+        cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        **tensors: torch.Tensor,  # [B, ...] or 0-dim
+    ) -> PairLossOutput:
+        """Loss of B pairs; arguments as in `FusedFocalPOLoss`.
+
+        Args:
+            ref_chosen_logps, ref_rejected_logps: needed where the function takes them.
+            tensors: given to the function by name: one value per pair `[B, ...]`, or 0-dim. They may require
+            grad.
+
+        Raises:
+            ValueError, TypeError: naming the argument; from the function, whatever it raises.
+        """
+        batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
+        for name, ref in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
+            checks.check_ref_logps(name, ref, batch.pairs, None, batch.hidden)
+        for name, tensor in tensors.items():
+            checks.check_pair_tensor(name, tensor, batch.pairs, batch.hidden)
+
+        head = self.token_logps(batch, self.outputs)
+        logps = self.sequence_logps(batch, head.logps)
+        gradient = torch.full_like(logps, torch.nan)
+        if logps.requires_grad:
+            logps.register_hook(functools.partial(_fill, gradient))
+        sums = {name: batch.sums(getattr(head, name).to(logps.dtype)) for name in self.outputs}
+        sums["logps"] = logps if self.ld_alpha is None else batch.sums(head.logps)
+        chosen_logps, rejected_logps = logps.chunk(2)
+        chosen_lengths, rejected_lengths = batch.sequences.lengths.chunk(2)
+        pairs = Pairs(
+            chosen_logps,
+            rejected_logps,
+            chosen_lengths,
+            rejected_lengths,
+            self.beta,
+            None if ref_chosen_logps is None else ref_chosen_logps.to(logps.dtype),
+            None if ref_rejected_logps is None else ref_rejected_logps.to(logps.dtype),
+            sums,
+        )
+        losses = _losses(self.function, pairs, tensors)
+        loss = self.reduced(losses)
+        with torch.no_grad():
+            chosen_rewards = self.beta * (pairs.chosen_logps - _or_zero(pairs.ref_chosen_logps))
+            rejected_rewards = self.beta * (pairs.rejected_logps - _or_zero(pairs.ref_rejected_logps))
+        return PairLossOutput(
+            loss=loss,
+            losses=losses if self.reduction == "none" else losses.detach(),
+            chosen_logps=chosen_logps.detach(),
+            rejected_logps=rejected_logps.detach(),
+            chosen_rewards=chosen_rewards,
+            rejected_rewards=rejected_rewards,
+            prob=torch.sigmoid(chosen_rewards - rejected_rewards),
+            lengths=batch.sequences.lengths,
+            dropped_mass=head.dropped_mass,
+            kept_share=head.kept_share,
+            dropped=head.dropped,
+            logps_gradient=gradient,
+        )
+
+
+def check_pair_loss(
+    function: PairLoss,
+    *,
+    pairs: int = 4,
+    beta: float = 0.1,
+    outputs: tuple[str, ...] = (),
+    reference: bool = True,
+    tensors: Mapping[str, torch.Tensor] | None = None,
+    seed: int = 0,
+) -> None:
+    """Compare a function's gradient with finite differences, on random pairs in float64.
+
+    It is checked in `chosen_logps`, `rejected_logps` and the floating-point `tensors`. Not to be checked so:
+    what stands under a stop-gradient, which finite differences see. A module is called as a fresh copy each
+    time, so that its state does not move in between.
+
+    Args:
+        function: what `FusedPairLoss` takes.
+        pairs, beta, outputs, tensors: of the `Pairs` and of the call.
+        reference: whether there are reference log-probs.
+
+    Raises:
+        ValueError: the losses have the wrong shape or are not finite, or a gradient is wrong: which, and
+        where.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: float, high: float) -> torch.Tensor:
+        uniform = torch.rand(pairs, generator=generator, dtype=torch.float64)
+        return low + (high - low) * uniform
+
+    chosen_lengths, rejected_lengths = draw(5, 20).long(), draw(5, 20).long()
+    inputs = {"chosen_logps": draw(-40, -5), "rejected_logps": draw(-40, -5)}
+    sums = {name: torch.cat([draw(-40, -5), draw(-40, -5)]) for name in (*outputs, "logps")}
+    fixed = Pairs(
+        inputs["chosen_logps"],
+        inputs["rejected_logps"],
+        chosen_lengths,
+        rejected_lengths,
+        beta,
+        inputs["chosen_logps"] + draw(-5, 5) if reference else None,
+        inputs["rejected_logps"] + draw(-5, 5) if reference else None,
+        sums,
+    )
+    others = {
+        name: x.detach().double() if x.is_floating_point() else x for name, x in (tensors or {}).items()
+    }
+    inputs |= {name: x for name, x in others.items() if x.is_floating_point()}
+    for name, value in inputs.items():
+
+        def losses(x: torch.Tensor, name: str = name) -> torch.Tensor:
+            if name in others:
+                return _losses(copy.deepcopy(function), fixed, {**others, name: x})
+            at = {"chosen_logps": fixed.chosen_logps, "rejected_logps": fixed.rejected_logps, name: x}
+            return _losses(copy.deepcopy(function), replace(fixed, **at), others)  # type: ignore[arg-type]
+
+        leaf = value.clone().requires_grad_()
+        found = losses(leaf)
+        if not torch.isfinite(found).all():
+            raise ValueError(f"function {_name(function)} must return finite losses; got {found.tolist()}")
+        if not found.requires_grad:
+            if not torch.equal(losses(value + 1e-3), found):
+                raise ValueError(f"gradient of {_name(function)} in {name} is missing: was it detached?")
+            continue
+        try:
+            gradcheck(losses, leaf)
+        except GradcheckError as error:
+            raise ValueError(f"gradient of {_name(function)} in {name} is wrong: {error}") from None
+
+
+def _losses(
+    function: PairLoss, pairs: Pairs, tensors: Mapping[str, torch.Tensor]
+) -> torch.Tensor:  # [B], [2B] or 0-dim
+    losses = function(pairs, **tensors)
+    count = pairs.chosen_logps.numel()
+    if not isinstance(losses, torch.Tensor):
+        raise TypeError(f"function {_name(function)} must return a tensor; got {type(losses).__name__}")
+    if losses.shape not in ((count,), (2 * count,), ()):
+        raise ValueError(
+            f"function {_name(function)} must return losses of shape [B] = [{count}], [2B] or [];"
+            f" got {list(losses.shape)}"
+        )
+    return losses
+
+
+def _name(function: PairLoss) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _fill(buffer: torch.Tensor, gradient: torch.Tensor) -> None:
+    buffer.copy_(gradient)
+
+
+def _or_zero(ref_logps: torch.Tensor | None) -> torch.Tensor | float:
+    return 0.0 if ref_logps is None else ref_logps

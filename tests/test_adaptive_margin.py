@@ -1,0 +1,364 @@
+"""α-DPO's adaptive margin: every implicit reference against Eq. 8 to 12, and the running statistics."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE
+from test_loss import Batch
+from tolerance import assert_as_accurate, relative_error
+
+from focalkern import FusedFocalPOLoss, reference
+from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments
+
+LENGTHS = (4, 2, 5, 6, 3, 1, 5, 3, 6, 2)
+
+
+def naive_margin(implicit_reference, beta, logps, refs, kl):
+    """α-DPO Eq. 10 and 18, and the ablations of Table 2: [B] from [2B]."""
+    logps_w, logps_l = logps.chunk(2)
+    ref_w, ref_l = refs.chunk(2)
+    kl_w, kl_l = kl.chunk(2)
+    return (
+        beta
+        * {
+            "policy_over_reference": (logps_w - ref_w) - (logps_l - ref_l),
+            "policy": logps_w - logps_l,
+            "reference": ref_w - ref_l,
+            "inverse_reference": ref_l - ref_w,
+            "sequence_kl": kl_l - kl_w,
+        }[implicit_reference]
+    )
+
+
+def naive_losses(batch, leaves, kl, *, implicit_reference, alpha, normalize, stop_gradient, length_normalize):
+    """α-DPO Eq. 12 on the first batch: μ and σ are those of the batch."""
+    beta, margin = 2.5, 0.7
+    logps = reference.linear_logps(labels=batch.labels, **leaves)["logps"].sum(-1)
+    refs = torch.cat(list(batch.refs.values())).to(logps.dtype)
+    kl = kl.to(logps.dtype)
+    if length_normalize:
+        lengths = (batch.labels != -100).sum(-1)
+        logps, refs, kl = logps / lengths, refs / lengths, kl / lengths
+    m = naive_margin(implicit_reference, beta, logps, refs, kl)
+    if stop_gradient:
+        m = m.detach()
+    if normalize:
+        m = (m - m.detach().mean()) / m.detach().std()
+    logps_w, logps_l = logps.chunk(2)
+    return -F.logsigmoid(beta * (logps_w - logps_l) - (margin + alpha * m))
+
+
+VARIANTS = {
+    "α-DPO": {},
+    "no normalisation": {"normalize": False},
+    "no stop-gradient": {"stop_gradient": False},
+    "neither": {"normalize": False, "stop_gradient": False},
+    "no length normalisation": {"length_normalize": False},
+}
+
+
+def variant_options(implicit_reference, variant) -> dict:
+    options = {"alpha": 0.4, "normalize": True, "stop_gradient": True, "length_normalize": True}
+    return {"implicit_reference": implicit_reference, **options, **VARIANTS[variant]}
+
+
+def fused_losses(batch, leaves, kl, backend, *, normalize, **options):
+    loss_fn = FusedFocalPOLoss.simpo(2.5, 0.7, normalize_margin=normalize, backend=backend, **options)
+    kls = {}
+    if options["implicit_reference"] == "sequence_kl":
+        kls = dict(zip(("chosen_kl", "rejected_kl"), kl.chunk(2), strict=True))
+    return loss_fn(labels=batch.labels, **leaves, **batch.refs, **kls).losses, loss_fn
+
+
+def losses_and_gradients(run, batch, dtype):
+    leaves = batch.leaves(dtype)
+    losses = run(leaves)
+    losses.sum().backward()
+    return losses.detach(), leaves["hidden"].grad, leaves["weight"].grad
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("implicit_reference", IMPLICIT_REFERENCES)
+def test_every_variant_matches_its_equation(implicit_reference, variant, backend):
+    options = variant_options(implicit_reference, variant)
+    batch, kl = Batch(LENGTHS), torch.rand(len(LENGTHS)).to(DEVICE)
+
+    def fused(leaves):
+        return fused_losses(batch, leaves, kl, backend, reduction="none", **options)[0]
+
+    def naive(leaves):
+        return naive_losses(batch, leaves, kl, **options)
+
+    actual = losses_and_gradients(fused, batch, torch.float32)
+    plain = losses_and_gradients(naive, batch, torch.float32)
+    exact = losses_and_gradients(naive, batch, torch.float64)
+    for name, *values in zip(("losses", "dhidden", "dweight"), actual, plain, exact, strict=True):
+        # u is a difference of log-probs of size 20, times β; 1/σ in the margin multiplies its rounding.
+        assert_as_accurate(*values, name=name, conditioning=100)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("implicit_reference", IMPLICIT_REFERENCES)
+def test_every_variant_matches_its_equation_in_float64(implicit_reference, variant):
+    options = variant_options(implicit_reference, variant)
+    batch, kl = Batch(LENGTHS, dtype=torch.float64), torch.rand(len(LENGTHS), dtype=torch.float64).to(DEVICE)
+    actual = losses_and_gradients(
+        lambda leaves: fused_losses(batch, leaves, kl, "torch", reduction="none", **options)[0],
+        batch,
+        torch.float64,
+    )
+    exact = losses_and_gradients(
+        lambda leaves: naive_losses(batch, leaves, kl, **options), batch, torch.float64
+    )
+    for values in zip(actual, exact, strict=True):
+        assert relative_error(*values) <= 1e-12
+
+
+def test_margin_zero_is_the_remaining_ablation_of_table_2(backend):
+    batch = Batch(LENGTHS)
+    with_margin = FusedFocalPOLoss.alpha_dpo(2.5, 0.7, 0.4, backend=backend)
+    without = FusedFocalPOLoss.alpha_dpo(2.5, 0.0, 0.4, backend=backend)
+    outs = [f(batch.hidden, batch.weight, batch.labels, **batch.refs) for f in (with_margin, without)]
+    expected = torch.sigmoid(torch.logit(outs[1].prob.double()) - 0.7)
+    torch.testing.assert_close(outs[0].prob.double(), expected, rtol=0, atol=1e-6)
+    assert (outs[0].prob < outs[1].prob).all()
+    assert torch.equal(outs[0].adaptive_margin, outs[1].adaptive_margin)
+
+
+def test_alpha_zero_is_simpo_exactly(backend):
+    batch = Batch(LENGTHS)
+    results = []
+    for loss_fn in (
+        FusedFocalPOLoss.alpha_dpo(2.0, 1.0, alpha=0.0, backend=backend),
+        FusedFocalPOLoss.simpo(2.0, 1.0, backend=backend),
+    ):
+        leaves = batch.leaves()
+        out = loss_fn(labels=batch.labels, **leaves)
+        out.loss.backward()
+        assert out.adaptive_margin is None
+        results.append((out.losses, leaves["hidden"].grad, leaves["weight"].grad))
+    for values in zip(*results, strict=True):
+        assert torch.equal(*values)
+
+
+def test_a_small_alpha_tends_to_simpo_at_first_order():
+    batch = Batch(LENGTHS, dtype=torch.float64)
+    simpo = FusedFocalPOLoss.simpo(2.0, 1.0)(batch.hidden, batch.weight, batch.labels).losses
+    for alpha in (1e-2, 1e-4, 1e-6):
+        loss_fn = FusedFocalPOLoss.alpha_dpo(2.0, 1.0, alpha)
+        losses = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs).losses
+        # |dL/du| < 1, and a z-score of n values is at most (n − 1)/√n.
+        pairs = batch.pairs
+        assert 0 < (losses - simpo).abs().max() <= alpha * (pairs - 1) / math.sqrt(pairs)
+
+
+def test_rewards_are_those_of_the_contract_and_the_margin_is_in_the_output(backend):
+    batch = Batch(LENGTHS)
+    loss_fn = FusedFocalPOLoss.alpha_dpo(2.5, 0.7, 0.4, backend=backend)
+    out = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    chosen_lengths, rejected_lengths = out.lengths.chunk(2)
+    torch.testing.assert_close(out.chosen_rewards, 2.5 * out.chosen_logps / chosen_lengths)
+    torch.testing.assert_close(out.rejected_rewards, 2.5 * out.rejected_logps / rejected_lengths)
+    u = out.chosen_rewards - out.rejected_rewards - 0.7 - out.adaptive_margin
+    torch.testing.assert_close(out.prob, torch.sigmoid(u), rtol=1e-4, atol=1e-5)
+    assert not out.adaptive_margin.requires_grad
+
+
+def test_focal_alpha_dpo_combines_both(backend):
+    """What FocalPO's "Future Work" names: the focal factor on top of α-DPO's u."""
+    batch = Batch(LENGTHS)
+    options = {"backend": backend, "reduction": "none"}
+    plain = FusedFocalPOLoss.alpha_dpo(2.5, 0.7, 0.4, **options)
+    focal = FusedFocalPOLoss.alpha_dpo(2.5, 0.7, 0.4, gamma=0.5, **options)
+    outs = [f(batch.hidden, batch.weight, batch.labels, **batch.refs) for f in (plain, focal)]
+    torch.testing.assert_close(outs[1].losses, outs[0].losses * outs[0].prob ** 0.5, rtol=1e-4, atol=1e-6)
+
+
+# The statistics
+
+
+def batches(count: int, pairs: int = 6) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [3 + (i + 1) * torch.randn(pairs, generator=generator, dtype=torch.float64) for i in range(count)]
+
+
+def test_statistics_are_exponential_averages_with_the_bias_corrected():
+    moments = RunningMoments(0.9, bias_correction=True)
+    data, rounding = batches(4), torch.tensor(0.0)
+    mean = std = 0.0
+    for k, values in enumerate(data, start=1):
+        moments.update(values)
+        mean, std = 0.9 * mean + 0.1 * values.mean(), 0.9 * std + 0.1 * values.std()
+        expected = (values - mean / (1 - 0.9**k)) / (std / (1 - 0.9**k))
+        torch.testing.assert_close(moments.standardized(values, rounding), expected, rtol=1e-12, atol=1e-12)
+    # After the first batch they are the batch's own, unlike the authors'.
+    first = RunningMoments(0.9, bias_correction=True)
+    first.update(data[0])
+    z = first.standardized(data[0], rounding)
+    assert abs(z.mean().item()) <= 1e-12
+    assert z.std().item() == pytest.approx(1.0, rel=1e-12)
+
+
+def test_without_bias_correction_they_are_the_authors_recursion():
+    moments = RunningMoments(0.9, bias_correction=False)
+    mean = std = torch.zeros(1, dtype=torch.float64)
+    for values in batches(3):
+        moments.update(values)
+        mean = mean * 0.9 + values.mean() * (1 - 0.9)
+        std = std * 0.9 + values.std() * (1 - 0.9)
+        expected = (values - mean) / std
+        actual = moments.standardized(values, torch.tensor(0.0))
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_batch_moves_the_statistics_before_it_uses_them_and_evaluation_does_not(backend):
+    batch = Batch(LENGTHS)
+    loss_fn = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    fresh = copy.deepcopy(loss_fn.state_dict())
+    loss_fn.eval()
+    out = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    assert (out.adaptive_margin == 0).all()  # nothing is known yet
+    for name, value in loss_fn.state_dict().items():
+        assert torch.equal(value.cpu(), fresh[name]), name
+    loss_fn.train()
+    trained = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    assert trained.adaptive_margin.mean().abs() <= 1e-6
+    assert trained.adaptive_margin.std().item() == pytest.approx(0.5, rel=1e-5)
+    loss_fn.eval()
+    evaluated = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    assert torch.equal(evaluated.adaptive_margin, trained.adaptive_margin)
+
+
+def test_the_first_batch_of_one_pair_has_no_adaptive_margin_and_does_not_spoil_the_next(backend):
+    one, many = Batch((4, 2)), Batch(LENGTHS)
+    loss_fn = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    out = loss_fn(one.hidden, one.weight, one.labels, **one.refs)
+    simpo = FusedFocalPOLoss.simpo(10.0, 4.0, backend=backend)(one.hidden, one.weight, one.labels)
+    assert torch.equal(out.losses, simpo.losses)
+    later = loss_fn(many.hidden, many.weight, many.labels, **many.refs)
+    assert torch.isfinite(later.losses).all()
+    assert later.adaptive_margin.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("bias_correction", [True, False])
+def test_policy_equal_to_reference_gives_the_margin_alone(bias_correction, backend):
+    """Where the authors' code divides 0 by 0, in the exact case and where only rounding differs."""
+    batch = Batch(LENGTHS)
+    simpo = FusedFocalPOLoss.simpo(10.0, 4.0, backend=backend)
+    expected = simpo(batch.hidden, batch.weight, batch.labels).losses
+    exact = simpo.reference_logps(batch.hidden, batch.weight, batch.labels)
+    ulp = torch.finfo(torch.float32).eps
+    for refs in (exact, [x * (1 + ulp * torch.arange(-2, 3, device=DEVICE)) for x in exact]):
+        loss_fn = FusedFocalPOLoss.alpha_dpo(ema_bias_correction=bias_correction, backend=backend)
+        out = loss_fn(
+            batch.hidden, batch.weight, batch.labels, ref_chosen_logps=refs[0], ref_rejected_logps=refs[1]
+        )
+        assert (out.adaptive_margin == 0).all()
+        assert torch.equal(out.losses, expected)
+
+
+def test_a_batch_with_nan_leaves_the_statistics_alone(backend):
+    """As where a gradient scaler skips a step: one such batch must not be the end of the run."""
+    batch = Batch(LENGTHS)
+    loss_fn = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    before = copy.deepcopy(loss_fn.state_dict())
+    broken = batch.hidden.clone()
+    broken[0] = torch.nan
+    assert torch.isnan(loss_fn(broken, batch.weight, batch.labels, **batch.refs).loss)
+    for name, value in loss_fn.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_statistics_are_saved_and_restored(backend):
+    batch, other = Batch(LENGTHS), Batch((3, 5, 6, 4, 2, 2), hidden_size=16)
+    trained = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    trained(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    resumed = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    resumed.load_state_dict(trained.state_dict())
+    outs = [f(other.hidden, other.weight, other.labels, **other.refs) for f in (trained, resumed)]
+    assert torch.equal(outs[0].losses, outs[1].losses)
+    fresh = FusedFocalPOLoss.alpha_dpo(backend=backend)(
+        other.hidden, other.weight, other.labels, **other.refs
+    )
+    assert not torch.equal(fresh.losses, outs[0].losses)
+
+
+def test_statistics_keep_their_precision_in_a_model_cast_to_bf16():
+    loss_fn = FusedFocalPOLoss.alpha_dpo()
+    loss_fn.margin_statistics.update(torch.tensor([1.0001, 1.0002, 1.0004], dtype=torch.float64))
+    mean = loss_fn.margin_statistics.mean.clone()
+    assert loss_fn.to(torch.bfloat16).margin_statistics.mean.dtype == torch.float64
+    assert torch.equal(loss_fn.half().margin_statistics.mean, mean)
+
+
+def test_a_loss_made_on_the_meta_device_starts_afresh():
+    with torch.device("meta"):
+        loss_fn = FusedFocalPOLoss.alpha_dpo()
+    state = loss_fn.to_empty(device="cpu").margin_statistics.state_dict()
+    assert all(value == 0 and value.dtype == torch.float64 for value in state.values())
+
+
+RANKS = 2
+WORKER = """
+import os, torch, torch.distributed as dist
+from focalkern.adaptive_margin import RunningMoments
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+data = torch.arange(7, dtype=torch.float64) ** 2
+moments = RunningMoments(0.9, bias_correction=True)
+own = data[:5] if rank == 0 else data[5:]  # ranks need not have equally many pairs
+moments.update(own)
+expected = (own - data.mean()) / data.std()
+torch.testing.assert_close(moments.standardized(own, torch.tensor(0.0)), expected, rtol=1e-12, atol=1e-12)
+alone = RunningMoments(0.9, bias_correction=True, process_group=[dist.new_group([i]) for i in range(2)][rank])
+alone.update(own)
+expected = (own - own.mean()) / own.std()
+torch.testing.assert_close(alone.standardized(own, torch.tensor(0.0)), expected, rtol=1e-12, atol=1e-12)
+dist.destroy_process_group()
+"""
+
+
+def test_a_batch_is_that_of_all_ranks_of_the_process_group(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    subprocess.run([*launcher, str(script)], check=True, timeout=120, env=environment)
+
+
+# What it needs
+
+
+def test_references_are_needed_also_when_the_score_is_reference_free():
+    batch = Batch(LENGTHS)
+    for implicit_reference in ("policy_over_reference", "reference", "inverse_reference"):
+        loss_fn = FusedFocalPOLoss.alpha_dpo(implicit_reference=implicit_reference)
+        with pytest.raises(ValueError, match=r"^ref_chosen_logps must be given.*alpha=0 and reference_free"):
+            loss_fn(batch.hidden, batch.weight, batch.labels)
+    FusedFocalPOLoss.alpha_dpo(implicit_reference="policy")(batch.hidden, batch.weight, batch.labels)
+
+
+def test_sequence_kl_is_needed_and_taken_by_its_own_variant_alone():
+    batch = Batch(LENGTHS)
+    kl = torch.rand(batch.pairs).to(DEVICE)
+    inputs = (batch.hidden, batch.weight, batch.labels)
+    tdpo = FusedFocalPOLoss.alpha_dpo(implicit_reference="sequence_kl")
+    with pytest.raises(ValueError, match=r"^chosen_kl must be given"):
+        tdpo(*inputs)
+    with pytest.raises(ValueError, match=r"^rejected_kl must be given"):
+        tdpo(*inputs, chosen_kl=kl)
+    with pytest.raises(ValueError, match=r"^rejected_kl must be \[B\] = \[5\]; got \[4\]"):
+        tdpo(*inputs, chosen_kl=kl, rejected_kl=kl[:-1])
+    for loss_fn in (FusedFocalPOLoss.alpha_dpo(), FusedFocalPOLoss()):
+        with pytest.raises(ValueError, match=r"^chosen_kl must be given.*and else not; got a tensor"):
+            loss_fn(*inputs, **batch.refs, chosen_kl=kl, rejected_kl=kl)
