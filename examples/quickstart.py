@@ -73,6 +73,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    policy, train, held_out = prepare(args)
+    start = {name: tensor.to("cpu", copy=True) for name, tensor in policy.model.state_dict().items()}
+
+    runs = []
+    for name, gamma in {"DPO": 0.0, "FocalPO": args.gamma}.items():
+        policy.model.load_state_dict(start)
+        runs.append(train_preferences(f"{name} (γ={gamma:g})", gamma, policy, train, held_out, args))
+
+    save(runs, policy, args)
+    show(runs, args)
+
+
+def prepare(args: argparse.Namespace) -> tuple[Policy, PreferenceSet, PreferenceSet]:
+    """The model to start from and the pairs, training and held-out, with their reference log-probs."""
     torch.manual_seed(args.seed)
     pairs = read_pairs(args.data) if args.data else docstring_pairs(args.seed)
     train_pairs, held_out_pairs = split_pairs(pairs, min(HELD_OUT, math.ceil(len(pairs) / 6)), args.seed)
@@ -88,15 +102,7 @@ def run(args: argparse.Namespace) -> None:
     fine_tune(policy, train, args)
     train.ref_logps = sequence_logps(policy, train)
     held_out.ref_logps = sequence_logps(policy, held_out)
-    start = {name: tensor.to("cpu", copy=True) for name, tensor in policy.model.state_dict().items()}
-
-    runs = []
-    for name, gamma in {"DPO": 0.0, "FocalPO": args.gamma}.items():
-        policy.model.load_state_dict(start)
-        runs.append(train_preferences(f"{name} (γ={gamma:g})", gamma, policy, train, held_out, args))
-
-    save(runs, policy, args)
-    show(runs, args)
+    return policy, train, held_out
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -277,12 +283,16 @@ def sequence_logps(policy: Policy, data: PreferenceSet) -> torch.Tensor:  # [2, 
 
 
 def preference_loss(
-    policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
+    policy: Policy,
+    loss_fn: FusedFocalPOLoss,
+    data: PreferenceSet,
+    indices: list[int],
+    hidden: torch.Tensor | None = None,  # where they are already there
 ) -> FocalPOOutput:
     """Loss of some of the pairs: from hidden states and head, where a plain loss would start from logits."""
     batch = data.batch(indices)
     return loss_fn(
-        policy.hidden(batch),
+        policy.hidden(batch) if hidden is None else hidden,
         policy.weight,
         batch.labels,
         bias=policy.bias,
