@@ -120,6 +120,7 @@ def tail_weights(
     ignore_index: int,
     sequences: Sequences,
     weight: float,
+    dtype: torch.dtype,
 ) -> torch.Tensor:  # [outputs]
     """1 for the first min(|w|, |l|) completion tokens of both sequences of a pair, `weight` for the rest."""
     count = (labels.reshape(-1) != ignore_index).cumsum(0)
@@ -127,4 +128,5 @@ def tail_weights(
     before = torch.cat([count.new_zeros(1), count])[sequences.offsets[:-1]]
     chosen, rejected = sequences.lengths.chunk(2)
     shared = torch.minimum(chosen, rejected).repeat(2)
-    return torch.where(count - before[sequence] <= shared[sequence], 1.0, weight)
+    one = torch.ones((), dtype=dtype, device=count.device)
+    return torch.where(count - before[sequence] <= shared[sequence], one, weight * one)

@@ -95,10 +95,10 @@ def odpo(pairs: Pairs, *, offset: torch.Tensor) -> torch.Tensor:  # [B]
 def r_dpo(pairs: Pairs, length_penalty: float) -> torch.Tensor:  # [B]
     """−log σ(β·Δ + α·(|w| − |l|)), α = `length_penalty` per token: R-DPO (Park et al. 2024).
 
-    α > 0 holds the length down: pairs whose chosen is the shorter count for more. In the SimPO paper's table
-    the sign is the opposite.
+    α > 0 holds the length down: pairs whose chosen is the shorter count for more. The code of α-DPO's authors
+    has the opposite sign.
     """
-    longer = pairs.chosen_lengths - pairs.rejected_lengths
+    longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen_logps)
     return -logsigmoid(pairs.beta * (pairs.chosen_scores - pairs.rejected_scores) + length_penalty * longer)
 
 
@@ -218,7 +218,7 @@ def sft(pairs: Pairs) -> torch.Tensor:  # []
 
 
 def cpo(pairs: Pairs, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> torch.Tensor:  # [B]
-    """−log σ(β·(logp_w − logp_l)) + `nll_weight`·NLL: CPO (Xu et al. 2024). TRL: its CPOTrainer."""
+    """−log σ(β·(logp_w − logp_l)) + `nll_weight`·NLL per token: CPO (Xu et al. 2024). TRL: its CPOTrainer."""
     logits = pairs.beta * (pairs.chosen_logps - pairs.rejected_logps)
     return _smoothed(logits, label_smoothing) + nll_weight * sft(pairs)
 
@@ -258,26 +258,14 @@ def with_f_divergence(function: PairLoss, f_divergence: str, alpha: float = 0.5)
     | `"js_divergence"`    | log(2t/(1+t))               |
     | `"alpha_divergence"` | (t^(α−1) − 1)/(α−1); α → 1 is reverse KL, α = 0 forward KL |
 
-    For losses of Δ; those of `chosen_log_ratios` raise. TRL: `f_divergence_type`.
+    For losses of Δ; those of `chosen_log_ratios` raise. α is that of TRL, 1 − α that of the paper. The power
+    of t is held at e^80. TRL: `f_divergence_type`.
     """
     checks.check_choice("f_divergence", f_divergence, F_DIVERGENCES)
     checks.check_number("alpha", alpha)
-
-    def score(log_ratio: torch.Tensor) -> torch.Tensor:
-        if f_divergence == "forward_kl":
-            return -torch.expm1(-log_ratio)
-        if f_divergence == "js_divergence":
-            return math.log(2) + logsigmoid(log_ratio)
-        return torch.expm1((alpha - 1) * log_ratio) / (alpha - 1)
-
     if f_divergence == "reverse_kl" or (alpha == 1 and f_divergence == "alpha_divergence"):
         return function
-
-    @functools.wraps(function)
-    def with_scores(pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
-        return function(replace(pairs, score_of_log_ratio=score), **tensors)
-
-    return with_scores
+    return _WithFDivergence(function, f_divergence, 0.0 if f_divergence == "forward_kl" else alpha)
 
 
 def with_wpo_weights(function: PairLoss) -> PairLoss:
@@ -286,19 +274,10 @@ def with_wpo_weights(function: PairLoss) -> PairLoss:
     The weights of its Eq. 2, aligned as its authors found best. Needs `outputs=("log_sum_sq_probs",)`. Losses
     of sorted batches, `aot`, have no pairs to weigh. TRL: `use_weighting`.
     """
-    if any(term in (aot, aot_unpaired) for term in _terms(function)):
+    if _sorts(function):
         raise ValueError("function must keep the pairs apart to be weighted; got one that sorts them")
 
-    @functools.wraps(function)
-    def weighted(pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
-        chosen, rejected = pairs.sums("logps")
-        chosen_norm, rejected_norm = pairs.sums("log_sum_sq_probs")
-        log_weight = _per_token(chosen - chosen_norm, pairs.chosen_lengths) + _per_token(
-            rejected - rejected_norm, pairs.rejected_lengths
-        )
-        return function(pairs, **tensors) * log_weight.detach().exp()
-
-    return weighted
+    return _WithWPOWeights(function)
 
 
 def weighted_sum(*terms: tuple[PairLoss, float]) -> PairLoss:
@@ -310,24 +289,78 @@ def weighted_sum(*terms: tuple[PairLoss, float]) -> PairLoss:
         raise ValueError("terms must be (function, weight) pairs; got none")
     for _, weight in terms:
         checks.check_number("weight", weight)
-    taken = [inspect.signature(getattr(function, "forward", function)).parameters for function, _ in terms]
+    return _WeightedSum(terms)
 
-    def mixed(pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
+
+class _Combined(torch.nn.Module):
+    """A loss made of others. A module, so that those that are modules keep their state and mode."""
+
+    def __init__(self, *functions: PairLoss) -> None:
+        super().__init__()
+        self.functions = functions
+        self.inner = torch.nn.ModuleList(f for f in functions if isinstance(f, torch.nn.Module))
+
+
+class _WithFDivergence(_Combined):
+    def __init__(self, function: PairLoss, f_divergence: str, alpha: float) -> None:
+        super().__init__(function)
+        self.f_divergence, self.alpha = f_divergence, alpha
+
+    def forward(self, pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
+        return self.functions[0](replace(pairs, score_of_log_ratio=self.score), **tensors)
+
+    def score(self, log_ratio: torch.Tensor) -> torch.Tensor:
+        if self.f_divergence == "js_divergence":
+            return math.log(2) + logsigmoid(log_ratio)
+        # e^80 is a number in fp32, and no sequence at that distance from its reference has a use for more.
+        exponent = ((self.alpha - 1) * log_ratio).clamp(max=80.0)
+        return torch.expm1(exponent) / (self.alpha - 1)
+
+    def extra_repr(self) -> str:
+        return f"{self.f_divergence}, alpha={self.alpha}"
+
+
+class _WithWPOWeights(_Combined):
+    def forward(self, pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = pairs.sums("logps")
+        chosen_norm, rejected_norm = pairs.sums("log_sum_sq_probs")
+        chosen_log_weight = _per_token(chosen - chosen_norm, pairs.chosen_lengths)
+        rejected_log_weight = _per_token(rejected - rejected_norm, pairs.rejected_lengths)
+        return self.functions[0](pairs, **tensors) * (chosen_log_weight + rejected_log_weight).detach().exp()
+
+
+class _WeightedSum(_Combined):
+    def __init__(self, terms: Sequence[tuple[PairLoss, float]]) -> None:
+        super().__init__(*(function for function, _ in terms))
+        self.weights = tuple(weight for _, weight in terms)
+
+    def forward(self, pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
         for name in tensors:
-            if not any(name in parameters for parameters in taken):
+            if not _takes(self, name):
                 raise TypeError(f"{name} is taken by none of the functions of the sum")
-        losses = [
-            weight * function(pairs, **{name: x for name, x in tensors.items() if name in parameters})
-            for (function, weight), parameters in zip(terms, taken, strict=True)
-        ]
+        losses = []
+        for function, weight in zip(self.functions, self.weights, strict=True):
+            own = {name: x for name, x in tensors.items() if _takes(function, name)}
+            losses.append(weight * function(pairs, **own))
+        shapes = {tuple(loss.shape) for loss in losses if loss.dim()}
+        if len(shapes) > 1:
+            raise ValueError(f"terms must give losses of one shape, or 0-dim; got {sorted(shapes)}")
         return functools.reduce(torch.add, losses)
 
-    mixed.weighted_terms = terms  # type: ignore[attr-defined]  # for `_terms`
-    return mixed
+    def extra_repr(self) -> str:
+        return f"weights={self.weights}"
 
 
-# ---------------------------------------------------------------------------------------------------- their
-# parts
+# ------------------------------------------------------------------------------------------------ their parts
+
+
+def _takes(function: PairLoss, name: str) -> bool:
+    """Whether a function has a parameter of this name for a tensor."""
+    if isinstance(function, _Combined):
+        return any(_takes(inner, name) for inner in function.functions)
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    parameters = inspect.signature(called).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _rewards(pairs: Pairs) -> Sequence[torch.Tensor]:
@@ -344,12 +377,11 @@ def _per_token(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     return values / lengths.clamp(min=1)
 
 
-def _terms(function: PairLoss) -> list[PairLoss]:
-    """The functions that a sum adds up, without their options; of any other function, itself."""
+def _sorts(function: PairLoss) -> bool:
     while isinstance(function, functools.partial):
         function = function.func
-    terms = getattr(function, "weighted_terms", None)
-    return [function] if terms is None else [inner for term, _ in terms for inner in _terms(term)]
+    inner = function.functions if isinstance(function, _Combined) else ()
+    return function in (aot, aot_unpaired) or any(_sorts(f) for f in inner)
 
 
 def _log1mexp(x: torch.Tensor) -> torch.Tensor:

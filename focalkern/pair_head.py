@@ -159,7 +159,8 @@ class PairHead(nn.Module):
 
     def sequence_logps(self, batch: PairBatch, token_logps: torch.Tensor) -> torch.Tensor:  # [2B]
         if self.ld_alpha is not None:
-            weights = tail_weights(batch.labels, self.ignore_index, batch.sequences, self.ld_alpha)
+            labels, dtype = batch.labels, token_logps.dtype
+            weights = tail_weights(labels, self.ignore_index, batch.sequences, self.ld_alpha, dtype)
             token_logps = token_logps.reshape(-1) * weights
         return batch.sums(token_logps)
 

@@ -110,12 +110,12 @@ class PairLossOutput(PairOutput):
 
     @property
     def chosen_weight(self) -> torch.Tensor:  # [B]
-        """−dloss/dlogps of the chosen sequences, after `loss.backward()`; negative, it pushes them down."""
+        """−dloss/d`pairs.chosen_logps`, after `loss.backward()`; negative, it pushes the chosen down."""
         return -self.logps_gradient.chunk(2)[0]
 
     @property
     def rejected_weight(self) -> torch.Tensor:  # [B]
-        """dloss/dlogps of the rejected sequences, after `loss.backward()`; negative, it pushes them up."""
+        """dloss/d`pairs.rejected_logps`, after `loss.backward()`; negative, it pushes the rejected up."""
         return self.logps_gradient.chunk(2)[1]
 
 
@@ -170,6 +170,8 @@ class FusedPairLoss(PairHead):
         )
         if not callable(function):
             raise TypeError(f"function must be callable; got {type(function).__name__}")
+        if isinstance(function, functools.partial) and isinstance(function.func, torch.nn.Module):
+            raise TypeError("function must be a module itself, whose state is kept; got a partial of one")
         checks.check_number("beta", beta, low=0.0, exclude_low=True)
         self.function = function
         self.beta = float(beta)

@@ -15,8 +15,9 @@ from conftest import DEVICE
 from test_loss import Batch
 from tolerance import assert_as_accurate, relative_error
 
-from focalkern import FusedFocalPOLoss, reference
+from focalkern import FusedFocalPOLoss, FusedPairLoss, linear_kl, reference
 from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments
+from focalkern.methods import tdpo1, tdpo2
 
 LENGTHS = (4, 2, 5, 6, 3, 1, 5, 3, 6, 2)
 
@@ -101,8 +102,8 @@ def test_every_variant_matches_its_equation(implicit_reference, variant, backend
     plain = losses_and_gradients(naive, batch, torch.float32)
     exact = losses_and_gradients(naive, batch, torch.float64)
     for name, *values in zip(("losses", "dhidden", "dweight"), actual, plain, exact, strict=True):
-        # u is a difference of log-probs of size 20, times β; 1/σ in the margin multiplies its rounding.
-        assert_as_accurate(*values, name=name, conditioning=100)
+        # u moves by β times the rounding of a log-prob per token, of size 4.
+        assert_as_accurate(*values, name=name, conditioning=2.5 * 4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -362,3 +363,55 @@ def test_sequence_kl_is_needed_and_taken_by_its_own_variant_alone():
     for loss_fn in (FusedFocalPOLoss.alpha_dpo(), FusedFocalPOLoss()):
         with pytest.raises(ValueError, match=r"^chosen_kl must be given.*and else not; got a tensor"):
             loss_fn(*inputs, **batch.refs, chosen_kl=kl, rejected_kl=kl)
+
+
+# With the library's own KL
+
+
+@pytest.mark.parametrize("method", ["TDPO₁", "TDPO₂", "α-DPO with δ for M"])
+def test_tdpo_from_hidden_states_to_gradients(method, backend):
+    """Policy and reference from their hidden states, the KL with its gradient, all on the fused heads."""
+    batch = Batch(LENGTHS)
+    generator = torch.Generator().manual_seed(1)
+    ref_hidden, ref_weight = (
+        x + 0.3 * torch.randn(x.shape, generator=generator).to(DEVICE) for x in (batch.hidden, batch.weight)
+    )
+
+    def fused(leaves):
+        hidden, weight = leaves.values()
+        kl = linear_kl(hidden, weight, ref_hidden, ref_weight, batch.labels, backend=backend).sum(-1)
+        kls = dict(zip(("chosen_kl", "rejected_kl"), kl.chunk(2), strict=True))
+        if method.startswith("TDPO"):
+            function = tdpo1 if method == "TDPO₁" else tdpo2
+            loss_fn = FusedPairLoss(function, beta=0.5, reduction="none", backend=backend)
+        else:
+            options = {"implicit_reference": "sequence_kl", "reduction": "none", "backend": backend}
+            loss_fn = FusedFocalPOLoss.alpha_dpo(2.0, 0.5, 0.3, **options)
+        refs = loss_fn.reference_logps(ref_hidden, ref_weight, batch.labels)
+        return loss_fn(hidden, weight, batch.labels, None, *refs, **kls).loss
+
+    def naive(leaves):
+        hidden, weight = leaves.values()
+        log_p = (hidden @ weight.T).log_softmax(-1)
+        ref_log_p = (ref_hidden.to(hidden) @ ref_weight.to(weight).T).log_softmax(-1)
+        keep = (batch.labels != -100).to(hidden.dtype)
+        target = batch.labels.clamp(min=0)[..., None]
+        logps, refs = ((x.gather(-1, target).squeeze(-1) * keep).sum(-1) for x in (log_p, ref_log_p))
+        kl = ((ref_log_p.exp() * (ref_log_p - log_p)).sum(-1) * keep).sum(-1)
+        score_w, score_l = (logps - refs).chunk(2)
+        kl_w, kl_l = kl.chunk(2)
+        if method == "TDPO₁":
+            return -F.logsigmoid(0.5 * (score_w - score_l) - 0.5 * (kl_l - kl_w))
+        if method == "TDPO₂":
+            return -F.logsigmoid(0.5 * (score_w - score_l) - 0.5 * 0.5 * (kl_l - kl_w.detach()))
+        lengths_w, lengths_l = keep.sum(-1).chunk(2)
+        logps_w, logps_l = logps.chunk(2)
+        delta = (2.0 * (kl_l / lengths_l - kl_w / lengths_w)).detach()
+        z = (delta - delta.mean()) / delta.std()
+        return -F.logsigmoid(2.0 * (logps_w / lengths_w - logps_l / lengths_l) - 0.5 - 0.3 * z)
+
+    actual = losses_and_gradients(fused, batch, torch.float32)
+    plain = losses_and_gradients(naive, batch, torch.float32)
+    exact = losses_and_gradients(naive, batch, torch.float64)
+    for name, *values in zip(("losses", "dhidden", "dweight"), actual, plain, exact, strict=True):
+        assert_as_accurate(*values, name=name)

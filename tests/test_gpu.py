@@ -7,12 +7,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
 from tolerance import assert_as_accurate, relative_error
 
-from focalkern import FusedFocalPOLoss, linear_logps, reference
+from focalkern import CosineGamma, FusedFocalPOLoss, FusedPairLoss, linear_kl, linear_logps, reference
+from focalkern.methods import ipo
 
 pytestmark = pytest.mark.gpu
 
@@ -120,23 +122,16 @@ def test_hidden_of_more_than_2_to_the_31_elements():
     assert not hidden.grad[:-8].any()
 
 
-@pytest.mark.parametrize("layout", ["padded", "shift", "packed"])
-@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
-def test_only_a_certified_backward_waits_for_the_device_and_once(layout, backward, allowed):
-    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
-    options = {"shift": True} if layout == "shift" else {}
-    if layout == "packed":
-        hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
-        options = {"cu_seqlens": torch.arange(0, 257, 64, device="cuda", dtype=torch.int32), "shift": True}
-    loss_fn = FusedFocalPOLoss(length_normalize=True, backward=backward)
+LOSSES = {
+    "FocalPO": partial(FusedFocalPOLoss, length_normalize=True),
+    "α-DPO with γ(t)": partial(FusedFocalPOLoss.alpha_dpo, gamma=CosineGamma(10)),
+    "IPO": partial(FusedPairLoss, ipo),
+}
 
-    def step():
-        out = loss_fn(hidden, weight, labels, None, *ref_logps, **options)
-        out.loss.backward()
-        return out
 
-    out = step()
-    assert backward == "exact" or out.kept_share < 0.4
+def waits_for_the_device(step) -> list[str]:
+    """Messages of the synchronisations in a second call of `step`."""
+    step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -145,8 +140,40 @@ def test_only_a_certified_backward_waits_for_the_device_and_once(layout, backwar
             step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in caught if "synchroniz" in str(warning.message)]
-    assert len(waits) == allowed, [str(warning.message) for warning in waits]
+    return [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("layout", ["padded", "shift", "packed"])
+@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
+def test_only_a_certified_backward_waits_for_the_device_and_once(loss, layout, backward, allowed):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
+    options = {"shift": True} if layout == "shift" else {}
+    if layout == "packed":
+        hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
+        options = {"cu_seqlens": torch.arange(0, 257, 64, device="cuda", dtype=torch.int32), "shift": True}
+    loss_fn = LOSSES[loss](backward=backward)
+    outs = []
+
+    def step():
+        if isinstance(loss_fn, FusedFocalPOLoss):
+            loss_fn.set_step(len(outs))
+        outs.append(loss_fn(hidden, weight, labels, None, *ref_logps, **options))
+        outs[-1].loss.backward()
+
+    waits = waits_for_the_device(step)
+    assert len(waits) == allowed, waits
+    assert backward == "exact" or outs[-1].kept_share < 0.4
+
+
+def test_the_kl_of_two_heads_does_not_wait_for_the_device():
+    hidden, weight, labels, _ = make_batch(torch.bfloat16, pairs=2, length=64)
+    ref_hidden, ref_weight = (torch.randn_like(x) for x in (hidden.detach(), weight.detach()))
+
+    def step():
+        linear_kl(hidden, weight, ref_hidden, ref_weight, labels, shift=True).sum().backward()
+
+    assert waits_for_the_device(step) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
