@@ -27,7 +27,7 @@ def draw_all(out: Path) -> dict[str, float]:
     focalpo_figure_4(out)
     dynamic_figure_1(out)
     dynamic_figure_2(out)
-    return claims | lemma_1(out)
+    return claims | lemma_1(out) | table_8()
 
 
 def weight(u: torch.Tensor, gamma: float, modulation: str = "focalpo") -> torch.Tensor:
@@ -114,6 +114,24 @@ def lemma_1(out: Path) -> dict[str, float]:
         least = min(least, (bound - loss).min().item())
     save(figure, axes, out / "lemma-1.png")
     return {"lemma_1_least_distance": least}
+
+
+def table_8() -> dict[str, float]:
+    """The p that misranked pairs would need for the R of DynamicFocalPO's Table 8, early in training.
+
+    Beside DPO's 44.2 %, the weight of misranked pairs must have fallen by the ratio of the odds, if that of
+    the correctly ranked ones has not fallen at all.
+    """
+
+    def odds(share: float) -> float:
+        return share / (1 - share)
+
+    needed = {}
+    for name, gamma, share in (("focalpo", 0.05, 0.624), ("dynamic", 0.1, 0.783)):
+        suppression = weight(MARGINS, gamma) / weight(MARGINS, 0.0)
+        at = (suppression - odds(0.442) / odds(share)).abs().argmin()
+        needed[f"table_8_{name}_needs_p"] = torch.sigmoid(MARGINS[at]).item()
+    return needed
 
 
 def canvas(panels: int) -> tuple[Figure, list[Axes]]:

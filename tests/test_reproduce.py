@@ -66,7 +66,7 @@ def test_it_writes_every_figure_and_a_record_of_all_runs(result):
         assert run["rejected_kl"] > 0
         assert run["R"]["late"] == pytest.approx(sum(run["contribution"][10:]) / 2)
         # The gradient of the hidden states stands for that of the parameters.
-        assert abs(run["contribution"][-1] - run["last_exact_contribution"]) <= 0.2
+        assert abs(run["final_contribution"] - run["final_exact_contribution"]) <= 0.2
 
 
 def test_methods_are_those_of_the_papers():
@@ -94,6 +94,11 @@ def test_the_claims_are_those_of_the_functions(tmp_path):
     gamma, p = 0.05, claims["focalpo_figure_3_peak_at_p"]
     log_p = math.log(p)
     assert gamma * (1 - p) * (2 + gamma * log_p) == pytest.approx(p * (1 + gamma * log_p), rel=0.02)
+    # ρ = p^γ (1 + γ log p) is what FocalPO leaves of DPO's weight (Lemma 2).
+    for name, gamma, share in (("focalpo", 0.05, 0.624), ("dynamic", 0.1, 0.783)):
+        p = claims[f"table_8_{name}_needs_p"]
+        odds = (0.442 / 0.558) / (share / (1 - share))
+        assert p**gamma * (1 + gamma * math.log(p)) == pytest.approx(odds, rel=0.01)
 
 
 def test_figures_show_the_functions_they_name(monkeypatch, tmp_path):
