@@ -257,7 +257,7 @@ def by_method(runs: Sequence[Run]) -> dict[str, list[Run]]:
 
 def over_seeds(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> str:
     mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+    return f"{mean}±{scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def show(runs: Sequence[Run]) -> None:
@@ -276,7 +276,7 @@ def show(runs: Sequence[Run]) -> None:
             over_seeds([run.chosen_kl for run in own], digits=2),
         )
         cells = [over_seeds([run.stage(stage) for run in own], 100, 1) for stage in STAGES]
-        stages.add_row(method, *cells, " / ".join(map(str, TABLE_8.get(method, ()))))
+        stages.add_row(method, *cells, "/".join(map(str, TABLE_8.get(method, ()))))
     console = Console()
     console.print(results)
     print(

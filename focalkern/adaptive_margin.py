@@ -60,10 +60,14 @@ def implicit_margin(
 class RunningMoments(nn.Module):
     """Mean and standard deviation over training: exponential averages of the batches' own.
 
-    A batch is that of all ranks of the process group. Its standard deviation is the unbiased one; one pair
-    alone has none and leaves the average as it is, as does a batch with NaN or inf. With bias correction the
-    averages are divided by the sum of their weights, 1 − momentum^k after k batches; without, they start from
-    0, as in the code of α-DPO's authors, and σ is too small by that factor.
+    A batch is that of all ranks of the process group, and its standard deviation the unbiased one. One pair
+    alone counts with its distance from the mean so far; the very first one has none. A batch with NaN or inf
+    does not count.
+
+    With bias correction the averages are divided by the sum of their weights, 1 − momentum^k after k batches,
+    and a batch whose values differ by no more than rounding says nothing of σ: such are all before the first
+    update of the policy, however many it is accumulated over. Without, the averages start from 0, as in the
+    code of α-DPO's authors, and σ is too small by that factor.
     """
 
     mean: torch.Tensor  # [] Σ weight·value
@@ -82,49 +86,64 @@ class RunningMoments(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, values: torch.Tensor) -> None:  # [B]
-        """Take in one batch; waits for the other ranks, not for the device."""
+    def update(self, values: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:  # [B], [] → []
+        """Take in one batch; waits for the other ranks, not for the device.
+
+        `rounding` is what the values may be by rounding alone; the largest of all ranks is returned.
+        """
         self._follow(values.device)
-        count, mean, std = self._batch_moments(values.to(self.mean))
+        count, mean, std, most_rounding = self._batch_moments(values.to(self.mean), rounding.to(self.mean))
+        known = self.mean_weight > 0
+        std = torch.where(count > 1, std, (mean - self._unbiased(self.mean, self.mean_weight)).abs())
         finite = torch.isfinite(mean) & torch.isfinite(std)
+        tells_std = finite & ((count > 1) | known)
+        if self.bias_correction:
+            tells_std &= std > most_rounding
         for average, weight, value, counts in (
-            (self.mean, self.mean_weight, mean, finite & (count > 0)),
-            (self.std, self.std_weight, std, finite & (count > 1)),
+            (self.mean, self.mean_weight, mean, finite),
+            (self.std, self.std_weight, std, tells_std),
         ):
             step = (1.0 - self.momentum) * counts.to(average.dtype)
             average.copy_(torch.where(counts, torch.lerp(average, value, step), average))
             weight.add_(step * (1.0 - weight))
+        return most_rounding
 
     def standardized(self, values: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:  # [B]
         """(values − μ)/σ, and 0 where σ is not above `rounding`: then the values differ by nothing else."""
         self._follow(values.device)
         mean, std = self.mean, self.std
+        unbiased_std = self._unbiased(std, self.std_weight)
         if self.bias_correction:
-            tiny = torch.finfo(mean.dtype).tiny
-            mean, std = mean / self.mean_weight.clamp(min=tiny), std / self.std_weight.clamp(min=tiny)
+            mean, std = self._unbiased(mean, self.mean_weight), unbiased_std
         # Divided by inf, NaN stays NaN.
-        std = torch.where(std > rounding.to(std), std, torch.inf)
+        std = torch.where(unbiased_std > rounding.to(std), std, torch.inf)
         return ((values.to(mean) - mean) / std).to(values)
 
-    def _batch_moments(self, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Count, mean and unbiased standard deviation over all ranks."""
+    def _unbiased(self, average: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return average / weight.clamp(min=torch.finfo(weight.dtype).tiny)
+
+    def _batch_moments(
+        self, values: torch.Tensor, rounding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Count, mean and unbiased standard deviation over all ranks, and the largest rounding."""
         mean = values.mean()
-        moments = torch.stack([mean.new_full((), values.numel()), mean, (values - mean).square().sum()])[None]
+        squares = (values - mean).square().sum()
+        moments = torch.stack([mean.new_full((), values.numel()), mean, squares, rounding])[None]
         if dist.is_available() and dist.is_initialized():
-            ranks = dist.get_world_size(self.process_group)
-            gathered = moments.new_empty(ranks, 3)
+            gathered = moments.new_empty(dist.get_world_size(self.process_group), moments.shape[1])
             dist.all_gather_into_tensor(gathered, moments, group=self.process_group)
             moments = gathered
-        counts, means, squares = moments.unbind(1)
+        counts, means, sums_of_squares, roundings = moments.unbind(1)
         count = counts.sum()
         mean = (counts * means).sum() / count
-        sum_of_squares = squares.sum() + (counts * (means - mean).square()).sum()
-        return count, mean, (sum_of_squares / (count - 1).clamp(min=1)).sqrt()
+        sum_of_squares = sums_of_squares.sum() + (counts * (means - mean).square()).sum()
+        return count, mean, (sum_of_squares / (count - 1).clamp(min=1)).sqrt(), roundings.amax()
 
     def _follow(self, device: torch.device) -> None:
         """The module has nothing else that would make anyone move it to the device of the model."""
         if self.mean.device != device:
-            self.to(device)  # on "mps" it stays where it is
+            with torch.inference_mode(False):  # buffers made there could not be updated in training
+                self.to(device)  # on "mps" it stays where it is
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> RunningMoments:
         # Moved, but not rounded, by `.to(torch.bfloat16)` of a module that holds this one.
@@ -136,3 +155,8 @@ class RunningMoments(nn.Module):
             elif device.type != "mps":  # which has no float64
                 self._buffers[name] = buffer.to(device)
         return self
+
+    def __deepcopy__(self, memo: dict) -> RunningMoments:
+        copied = type(self)(self.momentum, self.bias_correction, self.process_group)  # the group is shared
+        copied.to(self.mean.device).load_state_dict(self.state_dict())
+        return copied.train(self.training)

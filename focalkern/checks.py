@@ -68,7 +68,7 @@ def check_head_options(
     tau: object,
     backend: object,
 ) -> None:
-    """The options that `linear_logps` and `FusedFocalPOLoss` share."""
+    """The options of every loss and of `linear_logps`."""
     check_logit_options(ignore_index, temperature, softcap, logit_scale)
     check_choice("backward", backward, BACKWARDS)
     if isinstance(tau, str):

@@ -25,8 +25,9 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
     | flipped                        | 1 where the loss pushes a pair together                      |
     | adaptive_margin                | α·M* (α-DPO), where the loss has one                         |
 
-    Of a `FusedPairLoss`, `weight` is that of −dloss/dlogps of the chosen, `flipped` tells where it or that of
-    the rejected is negative, and both are NaN before `loss.backward()`.
+    A `FusedPairLoss` has no u: in place of `weight` come `chosen_weight` and `rejected_weight`, −dloss/dlogps
+    and dloss/dlogps with all factors of the loss that went backward (β, the mean over pairs, a gradient
+    scaler's). `flipped` tells where one of them is negative; the three are NaN before `loss.backward()`.
     """
     margins = out.chosen_rewards - out.rejected_rewards
     metrics = {
@@ -43,9 +44,12 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
         if out.adaptive_margin is not None:
             metrics["adaptive_margin"] = out.adaptive_margin
     elif isinstance(out, PairLossOutput):
-        weight = torch.minimum(out.chosen_weight, out.rejected_weight)
-        flipped = torch.where(weight.isnan(), torch.nan, (weight < 0).to(margins.dtype))
-        metrics |= {"weight": out.chosen_weight, "flipped": flipped}
+        least = torch.minimum(out.chosen_weight, out.rejected_weight)
+        metrics |= {
+            "chosen_weight": out.chosen_weight,
+            "rejected_weight": out.rejected_weight,
+            "flipped": torch.where(least.isnan(), torch.nan, (least < 0).to(margins.dtype)),
+        }
     return {name: value.mean() for name, value in metrics.items()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -62,8 +63,9 @@ class FusedFocalPOLoss(PairHead):
             The certified backward, the default, leaves out what is negligible beside the largest gradient of
             the batch; `out.certificate()` bounds the error. For training from scratch use "exact": rows of
             dweight that nothing needs come out as exact zeros.
-        ema_momentum, ema_bias_correction: of the running μ and σ of M. Each batch in training mode moves them
-            before it uses them; eval mode leaves them alone. M* is 0 where σ is 0 or not known yet. Without
+        ema_momentum, ema_bias_correction: of the running μ and σ of M, see `RunningMoments`. Each batch in
+            training mode moves them before it uses them, again if activation checkpointing runs the loss
+            again; eval mode leaves them alone. M* is 0 where σ is 0 to rounding, or not known yet. Without
             bias correction they start at 0, as in the authors' code: σ is ten times too small at first.
         implicit_reference: what M is made of. Other than the default, ablations of α-DPO's Table 2 and
             App. C.4: "policy", M = β·(logps_w − logps_l); "reference" and "inverse_reference",
@@ -78,8 +80,6 @@ class FusedFocalPOLoss(PairHead):
     Raises:
         ValueError, TypeError: naming the argument.
     """
-
-    step: torch.Tensor  # [] int64, for state_dict(); `_step` is read, so that nothing waits for a device
 
     def __init__(
         self,
@@ -132,8 +132,11 @@ class FusedFocalPOLoss(PairHead):
         self.implicit_reference = implicit_reference
         self.normalize_margin = normalize_margin
         self.stop_gradient = stop_gradient
+        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
+            raise TypeError(
+                f"process_group must be a torch.distributed process group; got {type(process_group).__name__}"
+            )
         self.margin_statistics = RunningMoments(float(ema_momentum), ema_bias_correction, process_group)
-        self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         self._step = 0
 
     @classmethod
@@ -145,7 +148,8 @@ class FusedFocalPOLoss(PairHead):
     def simpo(cls, beta: float = 2.0, margin: float = 1.0, **options) -> FusedFocalPOLoss:
         """SimPO: reference-free, length-normalised, with a margin; γ = 0 unless given.
 
-        The defaults are the authors' β = 2 and gamma_beta_ratio = 0.5; `margin = beta·gamma_beta_ratio`.
+        The defaults are the authors' β = 2 and gamma_beta_ratio = 0.5; `margin = beta·gamma_beta_ratio`,
+        which does not follow another β by itself.
         """
         fixed = {"gamma": 0.0, "reference_free": True, "length_normalize": True}
         return cls(beta=beta, margin=margin, **{**fixed, **options})
@@ -158,7 +162,8 @@ class FusedFocalPOLoss(PairHead):
 
         The defaults are the paper's β = 10 and α = 5e-2 (App. C.1) with the gamma_beta_ratio = 0.4 that its
         authors' configurations take with this β. Their margins stand inside β, these outside:
-        `margin = beta·gamma_beta_ratio`, `alpha = beta·alpha`. Values per model are in `focalkern.recipes`.
+        `margin = beta·gamma_beta_ratio`, `alpha = beta·alpha`; so another β wants another margin and α.
+        Values per model are in `focalkern.recipes`.
         """
         return cls.simpo(beta, margin, **{"alpha": alpha, **options})
 
@@ -169,12 +174,13 @@ class FusedFocalPOLoss(PairHead):
         beta: float = 0.1,
         gamma_max: float = 0.1,
         gamma_min: float = 0.01,
-        schedule: type[GammaSchedule] = CosineGamma,
+        schedule: Callable[[int, float, float], GammaSchedule] = CosineGamma,
         **options,
     ) -> FusedFocalPOLoss:
         """DynamicFocalPO: FocalPO with γ(t) from `gamma_max` to `gamma_min` in `total_steps` optimizer steps.
 
         The defaults are those of its Table 3 for Llama-3-Instruct-8B. `set_step` moves it at every step.
+        For another rate: `schedule=functools.partial(ExponentialGamma, rate=5.0)`.
         """
         return cls(beta=beta, gamma=schedule(total_steps, gamma_max, gamma_min), **options)
 
@@ -186,7 +192,6 @@ class FusedFocalPOLoss(PairHead):
         """
         checks.check_integer("step", step, low=0)
         self._step = int(step)
-        self.step.fill_(self._step)
 
     @property
     def current_gamma(self) -> float:
@@ -305,7 +310,7 @@ class FusedFocalPOLoss(PairHead):
             margin = margin.detach()
         if self.normalize_margin:
             if self.training:
-                self.margin_statistics.update(margin.detach())
+                rounding = self.margin_statistics.update(margin.detach(), rounding)
             margin = self.margin_statistics.standardized(margin, rounding)
         return self.alpha * margin
 
@@ -350,6 +355,9 @@ class FusedFocalPOLoss(PairHead):
             self.label_smoothing,
         )
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self._step = int(self.step)
+    def get_extra_state(self) -> torch.Tensor:
+        # Not a buffer: one on a GPU could not be read without waiting for it.
+        return torch.tensor(self._step, device="cpu")
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        self.set_step(int(state))

@@ -13,7 +13,6 @@ the loss, its `loss_type` is named. FocalPO, SimPO, α-DPO and plain DPO have a 
 from __future__ import annotations
 
 import functools
-import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,7 +22,7 @@ import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from focalkern import checks
-from focalkern.pair_loss import PairLoss, Pairs
+from focalkern.pair_loss import PairLoss, Pairs, check_function, function_name, parameters_of
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -80,7 +79,8 @@ def discopop(pairs: Pairs, discopop_tau: float = 0.05) -> torch.Tensor:  # [B]
     checks.check_number("discopop_tau", discopop_tau, low=0.0, exclude_low=True)
     logits = pairs.beta * (pairs.chosen_scores - pairs.rejected_scores)
     mixture = torch.sigmoid(logits / discopop_tau)
-    return (1 - mixture) * -logsigmoid(logits) + mixture * torch.exp(-logits)
+    # m·e^(−u) as one exponent: its factors are 0 and inf for a badly misranked pair.
+    return (1 - mixture) * -logsigmoid(logits) + torch.exp(logsigmoid(logits / discopop_tau) - logits)
 
 
 def odpo(pairs: Pairs, *, offset: torch.Tensor) -> torch.Tensor:  # [B]
@@ -98,12 +98,12 @@ def r_dpo(pairs: Pairs, length_penalty: float) -> torch.Tensor:  # [B]
     α > 0 holds the length down: pairs whose chosen is the shorter count for more. The code of α-DPO's authors
     has the opposite sign.
     """
+    checks.check_number("length_penalty", length_penalty)
     longer = (pairs.chosen_lengths - pairs.rejected_lengths).to(pairs.chosen_logps)
     return -logsigmoid(pairs.beta * (pairs.chosen_scores - pairs.rejected_scores) + length_penalty * longer)
 
 
-# ------------------------------------------------------------------- functions of the two log-ratios by
-# themselves
+# ----------------------------------------------------------------- functions of the two log-ratios themselves
 
 
 def nca_pair(pairs: Pairs) -> torch.Tensor:  # [B]
@@ -160,6 +160,8 @@ def kto(
 
     `kl` is the estimate of KL(π_θ ‖ π_ref), see `kto_kl`. TRL: its KTOTrainer.
     """
+    checks.check_number("desirable_weight", desirable_weight, low=0.0)
+    checks.check_number("undesirable_weight", undesirable_weight, low=0.0)
     chosen, rejected = _rewards(pairs)
     kl = pairs.beta * kl
     return torch.cat(
@@ -202,13 +204,13 @@ def tdpo2(
     stop_gradient: bool = True,
 ) -> torch.Tensor:  # [B]
     """−log σ(β·Δ − a·β·(KL_l − sg[KL_w])): TDPO₂ (Zeng et al. 2024), a = `kl_weight`; KL as in `tdpo1`."""
+    checks.check_number("kl_weight", kl_weight)
     chosen_kl = chosen_kl.detach() if stop_gradient else chosen_kl
     delta = pairs.chosen_log_ratios - pairs.rejected_log_ratios
     return -logsigmoid(pairs.beta * (delta - kl_weight * (rejected_kl - chosen_kl)))
 
 
-# ------------------------------------------------------------------------------------------- without a
-# reference
+# ---------------------------------------------------------------------------------------- without a reference
 
 
 def sft(pairs: Pairs) -> torch.Tensor:  # []
@@ -219,6 +221,7 @@ def sft(pairs: Pairs) -> torch.Tensor:  # []
 
 def cpo(pairs: Pairs, nll_weight: float = 1.0, label_smoothing: float = 0.0) -> torch.Tensor:  # [B]
     """−log σ(β·(logp_w − logp_l)) + `nll_weight`·NLL per token: CPO (Xu et al. 2024). TRL: its CPOTrainer."""
+    checks.check_number("nll_weight", nll_weight)
     logits = pairs.beta * (pairs.chosen_logps - pairs.rejected_logps)
     return _smoothed(logits, label_smoothing) + nll_weight * sft(pairs)
 
@@ -235,12 +238,15 @@ def orpo(pairs: Pairs) -> torch.Tensor:  # [B]
 
 def slic_hf(pairs: Pairs, margin: float = 1.0, regularization: float = 0.1) -> torch.Tensor:  # [B]
     """max(0, δ − logp_w + logp_l) − λ·logp_w: SLiC-HF (Zhao et al. 2023, the chosen as SFT target)."""
+    checks.check_number("margin", margin)
+    checks.check_number("regularization", regularization)
     hinge = torch.relu(margin - pairs.chosen_logps + pairs.rejected_logps)
     return hinge - regularization * pairs.chosen_logps
 
 
 def rrhf(pairs: Pairs, regularization: float = 1.0) -> torch.Tensor:  # [B]
     """max(0, logp_l/|l| − logp_w/|w|) − λ·logp_w: RRHF (Yuan et al. 2023, λ = 1)."""
+    checks.check_number("regularization", regularization)
     ranking = torch.relu(pairs.rejected_mean_logps - pairs.chosen_mean_logps)
     return ranking - regularization * pairs.chosen_logps
 
@@ -248,7 +254,7 @@ def rrhf(pairs: Pairs, regularization: float = 1.0) -> torch.Tensor:  # [B]
 # -------------------------------------------------------------------------------------- made of other losses
 
 
-def with_f_divergence(function: PairLoss, f_divergence: str, alpha: float = 0.5) -> PairLoss:
+def with_f_divergence(function: PairLoss, f_divergence: str, alpha: float | None = None) -> PairLoss:
     """`function` with scores f′(π_θ/π_ref) in place of log(π_θ/π_ref): f-DPO (Wang et al. 2024).
 
     | f_divergence         | f′(t)                       |
@@ -258,14 +264,17 @@ def with_f_divergence(function: PairLoss, f_divergence: str, alpha: float = 0.5)
     | `"js_divergence"`    | log(2t/(1+t))               |
     | `"alpha_divergence"` | (t^(α−1) − 1)/(α−1); α → 1 is reverse KL, α = 0 forward KL |
 
-    For losses of Δ; those of `chosen_log_ratios` raise. α is that of TRL, 1 − α that of the paper. The power
-    of t is held at e^80. TRL: `f_divergence_type`.
+    For losses of Δ; others raise. α is that of TRL, 1 − α that of the paper. Where the power of t exceeds
+    e^80 it is held there, without a gradient. TRL: `f_divergence_type`, where α is 0.5 if not given.
     """
     checks.check_choice("f_divergence", f_divergence, F_DIVERGENCES)
-    checks.check_number("alpha", alpha)
-    if f_divergence == "reverse_kl" or (alpha == 1 and f_divergence == "alpha_divergence"):
+    if f_divergence == "alpha_divergence":
+        checks.check_number("alpha", alpha)
+    elif alpha is not None:
+        raise ValueError(f"alpha must be None with f_divergence={f_divergence!r}; got {alpha!r}")
+    if f_divergence == "reverse_kl" or alpha == 1:
         return function
-    return _WithFDivergence(function, f_divergence, 0.0 if f_divergence == "forward_kl" else alpha)
+    return _WithFDivergence(function, f_divergence, 0.0 if alpha is None else alpha)
 
 
 def with_wpo_weights(function: PairLoss) -> PairLoss:
@@ -297,6 +306,8 @@ class _Combined(torch.nn.Module):
 
     def __init__(self, *functions: PairLoss) -> None:
         super().__init__()
+        for function in functions:
+            check_function(function)
         self.functions = functions
         self.inner = torch.nn.ModuleList(f for f in functions if isinstance(f, torch.nn.Module))
 
@@ -307,7 +318,18 @@ class _WithFDivergence(_Combined):
         self.f_divergence, self.alpha = f_divergence, alpha
 
     def forward(self, pairs: Pairs, **tensors: torch.Tensor) -> torch.Tensor:
-        return self.functions[0](replace(pairs, score_of_log_ratio=self.score), **tensors)
+        if pairs.score_of_log_ratio is not None:
+            raise ValueError("f_divergence must be one: this loss has another inside")
+        used = []
+
+        def score(log_ratio: torch.Tensor) -> torch.Tensor:
+            used.append(True)
+            return self.score(log_ratio)
+
+        losses = self.functions[0](replace(pairs, score_of_log_ratio=score), **tensors)
+        if not used:
+            raise ValueError("f_divergence must be 'reverse_kl' with this loss, which has no reference")
+        return losses
 
     def score(self, log_ratio: torch.Tensor) -> torch.Tensor:
         if self.f_divergence == "js_divergence":
@@ -317,7 +339,7 @@ class _WithFDivergence(_Combined):
         return torch.expm1(exponent) / (self.alpha - 1)
 
     def extra_repr(self) -> str:
-        return f"{self.f_divergence}, alpha={self.alpha}"
+        return f"{function_name(self.functions[0])}, {self.f_divergence}, alpha={self.alpha}"
 
 
 class _WithWPOWeights(_Combined):
@@ -326,7 +348,15 @@ class _WithWPOWeights(_Combined):
         chosen_norm, rejected_norm = pairs.sums("log_sum_sq_probs")
         chosen_log_weight = _per_token(chosen - chosen_norm, pairs.chosen_lengths)
         rejected_log_weight = _per_token(rejected - rejected_norm, pairs.rejected_lengths)
-        return self.functions[0](pairs, **tensors) * (chosen_log_weight + rejected_log_weight).detach().exp()
+        losses = self.functions[0](pairs, **tensors)
+        if losses.dim() and losses.shape != chosen.shape:
+            raise ValueError(
+                f"function must give one loss for each pair to be weighted; got {list(losses.shape)}"
+            )
+        return losses * (chosen_log_weight + rejected_log_weight).detach().exp()
+
+    def extra_repr(self) -> str:
+        return function_name(self.functions[0])
 
 
 class _WeightedSum(_Combined):
@@ -348,7 +378,8 @@ class _WeightedSum(_Combined):
         return functools.reduce(torch.add, losses)
 
     def extra_repr(self) -> str:
-        return f"weights={self.weights}"
+        terms = zip(self.functions, self.weights, strict=True)
+        return ", ".join(f"{weight:g}·{function_name(function)}" for function, weight in terms)
 
 
 # ------------------------------------------------------------------------------------------------ their parts
@@ -358,8 +389,7 @@ def _takes(function: PairLoss, name: str) -> bool:
     """Whether a function has a parameter of this name for a tensor."""
     if isinstance(function, _Combined):
         return any(_takes(inner, name) for inner in function.functions)
-    called = function.forward if isinstance(function, torch.nn.Module) else function
-    parameters = inspect.signature(called).parameters
+    parameters = parameters_of(function)
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 

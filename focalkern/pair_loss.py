@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.autograd.gradcheck import GradcheckError, gradcheck
@@ -152,8 +154,8 @@ class FusedPairLoss(PairHead):
     def __init__(
         self,
         function: PairLoss,
-        *,
         beta: float = 0.1,
+        *,
         outputs: tuple[str, ...] = (),
         ld_alpha: float | None = None,
         ignore_index: int = -100,
@@ -168,10 +170,12 @@ class FusedPairLoss(PairHead):
         super().__init__(
             ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend, ld_alpha
         )
-        if not callable(function):
-            raise TypeError(f"function must be callable; got {type(function).__name__}")
-        if isinstance(function, functools.partial) and isinstance(function.func, torch.nn.Module):
-            raise TypeError("function must be a module itself, whose state is kept; got a partial of one")
+        check_function(function)
+        taken = RESERVED_NAMES.intersection(parameters_of(function))
+        if taken:
+            raise TypeError(
+                f"function must call its tensors other than the loss's arguments; got {sorted(taken)}"
+            )
         checks.check_number("beta", beta, low=0.0, exclude_low=True)
         self.function = function
         self.beta = float(beta)
@@ -179,7 +183,7 @@ class FusedPairLoss(PairHead):
 
     def extra_repr(self) -> str:
         names = ("beta", "outputs", "ld_alpha", "reduction", "backward")
-        own = "" if isinstance(self.function, torch.nn.Module) else f"{_name(self.function)}, "
+        own = "" if isinstance(self.function, torch.nn.Module) else f"{function_name(self.function)}, "
         return own + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @torch.compiler.disable
@@ -208,6 +212,10 @@ class FusedPairLoss(PairHead):
         batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
         for name, ref in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
             checks.check_ref_logps(name, ref, batch.pairs, None, batch.hidden)
+        if (ref_chosen_logps is None) != (ref_rejected_logps is None):
+            raise ValueError(
+                "ref_chosen_logps and ref_rejected_logps must be given both, or neither; got one"
+            )
         for name, tensor in tensors.items():
             checks.check_pair_tensor(name, tensor, batch.pairs, batch.hidden)
 
@@ -259,66 +267,87 @@ def check_pair_loss(
     outputs: tuple[str, ...] = (),
     reference: bool = True,
     tensors: Mapping[str, torch.Tensor] | None = None,
+    skip: tuple[str, ...] = (),
     seed: int = 0,
 ) -> None:
     """Compare a function's gradient with finite differences, on random pairs in float64.
 
-    It is checked in `chosen_logps`, `rejected_logps` and the floating-point `tensors`. Not to be checked so:
-    what stands under a stop-gradient, which finite differences see. A module is called as a fresh copy each
-    time, so that its state does not move in between.
+    It is checked in `chosen_logps`, `rejected_logps`, in the sums of "logps" and of "entropy" where `outputs`
+    names it, and in the floating-point `tensors`. Finite differences see what stands under a stop-gradient:
+    name such an input in `skip`, and put a module with running statistics in eval mode. A module is called as
+    a fresh copy each time, so that its state does not move in between.
 
     Args:
         function: what `FusedPairLoss` takes.
         pairs, beta, outputs, tensors: of the `Pairs` and of the call.
         reference: whether there are reference log-probs.
+        skip: inputs that are not checked.
 
     Raises:
-        ValueError: the losses have the wrong shape or are not finite, or a gradient is wrong: which, and
-        where.
+        ValueError: the losses have the wrong shape or are not finite, or a gradient is wrong: in which input.
+        TypeError: naming the argument.
     """
+    check_function(function)
     generator = torch.Generator().manual_seed(seed)
 
-    def draw(low: float, high: float) -> torch.Tensor:
-        uniform = torch.rand(pairs, generator=generator, dtype=torch.float64)
+    def draw(low: float, high: float, count: int = pairs) -> torch.Tensor:
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64)
         return low + (high - low) * uniform
 
     chosen_lengths, rejected_lengths = draw(5, 20).long(), draw(5, 20).long()
-    inputs = {"chosen_logps": draw(-40, -5), "rejected_logps": draw(-40, -5)}
-    sums = {name: torch.cat([draw(-40, -5), draw(-40, -5)]) for name in (*outputs, "logps")}
-    fixed = Pairs(
-        inputs["chosen_logps"],
-        inputs["rejected_logps"],
-        chosen_lengths,
-        rejected_lengths,
-        beta,
-        inputs["chosen_logps"] + draw(-5, 5) if reference else None,
-        inputs["rejected_logps"] + draw(-5, 5) if reference else None,
-        sums,
-    )
-    others = {
-        name: x.detach().double() if x.is_floating_point() else x for name, x in (tensors or {}).items()
-    }
-    inputs |= {name: x for name, x in others.items() if x.is_floating_point()}
-    for name, value in inputs.items():
+    logps = {"chosen_logps": draw(-40, -5), "rejected_logps": draw(-40, -5)}
+    refs = [value + draw(-5, 5) if reference else None for value in logps.values()]
+    sums = {name: draw(-40, -5, 2 * pairs) for name in (*outputs, "logps")}
+    given = {name: x.detach().double() if x.is_floating_point() else x for name, x in (tensors or {}).items()}
 
-        def losses(x: torch.Tensor, name: str = name) -> torch.Tensor:
-            if name in others:
-                return _losses(copy.deepcopy(function), fixed, {**others, name: x})
-            at = {"chosen_logps": fixed.chosen_logps, "rejected_logps": fixed.rejected_logps, name: x}
-            return _losses(copy.deepcopy(function), replace(fixed, **at), others)  # type: ignore[arg-type]
+    def losses(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        own = {name: inputs.get(name, x) for name, x in given.items()}
+        token_sums = {name: inputs.get(name, x) for name, x in sums.items()}
+        chosen, rejected = (inputs.get(name, x) for name, x in logps.items())
+        at = Pairs(chosen, rejected, chosen_lengths, rejected_lengths, beta, refs[0], refs[1], token_sums)
+        return _losses(copy.deepcopy(function), at, own)
 
-        leaf = value.clone().requires_grad_()
-        found = losses(leaf)
-        if not torch.isfinite(found).all():
-            raise ValueError(f"function {_name(function)} must return finite losses; got {found.tolist()}")
-        if not found.requires_grad:
-            if not torch.equal(losses(value + 1e-3), found):
-                raise ValueError(f"gradient of {_name(function)} in {name} is missing: was it detached?")
+    differentiable = {name: x for name, x in sums.items() if name in ("logps", "entropy")}
+    inputs = logps | differentiable | {name: x for name, x in given.items() if x.is_floating_point()}
+    unknown = set(skip) - set(inputs)
+    if unknown:
+        raise ValueError(f"skip must name inputs out of {list(inputs)}; got {sorted(unknown)}")
+    value = losses({})
+    if not torch.isfinite(value).all():
+        raise ValueError(
+            f"function {function_name(function)} must return finite losses; got {value.tolist()}"
+        )
+    tiny = torch.finfo(torch.float64).tiny
+    scale = 1 / value.detach().abs().max().clamp(min=tiny)  # a tolerance of gradcheck is absolute
+    for name in (name for name in inputs if name not in skip):
+        leaf = inputs[name].clone().requires_grad_()
+        if not losses({name: leaf}).requires_grad:
+            if not torch.equal(losses({name: leaf.detach() + 1e-3}), value):
+                what = f"gradient of {function_name(function)} in {name} is missing"
+                raise ValueError(f"{what}: was it detached? If that is meant, skip={(name,)}")
             continue
         try:
-            gradcheck(losses, leaf)
+            gradcheck(lambda x, name=name: losses({name: x}) * scale, leaf)
         except GradcheckError as error:
-            raise ValueError(f"gradient of {_name(function)} in {name} is wrong: {error}") from None
+            raise ValueError(f"gradient of {function_name(function)} in {name} is wrong: {error}") from None
+
+
+def check_function(function: Any) -> None:
+    """A function, or a module itself: through a partial or a bound method its state would be lost."""
+    if not callable(function):
+        raise TypeError(f"function must be callable; got {type(function).__name__}")
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    inner = getattr(inner, "__self__", inner)
+    if isinstance(inner, torch.nn.Module) and inner is not function:
+        raise TypeError("function must be a module itself, or its state would be lost; got a part of one")
+
+
+def parameters_of(function: PairLoss) -> dict[str, inspect.Parameter]:
+    """Parameters of a function other than the first, `pairs`."""
+    called = function.forward if isinstance(function, torch.nn.Module) else function
+    return dict(list(inspect.signature(called).parameters.items())[1:])
 
 
 def _losses(
@@ -327,16 +356,18 @@ def _losses(
     losses = function(pairs, **tensors)
     count = pairs.chosen_logps.numel()
     if not isinstance(losses, torch.Tensor):
-        raise TypeError(f"function {_name(function)} must return a tensor; got {type(losses).__name__}")
+        raise TypeError(
+            f"function {function_name(function)} must return a tensor; got {type(losses).__name__}"
+        )
     if losses.shape not in ((count,), (2 * count,), ()):
         raise ValueError(
-            f"function {_name(function)} must return losses of shape [B] = [{count}], [2B] or [];"
+            f"function {function_name(function)} must return losses of shape [B] = [{count}], [2B] or [];"
             f" got {list(losses.shape)}"
         )
     return losses
 
 
-def _name(function: PairLoss) -> str:
+def function_name(function: PairLoss) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
@@ -344,6 +375,10 @@ def _name(function: PairLoss) -> str:
 
 def _fill(buffer: torch.Tensor, gradient: torch.Tensor) -> None:
     buffer.copy_(gradient)
+
+
+# What `FusedPairLoss` takes by name itself.
+RESERVED_NAMES = frozenset(inspect.signature(FusedPairLoss.forward).parameters) - {"tensors"}
 
 
 def _or_zero(ref_logps: torch.Tensor | None) -> torch.Tensor | float:

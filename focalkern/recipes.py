@@ -7,10 +7,7 @@ authors' training configurations have them, which state every value.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any
+from dataclasses import dataclass
 
 from focalkern.loss import FusedFocalPOLoss
 
@@ -28,9 +25,13 @@ class Recipe:
     model: str
     learning_rate: float
     source: str
-    options: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[tuple[str, float], ...]  # options of the loss
     batch_size: int = 128  # pairs
     epochs: int = 1
+
+    @property
+    def options(self) -> dict[str, float]:
+        return dict(self.settings)
 
     def loss(self, **options) -> FusedFocalPOLoss:
         """The loss; `options` come on top, `total_steps` among them where γ has a schedule."""
@@ -39,7 +40,7 @@ class Recipe:
 
 
 def _recipe(method: str, model: str, learning_rate: float, source: str, **options: float) -> Recipe:
-    return Recipe(method, model, learning_rate, source, MappingProxyType(options))
+    return Recipe(method, model, learning_rate, source, tuple(options.items()))
 
 
 def _simpo(model: str, beta: float, gamma_beta_ratio: float, learning_rate: float) -> Recipe:

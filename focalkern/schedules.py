@@ -41,6 +41,7 @@ class GammaSchedule(ABC):
         """(γ − γ_min)/(γ_max − γ_min) at progress = t/T in [0, 1]."""
 
     def __call__(self, step: int) -> float:
+        checks.check_integer("step", step, low=0)
         if step > self.total_steps:
             return float(self.gamma_min)
         return self.gamma_min + (self.gamma_max - self.gamma_min) * self.decay(step / self.total_steps)

@@ -186,6 +186,9 @@ def test_focal_alpha_dpo_combines_both(backend):
 # The statistics
 
 
+NONE = torch.tensor(0.0)  # no rounding to speak of
+
+
 def batches(count: int, pairs: int = 6) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [3 + (i + 1) * torch.randn(pairs, generator=generator, dtype=torch.float64) for i in range(count)]
@@ -193,17 +196,17 @@ def batches(count: int, pairs: int = 6) -> list[torch.Tensor]:
 
 def test_statistics_are_exponential_averages_with_the_bias_corrected():
     moments = RunningMoments(0.9, bias_correction=True)
-    data, rounding = batches(4), torch.tensor(0.0)
+    data = batches(4)
     mean = std = 0.0
     for k, values in enumerate(data, start=1):
-        moments.update(values)
+        moments.update(values, NONE)
         mean, std = 0.9 * mean + 0.1 * values.mean(), 0.9 * std + 0.1 * values.std()
         expected = (values - mean / (1 - 0.9**k)) / (std / (1 - 0.9**k))
-        torch.testing.assert_close(moments.standardized(values, rounding), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.standardized(values, NONE), expected, rtol=1e-12, atol=1e-12)
     # After the first batch they are the batch's own, unlike the authors'.
     first = RunningMoments(0.9, bias_correction=True)
-    first.update(data[0])
-    z = first.standardized(data[0], rounding)
+    first.update(data[0], NONE)
+    z = first.standardized(data[0], NONE)
     assert abs(z.mean().item()) <= 1e-12
     assert z.std().item() == pytest.approx(1.0, rel=1e-12)
 
@@ -212,11 +215,11 @@ def test_without_bias_correction_they_are_the_authors_recursion():
     moments = RunningMoments(0.9, bias_correction=False)
     mean = std = torch.zeros(1, dtype=torch.float64)
     for values in batches(3):
-        moments.update(values)
+        moments.update(values, NONE)
         mean = mean * 0.9 + values.mean() * (1 - 0.9)
         std = std * 0.9 + values.std() * (1 - 0.9)
         expected = (values - mean) / std
-        actual = moments.standardized(values, torch.tensor(0.0))
+        actual = moments.standardized(values, NONE)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -245,8 +248,41 @@ def test_the_first_batch_of_one_pair_has_no_adaptive_margin_and_does_not_spoil_t
     simpo = FusedFocalPOLoss.simpo(10.0, 4.0, backend=backend)(one.hidden, one.weight, one.labels)
     assert torch.equal(out.losses, simpo.losses)
     later = loss_fn(many.hidden, many.weight, many.labels, **many.refs)
+    fresh = FusedFocalPOLoss.alpha_dpo(backend=backend)
+    fresh(many.hidden, many.weight, many.labels, **many.refs)
+    state, expected = loss_fn.margin_statistics, fresh.margin_statistics
+    assert torch.equal(state.std, expected.std)
+    assert torch.equal(state.std_weight, expected.std_weight)
     assert torch.isfinite(later.losses).all()
-    assert later.adaptive_margin.abs().max() > 0.1
+    assert later.adaptive_margin.std().item() == pytest.approx(0.5, rel=1e-5)
+
+
+def test_batches_of_one_pair_count_with_their_distance_from_the_mean_so_far():
+    """On one device with one pair at a time σ would else never be known, and M* never be used."""
+    generator = torch.Generator().manual_seed(0)
+    values = 5 + 2 * torch.randn(4000, 1, generator=generator, dtype=torch.float64)
+    moments = RunningMoments(0.9, bias_correction=True)
+    scores = []
+    for value in values:
+        moments.update(value, NONE)
+        scores.append(moments.standardized(value, NONE))
+    assert scores[0] == 0
+    # E|x − μ| = 0.80 σ, as the expected standard deviation of two values is.
+    assert (moments.std / moments.std_weight).item() == pytest.approx(0.8 * 2, rel=0.5)
+    late = torch.cat(scores[100:])
+    assert late.mean().abs() < 0.1
+    assert 0.8 < late.std() < 1.8
+
+
+def test_batches_before_the_first_update_say_nothing_of_sigma():
+    """Of the policy while it is its reference, accumulated over, or warmed up from a learning rate of 0."""
+    batch = torch.randn(6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    moments = RunningMoments(0.9, bias_correction=True)
+    for _ in range(8):
+        moments.update(torch.zeros(6, dtype=torch.float64), torch.tensor(1e-6))
+        assert (moments.standardized(torch.zeros(6), torch.tensor(1e-6)) == 0).all()
+    moments.update(batch, NONE)
+    assert moments.standardized(batch, NONE).std().item() == pytest.approx(1.0, rel=1e-12)
 
 
 @pytest.mark.parametrize("bias_correction", [True, False])
@@ -295,10 +331,24 @@ def test_statistics_are_saved_and_restored(backend):
 
 def test_statistics_keep_their_precision_in_a_model_cast_to_bf16():
     loss_fn = FusedFocalPOLoss.alpha_dpo()
-    loss_fn.margin_statistics.update(torch.tensor([1.0001, 1.0002, 1.0004], dtype=torch.float64))
+    loss_fn.margin_statistics.update(torch.tensor([1.0001, 1.0002, 1.0004], dtype=torch.float64), NONE)
     mean = loss_fn.margin_statistics.mean.clone()
     assert loss_fn.to(torch.bfloat16).margin_statistics.mean.dtype == torch.float64
     assert torch.equal(loss_fn.half().margin_statistics.mean, mean)
+
+
+def test_statistics_first_used_in_inference_mode_can_be_updated_afterwards():
+    moments = RunningMoments(0.9, bias_correction=True)
+    with torch.inference_mode():
+        moments._follow(torch.device("meta"))
+    assert not moments.mean.is_inference()
+
+
+def test_process_group_must_be_one():
+    with pytest.raises(
+        TypeError, match=r"^process_group must be a torch\.distributed process group; got str"
+    ):
+        FusedFocalPOLoss(process_group="world")
 
 
 def test_a_loss_made_on_the_meta_device_starts_afresh():
@@ -310,7 +360,7 @@ def test_a_loss_made_on_the_meta_device_starts_afresh():
 
 RANKS = 2
 WORKER = """
-import os, torch, torch.distributed as dist
+import copy, os, torch, torch.distributed as dist
 from focalkern.adaptive_margin import RunningMoments
 
 dist.init_process_group("gloo")
@@ -318,13 +368,15 @@ rank = dist.get_rank()
 data = torch.arange(7, dtype=torch.float64) ** 2
 moments = RunningMoments(0.9, bias_correction=True)
 own = data[:5] if rank == 0 else data[5:]  # ranks need not have equally many pairs
-moments.update(own)
+none = torch.tensor(0.0)
+assert moments.update(own, torch.tensor(2.0**-30 * rank)) == 2.0**-30  # every rank goes by the largest
 expected = (own - data.mean()) / data.std()
-torch.testing.assert_close(moments.standardized(own, torch.tensor(0.0)), expected, rtol=1e-12, atol=1e-12)
+torch.testing.assert_close(moments.standardized(own, none), expected, rtol=1e-12, atol=1e-12)
 alone = RunningMoments(0.9, bias_correction=True, process_group=[dist.new_group([i]) for i in range(2)][rank])
-alone.update(own)
+copy.deepcopy(alone)
+alone.update(own, none)
 expected = (own - own.mean()) / own.std()
-torch.testing.assert_close(alone.standardized(own, torch.tensor(0.0)), expected, rtol=1e-12, atol=1e-12)
+torch.testing.assert_close(alone.standardized(own, none), expected, rtol=1e-12, atol=1e-12)
 dist.destroy_process_group()
 """
 

@@ -66,10 +66,13 @@ def test_metrics_of_a_pair_loss_know_its_weights_after_the_backward(backend):
 
     loss_fn = FusedPairLoss(wrong_way, backend=backend, backward="exact")
     out = loss_fn(labels=batch.labels, **leaves, **batch.refs)
-    assert pair_metrics(out)["weight"].isnan()
+    assert pair_metrics(out)["chosen_weight"].isnan()
     assert pair_metrics(out)["flipped"].isnan()
     out.loss.backward()
-    assert pair_metrics(out)["weight"] == out.chosen_weight.mean()
+    # −dL/dlogps_w = β·(1 − p), with the sign of the pair, over the number of pairs.
+    expected = 0.1 * (1 - out.prob) * torch.tensor([1.0, 1.0, -1.0], device=DEVICE) / 3
+    for name in ("chosen_weight", "rejected_weight"):
+        torch.testing.assert_close(pair_metrics(out)[name], expected.mean(), rtol=1e-5, atol=1e-8)
     assert pair_metrics(out)["flipped"].item() == pytest.approx(1 / 3)
 
 

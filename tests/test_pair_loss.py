@@ -500,9 +500,31 @@ def test_losses_made_of_others_can_be_pickled(function, backend):
     assert torch.equal(step(again, batch)[0].losses, step(loss_fn, batch)[0].losses)
 
 
-def test_a_partial_of_a_module_is_refused_because_its_state_would_be_lost():
+@pytest.mark.parametrize(
+    "make",
+    [
+        FusedPairLoss,
+        methods.with_wpo_weights,
+        lambda function: methods.with_f_divergence(function, "js_divergence"),
+        lambda function: methods.weighted_sum((methods.dpo, 1.0), (function, 1.0)),
+        check_pair_loss,
+    ],
+    ids=["FusedPairLoss", "WPO", "f-divergence", "sum", "check_pair_loss"],
+)
+@pytest.mark.parametrize(
+    "part", [lambda m: partial(m, scale=1.0), lambda m: m.forward], ids=["partial", "bound"]
+)
+def test_a_part_of_a_module_is_refused_because_its_state_would_be_lost(part, make):
     with pytest.raises(TypeError, match=r"^function must be a module itself"):
-        FusedPairLoss(partial(RunningBCO(), scale=1.0))
+        make(part(RunningBCO()))
+
+
+def test_a_tensor_that_is_called_like_an_argument_of_the_loss_is_refused():
+    def function(pairs, *, labels):
+        return pairs.chosen_logps * labels
+
+    with pytest.raises(TypeError, match=r"^function must call its tensors other than.*\['labels'\]"):
+        FusedPairLoss(function)
 
 
 def test_a_parameter_of_the_function_gets_its_gradient(backend):
@@ -594,7 +616,8 @@ def with_bad_arguments() -> list:
         ("odpo", {"offset": 0.5}, TypeError, "^offset must be a torch.Tensor; got float"),
         ("odpo", {"offset": offset, "margin": offset}, TypeError, "margin"),
         ("odpo", {}, TypeError, "offset"),
-        ("dpo", {ref: None}, ValueError, rf"^{ref} must be given, \[B\] = \[3\]"),
+        ("dpo", {ref: None}, ValueError, rf"^{ref} and ref_rejected_logps must be given both, or neither"),
+        ("dpo", {ref: None, "ref_rejected_logps": None}, ValueError, rf"^{ref} must be given, \[B\] = \[3\]"),
         ("dpo", {ref: wrong}, ValueError, rf"^{ref} must be \[B\] = \[3\]; got \[4\]"),
         ("dpo", {ref: torch.zeros(b, dtype=torch.int64)}, TypeError, f"^{ref} must be floating"),
         ("dpo", {ref: torch.zeros(b, requires_grad=True)}, ValueError, f"^{ref} must be a constant"),
@@ -699,6 +722,43 @@ def test_check_pair_loss_finds_it(function, message):
     needs_offset = function is wrong_in_offset
     with pytest.raises(ValueError, match=message):
         check_pair_loss(function, tensors={"offset": torch.arange(4.0)} if needs_offset else None)
+
+
+class Doubled(torch.autograd.Function):
+    """The identity with twice its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda pairs: -pairs.sums("logps")[0].detach(), "in logps is missing"),
+        (lambda pairs: Doubled.apply(pairs.sums("logps")[1]), "in logps is wrong"),
+        (lambda pairs: Doubled.apply(pairs.sums("entropy")[0]), "in entropy is wrong"),
+        (lambda pairs: 1e-9 * Doubled.apply(pairs.chosen_logps), "in chosen_logps is wrong"),
+    ],
+    ids=["detached sum", "sum", "entropy", "small scale"],
+)
+def test_check_pair_loss_looks_at_sums_and_at_small_losses_too(function, message):
+    with pytest.raises(ValueError, match=message):
+        check_pair_loss(function, outputs=("entropy",))
+
+
+def test_check_pair_loss_skips_what_it_is_told_to():
+    wpo = methods.with_wpo_weights(methods.dpo)
+    outputs = ("log_sum_sq_probs",)
+    with pytest.raises(ValueError, match=r"in logps is missing.*skip=\('logps',\)"):
+        check_pair_loss(wpo, outputs=outputs)
+    check_pair_loss(wpo, outputs=outputs, skip=("logps",))
+    with pytest.raises(ValueError, match=r"^skip must name inputs out of .*got \['margin'\]"):
+        check_pair_loss(methods.dpo, skip=("margin",))
 
 
 def test_check_pair_loss_says_what_the_function_would_need():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
+
 import pytest
 
 from focalkern import CosineGamma, FusedFocalPOLoss, recipes
@@ -57,6 +62,32 @@ def test_margin_and_alpha_stand_outside_beta():
     assert simpo.alpha == 0
 
 
-def test_a_recipe_cannot_be_changed_by_accident():
-    with pytest.raises(TypeError):
-        recipes.DPO_MISTRAL_BASE_7B.options["beta"] = 1.0
+@pytest.mark.parametrize(
+    ("recipe", "beta", "gamma_beta_ratio", "alpha", "learning_rate"),
+    [
+        # The authors' README.
+        (recipes.SIMPO_MISTRAL_BASE_7B, 2.0, 0.8, 0.0, 3e-7),
+        (recipes.SIMPO_MISTRAL_INSTRUCT_7B, 2.5, 0.1, 0.0, 5e-7),
+        (recipes.SIMPO_LLAMA3_INSTRUCT_8B, 2.5, 0.55, 0.0, 1e-6),
+        # The authors' training configurations: beta, gamma_beta_ratio, alpha, learning_rate.
+        (recipes.ALPHA_DPO_MISTRAL_INSTRUCT_7B, 2.5, 0.15, 5e-2, 6e-7),
+        (recipes.ALPHA_DPO_LLAMA3_INSTRUCT_8B, 2.5, 0.6, 0.2, 1e-6),
+        (recipes.ALPHA_DPO_LLAMA3_INSTRUCT_8B_V02, 10.0, 0.4, 0.2, 1e-6),
+        (recipes.ALPHA_DPO_GEMMA2_IT_9B, 10.0, 0.4, 5e-2, 8e-7),
+    ],
+)
+def test_simpo_and_alpha_dpo_are_those_of_their_authors(recipe, beta, gamma_beta_ratio, alpha, learning_rate):
+    loss_fn = recipe.loss()
+    assert loss_fn.beta == beta
+    assert loss_fn.margin == pytest.approx(beta * gamma_beta_ratio)
+    assert loss_fn.alpha == pytest.approx(beta * alpha)
+    assert recipe.learning_rate == learning_rate
+
+
+def test_a_recipe_can_be_saved_and_not_changed_by_accident():
+    recipe = recipes.DPO_MISTRAL_BASE_7B
+    recipe.options["beta"] = 1.0
+    assert recipe.loss().beta == 0.01
+    assert pickle.loads(pickle.dumps(recipe)) == copy.deepcopy(recipe) == recipe
+    assert hash(recipe) == hash(copy.deepcopy(recipe))
+    assert json.loads(json.dumps(dataclasses.asdict(recipe)))["model"] == recipe.model

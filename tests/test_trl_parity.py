@@ -232,7 +232,8 @@ def test_every_f_divergence(loss_type, f_divergence, alpha, dpo_trainer):
         f_divergence_type=f_divergence,
         f_alpha_divergence_coef=alpha,
     )
-    function = methods.with_f_divergence(LOSS_TYPES[loss_type][0], f_divergence, alpha)
+    own_alpha = alpha if f_divergence == "alpha_divergence" else None
+    function = methods.with_f_divergence(LOSS_TYPES[loss_type][0], f_divergence, own_alpha)
     # f′(t) = 1 − 1/t and powers of t: a log-ratio off by δ puts the score off by t·δ.
     assert_same_training(
         our_loss(dpo_trainer, FusedPairLoss(function)), expected, dpo_trainer.model, 2 * RTOL
