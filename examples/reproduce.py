@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -298,9 +299,14 @@ def save(runs: Sequence[Run], claims: dict[str, float], args: argparse.Namespace
         "versions": {module.__name__: module.__version__ for module in (focalkern, torch, transformers)},
         "python": platform.python_version(),
         "claims": claims,
-        "runs": [asdict(run) | {"R": {stage: run.stage(stage) for stage in STAGES}} for run in runs],
+        "runs": [describe(run) for run in runs],
     }
     (args.out / "reproduction.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
+
+
+def describe(run: Run) -> dict[str, Any]:
+    fields = asdict(run) | {"contribution": [round(share, 4) for share in run.contribution]}
+    return fields | {"R": {stage: run.stage(stage) for stage in STAGES}}
 
 
 def plot(runs: Sequence[Run], path: Path) -> None:

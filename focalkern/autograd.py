@@ -1,7 +1,7 @@
 """The operators as `torch.autograd.Function`s: log-probs of a head's tokens, KL of two heads, loss of a pair.
 
-Those of heads know nothing of preferences, that of pairs nothing of heads. Called by `focalkern.functional`,
-`focalkern.kl` and `focalkern.loss`; all hand the work to a backend.
+Those of heads know nothing of preferences, those of pairs nothing of heads. Called by `focalkern.functional`,
+`focalkern.kl`, `focalkern.pair_head` and `focalkern.loss`; all hand the work to a backend.
 """
 
 from __future__ import annotations

@@ -201,6 +201,12 @@ def check_labels(labels: torch.Tensor, hidden: torch.Tensor) -> None:
     _check_device("labels", labels, hidden)
 
 
+def check_shift(shift: bool, labels: torch.Tensor) -> None:
+    check_flag("shift", shift)
+    if shift and labels.shape[-1] == 0:
+        raise ValueError(f"labels must have at least one position to shift; got {_shape(labels)}")
+
+
 def check_label_values(
     labels: torch.Tensor,  # aligned
     vocab_size: int,

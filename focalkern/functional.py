@@ -82,14 +82,12 @@ def linear_logps(
             device, once.
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
-    checks.check_flag("shift", shift)
     outputs = checks.check_outputs(outputs)
     given_weight = weight
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
     checks.check_labels(labels, hidden)
-    if shift and labels.shape[-1] == 0:
-        raise ValueError(f"labels must have at least one position to shift; got {list(labels.shape)}")
+    checks.check_shift(shift, labels)
     return head_logps(
         hidden,
         weight,

@@ -65,14 +65,12 @@ def linear_kl(
     """
     checks.check_logit_options(ignore_index, temperature, softcap, logit_scale)
     checks.check_choice("backend", backend, checks.BACKENDS)
-    checks.check_flag("shift", shift)
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
     ref_hidden, ref_weight, ref_bias = autocast_tensors(hidden.device, ref_hidden, ref_weight, ref_bias)
     checks.check_ref_head(ref_hidden, ref_weight, ref_bias, hidden, weight)
     checks.check_labels(labels, hidden)
-    if shift and labels.shape[-1] == 0:
-        raise ValueError(f"labels must have at least one position to shift; got {list(labels.shape)}")
+    checks.check_shift(shift, labels)
 
     aligned = aligned_labels(labels, ignore_index, shift)
     checks.check_label_values(aligned, weight.shape[0], ignore_index)

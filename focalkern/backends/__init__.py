@@ -1,6 +1,7 @@
 """What a backend takes and returns, and the choice between the two.
 
-Called by `focalkern.functional` and `focalkern.loss`. A backend knows tensors and numbers, not autograd.
+Chosen by the public functions, called by `focalkern.autograd`. A backend knows tensors and numbers, not
+autograd.
 """
 
 from __future__ import annotations
