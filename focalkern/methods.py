@@ -1,5 +1,4 @@
-"""Preference losses for `FusedPairLoss`, each a function of a `Pairs`: the baselines of the three papers, and
-TRL's.
+"""Preference losses for `FusedPairLoss`: the baselines of the three papers, and TRL's.
 
     loss_fn = FusedPairLoss(ipo, beta=0.1)
     loss_fn = FusedPairLoss(partial(robust, label_smoothing=0.1), beta=0.1)
@@ -285,7 +284,6 @@ def with_wpo_weights(function: PairLoss) -> PairLoss:
     """
     if _sorts(function):
         raise ValueError("function must keep the pairs apart to be weighted; got one that sorts them")
-
     return _WithWPOWeights(function)
 
 
