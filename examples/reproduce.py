@@ -87,7 +87,7 @@ class Run:
     method: str
     seed: int
     contribution: list[float] = field(default_factory=list)  # R(t), from the gradient of the hidden states
-    # R of the trained policy on a held-out batch, likewise and from each pair's gradient of the parameters.
+    # R of the trained policy on held-out pairs, likewise and from each pair's gradient of the parameters.
     final_contribution: float = 0.0
     final_exact_contribution: float = 0.0
     own_accuracy: float = 0.0  # by the method's own reward
@@ -98,7 +98,7 @@ class Run:
     seconds: float = 0.0
 
     def stage(self, name: str) -> float:
-        """Mean of R(t) over a stage of training. The first step counts nowhere: there all pairs are level."""
+        """Mean of R(t) over a stage of training, without the first step, where log-ratios are level."""
         low, high = (round(share * len(self.contribution)) for share in STAGES[name])
         return statistics.fmean(self.contribution[max(low, 1) : max(high, 2)])
 
@@ -126,6 +126,11 @@ def reproduce(args: argparse.Namespace, seeds: int) -> None:
 
     steps = args.steps or train.steps_per_pass
     make = methods(args.beta, args.gamma)
+    # By the rewards of the first five and of the others: without a reference, rewards do not start level.
+    before = {}
+    for method in ("DPO", "SimPO"):
+        evaluate(run := Run(method, seed=0), policy, reference, make[method](steps), held_out)
+        before[method] = run.own_accuracy
     runs = []
     with tqdm(total=len(make) * seeds * steps, unit="step") as bar:
         for seed in range(seeds):
@@ -139,8 +144,8 @@ def reproduce(args: argparse.Namespace, seeds: int) -> None:
                 runs.append(run)
 
     plot(runs, args.out / "gradient-contribution.png")
-    save(runs, claims, args)
-    show(runs)
+    save(runs, claims, before, args)
+    show(runs, before)
     print(f"In {args.out}: the papers' figures, gradient-contribution.png, reproduction.json")
 
 
@@ -162,33 +167,42 @@ def train_one(
         hidden.retain_grad()
         out = preference_loss(policy, loss_fn, train, indices, hidden)
         update(out.loss, policy.model, optimizer, scheduler)
-        run.contribution.append(contribution(hidden, out))
+        run.contribution.append(contribution(pair_gradient_norms(hidden.grad), reward_margins(out)))
         bar.update()
     run.seconds = time.perf_counter() - began
 
 
-def contribution(hidden: torch.Tensor, out: FocalPOOutput) -> float:
-    """R of a batch after its backward, from the gradient of the hidden states."""
-    return gradient_contribution_ratio(pair_gradient_norms(hidden.grad), rank_probability(out)).item()
+def reward_margins(out: FocalPOOutput) -> torch.Tensor:  # [pairs]
+    return out.chosen_rewards - out.rejected_rewards
 
 
-def rank_probability(out: FocalPOOutput) -> torch.Tensor:  # [pairs]
-    """p by the rewards alone: with a margin, p > ½ asks for more than the right order."""
-    return torch.sigmoid(out.chosen_rewards - out.rejected_rewards)
+def contribution(norms: torch.Tensor, margins: torch.Tensor) -> float:
+    return gradient_contribution_ratio(norms, margins).item()
 
 
-def exact_contribution(
+def hidden_norms(
     policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
-) -> float:
-    """R as Eq. 35 has it, from one backward for each pair."""
+) -> tuple[torch.Tensor, torch.Tensor]:  # [pairs], [pairs]
+    """Norm of each pair's gradient of the hidden states, from one backward; and the reward margins."""
+    hidden = policy.hidden(data.batch(indices))
+    hidden.retain_grad()
+    out = preference_loss(policy, loss_fn, data, indices, hidden)
+    out.loss.backward()
+    return pair_gradient_norms(hidden.grad), reward_margins(out)
+
+
+def parameter_norms(
+    policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
+) -> tuple[torch.Tensor, torch.Tensor]:  # [pairs], [pairs]
+    """Norm of each pair's gradient of the parameters, as Eq. 35 has it, from one backward for each pair."""
     parameters = list(policy.model.parameters())
-    norms, prob = [], []
+    norms, margins = [], []
     for index in indices:
         out = preference_loss(policy, loss_fn, data, [index])
         gradients = torch.autograd.grad(out.loss, parameters)
         norms.append(torch.stack([gradient.norm() for gradient in gradients]).norm())
-        prob.append(rank_probability(out))
-    return gradient_contribution_ratio(torch.stack(norms), torch.cat(prob)).item()
+        margins.append(reward_margins(out))
+    return torch.stack(norms), torch.cat(margins)
 
 
 def configured(loss_fn: FusedFocalPOLoss, policy: Policy) -> FusedFocalPOLoss:
@@ -207,15 +221,15 @@ def evaluate(
     held_out: PreferenceSet,
 ) -> None:
     """Fill in what the trained policy does on the held-out pairs."""
-    loss_fn.eval()  # α-DPO's statistics stay as training left them
+    configured(loss_fn, policy).eval()  # α-DPO's statistics stay as training left them
     batches = held_out.by_length()
-    middle = batches[len(batches) // 2]
-    hidden = policy.hidden(held_out.batch(middle))
-    hidden.retain_grad()
-    out = preference_loss(policy, loss_fn, held_out, middle, hidden)
-    out.loss.backward()
-    run.final_contribution = contribution(hidden, out)
-    run.final_exact_contribution = exact_contribution(policy, loss_fn, held_out, middle)
+    some = batches[len(batches) // 4 :: max(1, len(batches) // 4)]
+    for name, norms_of in (
+        ("final_contribution", hidden_norms),
+        ("final_exact_contribution", parameter_norms),
+    ):
+        pairs = [norms_of(policy, loss_fn, held_out, indices) for indices in some]
+        setattr(run, name, contribution(*(torch.cat(values) for values in zip(*pairs, strict=True))))
 
     frozen = Policy(reference, policy.tokenizer)
     own, margins, kl, tokens = [], [], torch.zeros(2), torch.zeros(2)
@@ -225,7 +239,7 @@ def evaluate(
             hidden = policy.hidden(batch)
             out = preference_loss(policy, loss_fn, held_out, indices, hidden)
             kl += token_kl(policy, frozen, batch, hidden).sum(-1).view(2, -1).sum(-1).cpu()
-        own.append(out.chosen_rewards - out.rejected_rewards)
+        own.append(reward_margins(out))
         refs = held_out.ref_logps[:, indices]
         margins.append((out.chosen_logps - refs[0]) - (out.rejected_logps - refs[1]))
         tokens += out.lengths.view(2, -1).sum(-1).cpu()
@@ -261,12 +275,12 @@ def over_seeds(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> 
     return f"{mean}±{scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def show(runs: Sequence[Run]) -> None:
+def show(runs: Sequence[Run], before: dict[str, float]) -> None:
     results = Table(title="Held-out pairs: mean ± standard deviation over the seeds")
     for column in ("", "own accuracy", "accuracy", "margin", "KL"):
         results.add_column(column, no_wrap=True)
     stages = Table(title="R(t) in per cent, beside DynamicFocalPO's Table 8")
-    for column in ("", *STAGES, "Table 8"):
+    for column in ("", *STAGES, "Table 8", "after", "exact"):
         stages.add_column(column, no_wrap=True)
     for method, own in by_method(runs).items():
         results.add_row(
@@ -277,28 +291,34 @@ def show(runs: Sequence[Run]) -> None:
             over_seeds([run.chosen_kl for run in own], digits=2),
         )
         cells = [over_seeds([run.stage(stage) for run in own], 100, 1) for stage in STAGES]
-        stages.add_row(method, *cells, "/".join(map(str, TABLE_8.get(method, ()))))
+        stages.add_row(
+            method,
+            *cells,
+            "/".join(map(str, TABLE_8.get(method, ()))),
+            over_seeds([run.final_contribution for run in own], 100, 1),
+            over_seeds([run.final_exact_contribution for run in own], 100, 1),
+        )
     console = Console()
     console.print(results)
+    level = ", ".join(f"{method} {accuracy:.3f}" for method, accuracy in before.items())
+    print(f"own accuracy before training: {level}; the other methods have one of these two rewards")
     print(
         "own accuracy: by the method's own reward; accuracy and margin: by log(π_θ/π_ref), in nats, for all"
     )
     print("KL: KL(π_ref ‖ π_θ) of the chosen completions, in nats per token")
     console.print(stages)
-    apart = [abs(run.final_contribution - run.final_exact_contribution) for run in runs]
-    print(
-        "R is that of the gradient of the hidden states. On a batch of held-out pairs, after training, it is"
-    )
-    mean, most = 100 * statistics.fmean(apart), 100 * max(apart)
-    print(f"{mean:.1f} from that of the parameters on average, {most:.1f} at most.")
+    print("after: on held-out pairs after training; exact: the same from the gradient of the parameters")
 
 
-def save(runs: Sequence[Run], claims: dict[str, float], args: argparse.Namespace) -> None:
+def save(
+    runs: Sequence[Run], claims: dict[str, float], before: dict[str, float], args: argparse.Namespace
+) -> None:
     record = {
         "arguments": vars(args),
         "versions": {module.__name__: module.__version__ for module in (focalkern, torch, transformers)},
         "python": platform.python_version(),
         "claims": claims,
+        "own_accuracy_before": before,
         "runs": [describe(run) for run in runs],
     }
     (args.out / "reproduction.json").write_text(json.dumps(record, indent=1, default=str), encoding="utf-8")
@@ -320,7 +340,7 @@ def plot(runs: Sequence[Run], path: Path) -> None:
         axes.plot(range(window, len(mean) + 1), smooth, label=method)
     axes.set(xlabel="step", ylabel="R(t): share of the gradient from correctly ranked pairs")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -54,6 +54,16 @@ def check_integer(name: str, value: object, low: int) -> None:
         raise ValueError(f"{name} must be >= {low}; got {value!r}")
 
 
+def check_gamma(gamma: object, schedule: type) -> None:
+    if isinstance(gamma, schedule):
+        return
+    if isinstance(gamma, bool) or not isinstance(gamma, Real):
+        raise TypeError(
+            f"gamma must be a number or a {schedule.__name__}; got {type(gamma).__name__} {gamma!r}"
+        )
+    check_number("gamma", gamma, low=0.0)
+
+
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
@@ -115,7 +125,9 @@ def check_outputs(outputs: object) -> tuple[str, ...]:
 
 def check_tensor(name: str, value: object) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}")
+        part = next((part for part in ("last_hidden_state", "weight") if hasattr(value, part)), None)
+        hint = f": take its .{part}" if part else ""
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}{hint}")
     return value
 
 
@@ -137,9 +149,10 @@ def check_head(
             + (" (a parameter sharded by ZeRO-3 or FSDP? gather it first)" if not weight.numel() else "")
         )
     if hidden.dim() < 2 or hidden.shape[-1] != weight.shape[1]:
+        is_vocabulary = hidden.shape[-1:] == weight.shape[:1]
         raise ValueError(
             f"{prefix}hidden must be [..., H] with H = {weight.shape[1]}, the width of {prefix}weight;"
-            f" got {_shape(hidden)}"
+            f" got {_shape(hidden)}" + (" (logits, or a transposed weight?)" if is_vocabulary else "")
         )
     if weight.dtype != hidden.dtype:
         raise TypeError(
@@ -293,7 +306,9 @@ def check_per_pair(name: str, value: torch.Tensor, pairs: int, like: torch.Tenso
 
 
 def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Tensor) -> None:
-    check_tensor(name, value)
+    if not isinstance(value, torch.Tensor):
+        hint = "set options of the function by functools.partial"
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__} ({hint})")
     if value.dim() and value.shape[0] != pairs:
         raise ValueError(f"{name} must be [B, ...] with B = {pairs}, or 0-dim; got {_shape(value)}")
     _check_device(name, value, like)

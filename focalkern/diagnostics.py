@@ -23,6 +23,7 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
     | prob                           | p, the probability that chosen is preferred                  |
     | weight                         | −dL/du: the focal weight (FocalPO Eq. 6)                     |
     | flipped                        | 1 where the loss pushes a pair together                      |
+    | gamma                          | γ at the step of the schedule                                |
     | adaptive_margin                | α·M* (α-DPO), where the loss has one                         |
 
     A `FusedPairLoss` has no u: in place of `weight` come `chosen_weight` and `rejected_weight`, −dloss/dlogps
@@ -41,6 +42,7 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
     }
     if isinstance(out, FocalPOOutput):
         metrics |= {"weight": out.weight, "flipped": (out.weight < 0).to(margins.dtype)}
+        metrics["gamma"] = out.weight.new_full((), out.gamma)
         if out.adaptive_margin is not None:
             metrics["adaptive_margin"] = out.adaptive_margin
     elif isinstance(out, PairLossOutput):
@@ -87,16 +89,18 @@ def pair_gradient_norms(
 @torch.no_grad()
 def gradient_contribution_ratio(
     norms: torch.Tensor,  # [B]
-    prob: torch.Tensor,  # [B]
+    margins: torch.Tensor,  # [B]
 ) -> torch.Tensor:  # []
-    """R = Σ_{i: p_i > ½} ‖∇L_i‖ / Σ_i ‖∇L_i‖, the share of the correctly ranked pairs (DynamicFocalPO Eq.
-    35).
+    """R = Σ_{i: margin_i > 0} ‖∇L_i‖ / Σ_i ‖∇L_i‖, the share of correctly ranked pairs (DynamicFocalPO, 35).
 
-    `norms` from `pair_gradient_norms`, `prob` the output's; NaN where all norms are 0.
+    `norms` are those of `pair_gradient_norms`, `margins` is `out.chosen_rewards − out.rejected_rewards`. A
+    pair is ranked correctly where the chosen has the higher reward; one that is level counts for half. Where
+    the loss has no margin that is p > ½, as Eq. 35 has it; with one, p > ½ asks for more than the right
+    order. NaN where all norms are 0.
 
     Raises:
         ValueError: the shapes differ.
     """
-    if norms.shape != prob.shape:
-        raise ValueError(f"norms must be [B] like prob, {list(prob.shape)}; got {list(norms.shape)}")
-    return (norms * (prob > 0.5)).sum() / norms.sum()
+    if norms.shape != margins.shape:
+        raise ValueError(f"norms must be [B] like margins, {list(margins.shape)}; got {list(norms.shape)}")
+    return (norms * (margins.sign() + 1) / 2).sum() / norms.sum()

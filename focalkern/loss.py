@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,16 +17,20 @@ from focalkern.backends import PairObjective
 from focalkern.pair_head import PairBatch, PairHead, PairOutput
 from focalkern.schedules import CosineGamma, GammaSchedule
 
+# More than anyone accumulates over before the first step.
+_BATCHES_BEFORE_WARNING = 1000
+
 
 @dataclass(frozen=True, kw_only=True)
 class FocalPOOutput(PairOutput):
     """What `FusedFocalPOLoss` returns; the fields that every loss has are described in `PairOutput`.
 
     Per pair, [B]: `prob` is p = σ(u), `weight` −dL/du of the pair's own loss, `adaptive_margin` α·M* of α-DPO
-    (None where α is 0).
+    (None where α is 0). `gamma` is the γ that was used.
     """
 
     weight: torch.Tensor
+    gamma: float
     adaptive_margin: torch.Tensor | None = None
 
 
@@ -108,8 +114,7 @@ class FusedFocalPOLoss(PairHead):
     ) -> None:
         super().__init__(ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend)
         checks.check_objective_options(beta, modulation, margin, label_smoothing)
-        if not isinstance(gamma, GammaSchedule):
-            checks.check_number("gamma", gamma, low=0.0)
+        checks.check_gamma(gamma, GammaSchedule)
         checks.check_number("alpha", alpha, low=0.0)
         checks.check_number("ema_momentum", ema_momentum, low=0.0, high=1.0, exclude_high=True)
         checks.check_choice("implicit_reference", implicit_reference, tuple(IMPLICIT_REFERENCES))
@@ -138,6 +143,7 @@ class FusedFocalPOLoss(PairHead):
             )
         self.margin_statistics = RunningMoments(float(ema_momentum), ema_bias_correction, process_group)
         self._step = 0
+        self._batches_without_a_step = 0.0
 
     @classmethod
     def dpo(cls, beta: float = 0.1, **options) -> FusedFocalPOLoss:
@@ -182,6 +188,8 @@ class FusedFocalPOLoss(PairHead):
         The defaults are those of its Table 3 for Llama-3-Instruct-8B. `set_step` moves it at every step.
         For another rate: `schedule=functools.partial(ExponentialGamma, rate=5.0)`.
         """
+        if not callable(schedule):
+            raise TypeError(f"schedule must be a class such as CosineGamma; got {type(schedule).__name__}")
         return cls(beta=beta, gamma=schedule(total_steps, gamma_max, gamma_min), **options)
 
     def set_step(self, step: int) -> None:
@@ -192,6 +200,7 @@ class FusedFocalPOLoss(PairHead):
         """
         checks.check_integer("step", step, low=0)
         self._step = int(step)
+        self._batches_without_a_step = -math.inf
 
     @property
     def current_gamma(self) -> float:
@@ -267,12 +276,13 @@ class FusedFocalPOLoss(PairHead):
             if chosen_kl is not None and rejected_kl is not None:
                 kl = torch.cat([chosen_kl, rejected_kl]).to(logps.dtype)
             adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, batch.sequences.lengths)
+        objective = self._objective()
         losses, prob, slope, rewards = PairLossFunction.apply(
             logps,
             None if self.reference_free else ref_logps,
             batch.sequences.lengths,
             adaptive_margin,
-            self._objective(),
+            objective,
             batch.backend,
         )
         chosen_logps, rejected_logps = logps.detach().chunk(2)
@@ -286,6 +296,7 @@ class FusedFocalPOLoss(PairHead):
             rejected_rewards=rejected_rewards,
             prob=prob,
             weight=-slope,
+            gamma=objective.gamma,
             lengths=batch.sequences.lengths,
             dropped_mass=head.dropped_mass,
             kept_share=head.kept_share,
@@ -346,6 +357,14 @@ class FusedFocalPOLoss(PairHead):
                 checks.check_per_pair(name, kl, batch.pairs, batch.hidden)
 
     def _objective(self) -> PairObjective:
+        if self.training and isinstance(self.gamma, GammaSchedule):
+            self._batches_without_a_step += 1
+            if self._batches_without_a_step == _BATCHES_BEFORE_WARNING:
+                warnings.warn(
+                    f"gamma has stayed at the start of its schedule for {_BATCHES_BEFORE_WARNING} batches:"
+                    " call set_step(t) with every optimizer step",
+                    stacklevel=3,
+                )
         return PairObjective(
             self.beta,
             self.current_gamma,

@@ -157,7 +157,8 @@ def kto(
 ) -> torch.Tensor:  # [2B]
     """λ_w·(1 − σ(r_w − β·kl)) and λ_l·(1 − σ(β·kl − r_l)), one per sequence: KTO (Ethayarajh et al. 2024).
 
-    `kl` is the estimate of KL(π_θ ‖ π_ref), see `kto_kl`. TRL: its KTOTrainer.
+    `kl` is the estimate of KL(π_θ ‖ π_ref), from completions beside prompts that are not their own: `kto_kl`.
+    TRL: its KTOTrainer.
     """
     checks.check_number("desirable_weight", desirable_weight, low=0.0)
     checks.check_number("undesirable_weight", undesirable_weight, low=0.0)
@@ -290,10 +291,11 @@ def with_wpo_weights(function: PairLoss) -> PairLoss:
 def weighted_sum(*terms: tuple[PairLoss, float]) -> PairLoss:
     """Σ weight·function(pairs), as MPO (Wang et al. 2024) mixes DPO, BCO and SFT. TRL: `loss_weights`.
 
-    Named tensors go to the functions that take them; 0-dim losses count for each pair.
+    `weighted_sum((dpo, 0.8), (sft, 1.0))`. Named tensors go to the functions that take them; 0-dim losses
+    count for each pair.
     """
-    if not terms:
-        raise ValueError("terms must be (function, weight) pairs; got none")
+    if not terms or not all(isinstance(term, tuple) and len(term) == 2 for term in terms):
+        raise ValueError(f"terms must be (function, weight) pairs, one after the other; got {terms!r}")
     for _, weight in terms:
         checks.check_number("weight", weight)
     return _WeightedSum(terms)

@@ -171,11 +171,6 @@ class FusedPairLoss(PairHead):
             ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend, ld_alpha
         )
         check_function(function)
-        taken = RESERVED_NAMES.intersection(parameters_of(function))
-        if taken:
-            raise TypeError(
-                f"function must call its tensors other than the loss's arguments; got {sorted(taken)}"
-            )
         checks.check_number("beta", beta, low=0.0, exclude_low=True)
         self.function = function
         self.beta = float(beta)
@@ -329,19 +324,28 @@ def check_pair_loss(
         try:
             gradcheck(lambda x, name=name: losses({name: x}) * scale, leaf)
         except GradcheckError as error:
-            raise ValueError(f"gradient of {function_name(function)} in {name} is wrong: {error}") from None
+            what = f"gradient of {function_name(function)} in {name} is wrong"
+            if isinstance(function, torch.nn.Module) and function.training:
+                what += " in training mode (what moves running statistics is to be checked in eval mode)"
+            raise ValueError(f"{what}: {error}") from None
 
 
 def check_function(function: Any) -> None:
     """A function, or a module itself: through a partial or a bound method its state would be lost."""
     if not callable(function):
-        raise TypeError(f"function must be callable; got {type(function).__name__}")
+        hint = ", such as one of focalkern.methods" if isinstance(function, str) else ""
+        raise TypeError(f"function must be callable{hint}; got {type(function).__name__}")
     inner = function
     while isinstance(inner, functools.partial):
         inner = inner.func
     inner = getattr(inner, "__self__", inner)
     if isinstance(inner, torch.nn.Module) and inner is not function:
         raise TypeError("function must be a module itself, or its state would be lost; got a part of one")
+    taken = RESERVED_NAMES.intersection(parameters_of(function))
+    if taken:
+        raise TypeError(
+            f"function must call its tensors other than the loss's arguments; got {sorted(taken)}"
+        )
 
 
 def parameters_of(function: PairLoss) -> dict[str, inspect.Parameter]:

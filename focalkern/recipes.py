@@ -34,7 +34,10 @@ class Recipe:
         return dict(self.settings)
 
     def loss(self, **options) -> FusedFocalPOLoss:
-        """The loss; `options` come on top, `total_steps` among them where γ has a schedule."""
+        """The loss; `options` come on top, `total_steps` among them where γ has a schedule.
+
+        Each for itself: another beta leaves margin and alpha as they are.
+        """
         make = FusedFocalPOLoss if self.method == "focalpo" else getattr(FusedFocalPOLoss, self.method)
         return make(**{**self.options, **options})
 
@@ -63,7 +66,9 @@ DPO_MISTRAL_BASE_7B = _recipe("dpo", MISTRAL_BASE, 5e-7, _FOCALPO, beta=0.01)
 
 FOCALPO_MISTRAL_BASE_7B = _recipe("focalpo", MISTRAL_BASE, 5e-7, _FOCALPO, beta=0.01, gamma=0.05)
 # FocalPO names no β for Llama-3 ("the setting of SimPO"); DynamicFocalPO has 0.1 for the same setting.
-FOCALPO_LLAMA3_INSTRUCT_8B = _recipe("focalpo", LLAMA3_INSTRUCT, 6e-7, _FOCALPO, beta=0.1, gamma=0.05)
+FOCALPO_LLAMA3_INSTRUCT_8B = _recipe(
+    "focalpo", LLAMA3_INSTRUCT, 6e-7, f"{_FOCALPO}; beta: {_DYNAMIC}", beta=0.1, gamma=0.05
+)
 
 DYNAMIC_MISTRAL_BASE_7B = _recipe(
     "dynamic", MISTRAL_BASE, 5e-7, _DYNAMIC, beta=0.01, gamma_max=0.1, gamma_min=0.01

@@ -94,7 +94,7 @@ def test_gradient_contribution_ratio_is_that_of_each_pair_by_itself(gamma, packe
     out = loss_fn(weight=batch.weight, **inputs, **refs, **options)
     out.loss.backward()
     norms = pair_gradient_norms(inputs["hidden"].grad, **options)
-    ratio = gradient_contribution_ratio(norms, out.prob)
+    ratio = gradient_contribution_ratio(norms, out.chosen_rewards - out.rejected_rewards)
 
     expected = []
     for pair in range(batch.pairs):
@@ -111,10 +111,36 @@ def test_gradient_contribution_ratio_is_that_of_each_pair_by_itself(gamma, packe
     assert ratio.item() == pytest.approx((expected[right].sum() / expected.sum()).item(), rel=1e-5)
 
 
+def test_a_margin_of_the_loss_does_not_change_what_is_ranked_correctly(backend):
+    batch = Batch(LENGTHS)
+    hidden = batch.hidden.clone().requires_grad_()
+    out = FusedFocalPOLoss.simpo(2.0, margin=50.0, backend=backend)(hidden, batch.weight, batch.labels)
+    out.loss.backward()
+    assert (out.prob < 0.5).all()
+    margins = out.chosen_rewards - out.rejected_rewards
+    assert 0 < (margins > 0).sum() < batch.pairs
+    norms = pair_gradient_norms(hidden.grad)
+    expected = norms[margins > 0].sum() / norms.sum()
+    assert gradient_contribution_ratio(norms, margins).item() == pytest.approx(expected.item())
+
+
+def test_pairs_that_are_level_count_for_half():
+    assert gradient_contribution_ratio(torch.ones(4), torch.tensor([0.0, 0.0, 1.0, -1.0])) == 0.5
+
+
+def test_gamma_of_the_schedule_is_reported(backend):
+    batch = Batch(LENGTHS)
+    loss_fn = FusedFocalPOLoss.dynamic(10, backend=backend)
+    loss_fn.set_step(5)
+    out = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    assert out.gamma == loss_fn.current_gamma
+    assert pair_metrics(out)["gamma"].item() == pytest.approx(loss_fn.current_gamma)
+
+
 def test_wrong_shapes_are_refused_by_name():
     with pytest.raises(ValueError, match=r"^dhidden must be \[2B, T, H\]"):
         pair_gradient_norms(torch.zeros(3, 4, 5))
     with pytest.raises(ValueError, match=r"^dhidden must be \[N, H\]"):
         pair_gradient_norms(torch.zeros(2, 4, 5), cu_seqlens=torch.tensor([0, 1, 2]))
-    with pytest.raises(ValueError, match=r"^norms must be \[B\] like prob, \[3\]; got \[2\]"):
+    with pytest.raises(ValueError, match=r"^norms must be \[B\] like margins, \[3\]; got \[2\]"):
         gradient_contribution_ratio(torch.zeros(2), torch.zeros(3))

@@ -67,6 +67,8 @@ def test_it_writes_every_figure_and_a_record_of_all_runs(result):
         assert run["R"]["late"] == pytest.approx(sum(run["contribution"][10:]) / 2, abs=1e-4)
         # The gradient of the hidden states stands for that of the parameters.
         assert abs(run["final_contribution"] - run["final_exact_contribution"]) <= 0.2
+    # Policy and reference are equal before training: DPO's rewards are level.
+    assert record["own_accuracy_before"]["DPO"] == 0.5
 
 
 def test_methods_are_those_of_the_papers():

@@ -6,6 +6,7 @@ import copy
 import io
 import itertools
 import math
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +14,7 @@ import torch
 from test_loss import Batch
 from tolerance import relative_error
 
-from focalkern import CosineGamma, ExponentialGamma, FusedFocalPOLoss, GammaSchedule, LinearGamma
+from focalkern import CosineGamma, ExponentialGamma, FusedFocalPOLoss, GammaSchedule, LinearGamma, loss
 
 SCHEDULES = {
     LinearGamma: lambda t, T: 0.1 - (0.1 - 0.01) * t / T,
@@ -147,6 +148,27 @@ def test_the_step_survives_a_copy_and_a_parent_module():
 def test_a_bad_step_is_refused(step, exception):
     with pytest.raises(exception, match=r"^step must be"):
         FusedFocalPOLoss(gamma=CosineGamma(10)).set_step(step)
+
+
+def test_a_schedule_that_nobody_moves_is_pointed_out(monkeypatch):
+    monkeypatch.setattr(loss, "_BATCHES_BEFORE_WARNING", 3)
+    batch = Batch((2, 1))
+    forgotten, moved = (FusedFocalPOLoss.dynamic(10) for _ in range(2))
+    moved.set_step(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(5):
+            losses_at(moved, batch)
+        losses_at(forgotten.eval(), batch)
+        losses_at(forgotten.train(), batch)
+        losses_at(forgotten, batch)
+    with pytest.warns(UserWarning, match=r"^gamma has stayed at the start.*call set_step"):
+        losses_at(forgotten, batch)
+
+
+def test_the_preset_takes_a_class_for_its_schedule():
+    with pytest.raises(TypeError, match=r"^schedule must be a class such as CosineGamma; got str"):
+        FusedFocalPOLoss.dynamic(10, schedule="cosine")
 
 
 def test_a_schedule_of_ones_own(backend):
