@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -428,3 +429,22 @@ def test_auto_takes_the_torch_backend_where_triton_cannot_run(monkeypatch):
     assert focalkern.backends.select_backend("auto", torch.zeros(1)).__name__.endswith("torch_backend")
     double = torch.zeros(1, dtype=torch.float64)
     assert focalkern.backends.select_backend("auto", double).__name__.endswith("torch_backend")
+
+
+@pytest.mark.parametrize("loss", [FusedFocalPOLoss(reference_free=True), linear_logps], ids=["loss", "logps"])
+def test_what_is_easily_mistaken_for_the_arguments_is_recognised(loss):
+    hidden, weight = torch.randn(2, 4, 8), torch.nn.Linear(8, 20)
+    labels = torch.zeros(2, 4, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"^weight must be a torch.Tensor; got Linear: take its .weight"):
+        loss(hidden, weight, labels)
+    output = SimpleNamespace(last_hidden_state=hidden)
+    with pytest.raises(TypeError, match=r"^hidden must be a torch.Tensor; .*: take its .last_hidden_state"):
+        loss(output, weight.weight, labels)
+    for mistaken in ((weight(hidden), weight.weight), (hidden, weight.weight.T)):
+        with pytest.raises(ValueError, match=r"^hidden must be .* \(logits, or a transposed weight\?\)"):
+            loss(*mistaken, labels)
+
+
+def test_gamma_of_another_type_is_told_what_it_can_be():
+    with pytest.raises(TypeError, match=r"^gamma must be a number or a GammaSchedule; got str 'cosine'"):
+        FusedFocalPOLoss(gamma="cosine")

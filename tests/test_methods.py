@@ -593,6 +593,16 @@ def test_discopop_is_finite_for_a_badly_misranked_pair():
     assert [g.item() for g in gradients] == pytest.approx([-0.1, 0.1])
 
 
+@pytest.mark.parametrize(
+    "terms",
+    [(), ([(methods.dpo, 1.0)],), (methods.dpo, methods.sft), ((methods.dpo,),)],
+    ids=["none", "a list", "functions", "no weight"],
+)
+def test_terms_of_another_shape_are_refused_with_what_they_should_be(terms):
+    with pytest.raises(ValueError, match=r"^terms must be \(function, weight\) pairs"):
+        methods.weighted_sum(*terms)
+
+
 def test_combined_losses_show_what_they_are_made_of():
     function = methods.weighted_sum((methods.with_wpo_weights(methods.dpo), 1.0), (methods.sft, 0.1))
     assert "sft" in repr(function)

@@ -519,6 +519,18 @@ def test_a_part_of_a_module_is_refused_because_its_state_would_be_lost(part, mak
         make(part(RunningBCO()))
 
 
+def test_the_name_of_a_method_is_pointed_to_the_function():
+    with pytest.raises(
+        TypeError, match=r"^function must be callable, such as one of focalkern.methods; got str"
+    ):
+        FusedPairLoss("ipo")
+
+
+def test_check_pair_loss_points_to_eval_mode():
+    with pytest.raises(ValueError, match=r"in training mode .* eval mode"):
+        check_pair_loss(RunningBCO().double())
+
+
 def test_a_tensor_that_is_called_like_an_argument_of_the_loss_is_refused():
     def function(pairs, *, labels):
         return pairs.chosen_logps * labels
