@@ -280,8 +280,11 @@ def show(runs: Sequence[Run], before: dict[str, float]) -> None:
     for column in ("", "own accuracy", "accuracy", "margin", "KL"):
         results.add_column(column, no_wrap=True)
     stages = Table(title="R(t) in per cent, beside DynamicFocalPO's Table 8")
-    for column in ("", *STAGES, "Table 8", "after", "exact"):
+    for column in ("", *STAGES, "Table 8"):
         stages.add_column(column, no_wrap=True)
+    proxy = Table(title="R in per cent, on held-out pairs after training, from the gradient of")
+    for column in ("", "hidden states", "parameters"):
+        proxy.add_column(column, no_wrap=True)
     for method, own in by_method(runs).items():
         results.add_row(
             method,
@@ -295,6 +298,9 @@ def show(runs: Sequence[Run], before: dict[str, float]) -> None:
             method,
             *cells,
             "/".join(map(str, TABLE_8.get(method, ()))),
+        )
+        proxy.add_row(
+            method,
             over_seeds([run.final_contribution for run in own], 100, 1),
             over_seeds([run.final_exact_contribution for run in own], 100, 1),
         )
@@ -307,7 +313,8 @@ def show(runs: Sequence[Run], before: dict[str, float]) -> None:
     )
     print("KL: KL(π_ref ‖ π_θ) of the chosen completions, in nats per token")
     console.print(stages)
-    print("after: on held-out pairs after training; exact: the same from the gradient of the parameters")
+    print("R from the gradient of the hidden states, which one backward has for all pairs")
+    console.print(proxy)
 
 
 def save(
