@@ -198,8 +198,8 @@ class FusedPairLoss(PairHead):
 
         Args:
             ref_chosen_logps, ref_rejected_logps: needed where the function takes them.
-            tensors: given to the function by name: one value per pair `[B, ...]`, or 0-dim. They may ask for a
-                gradient.
+            tensors: given to the function by name: one value per pair `[B, ...]`, or 0-dim; with their
+                gradients, if they require them.
 
         Raises:
             ValueError, TypeError: naming the argument; from the function, whatever it raises.
