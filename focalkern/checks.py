@@ -252,14 +252,24 @@ def check_pair_layout(
             raise ValueError(f"hidden must have T > 0 positions to shift; got {_shape(hidden)}")
         return
     check_tensor("cu_seqlens", cu_seqlens)
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
+        raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
+    check_cu_seqlens(cu_seqlens, hidden)
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Boundaries of packed sequences, for hidden [N, H]."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [N, H] when cu_seqlens is given; got {_shape(hidden)}")
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
-        raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(
+            f"cu_seqlens must be [S + 1], the boundaries of S sequences; got {_shape(cu_seqlens)}"
+        )
     _check_device("cu_seqlens", cu_seqlens, hidden)
-    n = labels.shape[0]
+    n = hidden.shape[0]
     in_order = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     _fail_if(
         ~in_order,

@@ -23,6 +23,7 @@ def linear_kl(
     ref_bias: torch.Tensor | None = None,  # [V]
     ignore_index: int = -100,
     shift: bool = False,
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
@@ -47,7 +48,9 @@ def linear_kl(
         labels: `[..., T]` int64 or int32, in [0, V) or `ignore_index`: they say which positions count.
         bias, ref_bias: `[V]`, dtype of hidden.
         shift: labels are the input ids (prompt masked), position t predicts label t+1, the result is `[..., T
-            − 1]`. One dimension is one sequence.
+            − 1]`. One dimension is one sequence, unless `cu_seqlens` says otherwise.
+        cu_seqlens: `[S + 1]` int32 or int64, boundaries of packed sequences, for hidden `[N, H]` and labels
+            `[N]`; the result is `[N]`, with `shift` 0 at each sequence's last position.
         temperature, softcap, logit_scale: of the logits of both models.
         backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
 
@@ -72,7 +75,9 @@ def linear_kl(
     checks.check_labels(labels, hidden)
     checks.check_shift(shift, labels)
 
-    aligned = aligned_labels(labels, ignore_index, shift)
+    if cu_seqlens is not None:
+        checks.check_cu_seqlens(cu_seqlens, hidden)
+    aligned = aligned_labels(labels, ignore_index, shift, cu_seqlens)
     checks.check_label_values(aligned, weight.shape[0], ignore_index)
     module = select_backend(backend, hidden)
     rows = pick_rows(aligned, hidden.shape[-2], ignore_index, synchronize=module.EXACT_ROW_COUNT)

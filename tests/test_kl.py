@@ -419,6 +419,54 @@ def test_shift_equals_slicing(shape, backend):
     )
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_packed_gives_the_same_as_padded(shift, backend):
+    """Sequences of 4, 1, 0 and 6 tokens, their padding left out; and their sums, as TDPO takes them."""
+    lengths = torch.tensor([4, 1, 0, 6], device=DEVICE)
+    models = Models((4, 6))
+    real = torch.arange(6, device=DEVICE) < lengths[:, None]
+    models.labels[~real] = -100
+    cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    leaves = models.leaves()
+    padded = run(models, backend, leaves, shift=shift).sum(-1)
+
+    packed_leaves = [leaves[0].detach()[real].requires_grad_(), models.leaves()[1]]
+    packed = linear_kl(
+        *packed_leaves,
+        models.ref[0][real],
+        models.ref[1],
+        models.labels[real],
+        shift=shift,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+    )
+    assert packed.shape == (11,)
+    sums = torch.segment_reduce(packed, "sum", offsets=cu_seqlens)
+    torch.testing.assert_close(sums, padded, rtol=1e-6, atol=1e-6)
+    gradients = torch.autograd.grad(sums.sum(), packed_leaves)
+    expected = torch.autograd.grad(padded.sum(), leaves)
+    torch.testing.assert_close(gradients[0], expected[0][real], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradients[1], expected[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "exception", "message"),
+    [
+        (torch.tensor([0, 4, 3, 9]), ValueError, "must start at 0, never decrease and end at N = 9"),
+        (torch.tensor([0, 8]), ValueError, "must start at 0, never decrease and end at N = 9"),
+        (torch.tensor([0.0, 9.0]), TypeError, "must be int64 or int32"),
+        (torch.tensor([9]), ValueError, r"must be \[S \+ 1\]"),
+    ],
+    ids=["falling", "short", "dtype", "one"],
+)
+def test_bad_boundaries_of_packed_sequences_are_refused(cu_seqlens, exception, message):
+    models = Models((9,))
+    with pytest.raises(exception, match=f"^cu_seqlens {message}"):
+        run(models, "torch", cu_seqlens=cu_seqlens)
+    with pytest.raises(ValueError, match=r"^hidden must be \[N, H\] when cu_seqlens is given"):
+        run(Models((3, 3)), "torch", cu_seqlens=torch.tensor([0, 9]))
+
+
 def test_the_ignored_label_may_be_a_token(backend):
     models = Models(vocab_size=4)
     labels = models.labels.where(models.labels != -100, 3)
