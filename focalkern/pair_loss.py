@@ -131,7 +131,8 @@ class FusedPairLoss(PairHead):
         out = loss_fn(hidden, weight, labels, ref_chosen_logps=..., ref_rejected_logps=...)
         out.loss.backward()
 
-    Options of a function are set by `functools.partial(function, option=...)`. Autograd differentiates the
+    As a decorator, `@FusedPairLoss`, it makes a function the loss with the default options. Options of the
+    function itself are set by `functools.partial(function, option=...)`. Autograd differentiates the
     function, and the fused head takes what comes out, one number per token. `check_pair_loss` compares that
     with finite differences.
 

@@ -519,6 +519,15 @@ def test_a_part_of_a_module_is_refused_because_its_state_would_be_lost(part, mak
         make(part(RunningBCO()))
 
 
+def test_it_is_a_decorator_too():
+    @FusedPairLoss
+    def decorated(pairs):
+        return methods.ipo(pairs)
+
+    batch = Batch()
+    assert torch.equal(step(decorated, batch)[0].losses, step(FusedPairLoss(methods.ipo), batch)[0].losses)
+
+
 def test_the_name_of_a_method_is_pointed_to_the_function():
     with pytest.raises(
         TypeError, match=r"^function must be callable, such as one of focalkern.methods; got str"
