@@ -15,7 +15,7 @@ export OMP_WAIT_POLICY := PASSIVE
 demo: $(VENV)/ready
 	$(RUN) examples/quickstart.py
 
-# The papers' figures, and their methods side by side: 15 to 30 minutes on 2 cores.
+# The papers' figures, and their methods side by side: 12 minutes on 2 cores.
 reproduce: $(VENV)/ready
 	$(RUN) examples/reproduce.py
 

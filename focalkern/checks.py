@@ -32,10 +32,11 @@ def check_number(
     high: float = math.inf,
     exclude_low: bool = False,
     exclude_high: bool = False,
+    kind: str = "a number",
 ) -> None:
     """A finite real number in [low, high], the ends left out as told."""
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__} {value!r}")
+        raise TypeError(f"{name} must be {kind}; got {type(value).__name__} {value!r}")
     number = float(value)
     too_low = number <= low if exclude_low else number < low
     too_high = number >= high if exclude_high else number > high
@@ -47,21 +48,11 @@ def check_number(
         )
 
 
-def check_integer(name: str, value: object, low: int) -> None:
+def check_integer(name: str, value: object, low: float = -math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an int; got {type(value).__name__} {value!r}")
     if value < low:
         raise ValueError(f"{name} must be >= {low}; got {value!r}")
-
-
-def check_gamma(gamma: object, schedule: type) -> None:
-    if isinstance(gamma, schedule):
-        return
-    if isinstance(gamma, bool) or not isinstance(gamma, Real):
-        raise TypeError(
-            f"gamma must be a number or a {schedule.__name__}; got {type(gamma).__name__} {gamma!r}"
-        )
-    check_number("gamma", gamma, low=0.0)
 
 
 def check_flag(name: str, value: object) -> None:
@@ -92,8 +83,7 @@ def check_head_options(
 def check_logit_options(
     ignore_index: object, temperature: object, softcap: object, logit_scale: object
 ) -> None:
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, Integral):
-        raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__} {ignore_index!r}")
+    check_integer("ignore_index", ignore_index)
     check_number("temperature", temperature, low=0.0, exclude_low=True)
     if softcap is not None:
         check_number("softcap", softcap, low=0.0, exclude_low=True)
@@ -123,10 +113,10 @@ def check_outputs(outputs: object) -> tuple[str, ...]:
     return names
 
 
-def check_tensor(name: str, value: object) -> torch.Tensor:
+def check_tensor(name: str, value: object, hint: str = "") -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         part = next((part for part in ("last_hidden_state", "weight") if hasattr(value, part)), None)
-        hint = f": take its .{part}" if part else ""
+        hint = f": take its .{part}" if part else hint
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}{hint}")
     return value
 
@@ -316,9 +306,7 @@ def check_per_pair(name: str, value: torch.Tensor, pairs: int, like: torch.Tenso
 
 
 def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Tensor) -> None:
-    if not isinstance(value, torch.Tensor):
-        hint = "set options of the function by functools.partial"
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__} ({hint})")
+    check_tensor(name, value, hint=" (set options of the function by functools.partial)")
     if value.dim() and value.shape[0] != pairs:
         raise ValueError(f"{name} must be [B, ...] with B = {pairs}, or 0-dim; got {_shape(value)}")
     _check_device(name, value, like)

@@ -114,7 +114,8 @@ class FusedFocalPOLoss(PairHead):
     ) -> None:
         super().__init__(ignore_index, reduction, temperature, softcap, logit_scale, backward, tau, backend)
         checks.check_objective_options(beta, modulation, margin, label_smoothing)
-        checks.check_gamma(gamma, GammaSchedule)
+        if not isinstance(gamma, GammaSchedule):
+            checks.check_number("gamma", gamma, low=0.0, kind="a number or a GammaSchedule")
         checks.check_number("alpha", alpha, low=0.0)
         checks.check_number("ema_momentum", ema_momentum, low=0.0, high=1.0, exclude_high=True)
         checks.check_choice("implicit_reference", implicit_reference, tuple(IMPLICIT_REFERENCES))

@@ -22,11 +22,8 @@ def linear_logps(
 ) -> dict[str, torch.Tensor]:
     """Per-token log-probs and the optional outputs, 0/False where ignored; labels are aligned with hidden."""
     keep = labels != ignore_index
-    z = F.linear(hidden[keep], weight, bias) * logit_scale  # the rows that count: NaN elsewhere takes no part
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    z = z / temperature
-    log_p = torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=-1)
+    # The rows that count: NaN elsewhere takes no part.
+    z, log_p = _head(hidden[keep], weight, bias, temperature, softcap, logit_scale)
 
     target = labels[keep]
     values = {
@@ -54,17 +51,27 @@ def linear_kl(
 ) -> torch.Tensor:
     """Per-token KL(ref ‖ policy), 0 where ignored; labels are aligned with hidden."""
     keep = labels != ignore_index
-
-    def log_probs(hidden, weight, bias):
-        z = F.linear(hidden[keep], weight, bias) * logit_scale
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-        z = z / temperature
-        return torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=-1)
-
-    log_p, ref_log_p = log_probs(hidden, weight, bias), log_probs(ref_hidden, ref_weight, ref_bias)
+    transform = (temperature, softcap, logit_scale)
+    _, log_p = _head(hidden[keep], weight, bias, *transform)
+    _, ref_log_p = _head(ref_hidden[keep], ref_weight, ref_bias, *transform)
     kl = F.kl_div(log_p, ref_log_p, reduction="none", log_target=True).sum(-1)
     return kl.new_zeros(labels.shape).masked_scatter(keep, kl)
+
+
+def _head(
+    hidden: torch.Tensor,  # [n, H]
+    weight: torch.Tensor,  # [V, H]
+    bias: torch.Tensor | None,  # [V]
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # [n, V], [n, V]
+    """Transformed logits, and their log-softmax in fp32 (fp64 for fp64 inputs)."""
+    z = F.linear(hidden, weight, bias) * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    z = z / temperature
+    return z, torch.log_softmax(z if z.dtype == torch.float64 else z.float(), dim=-1)
 
 
 def pair_losses(
