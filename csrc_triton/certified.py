@@ -28,6 +28,8 @@ def certified_dz_kernel(
     hidden_ptr,  # [M, H]
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
+    update_hidden_ptr,  # [M, R]
+    update_weight_ptr,  # [V, R]
     hidden_index_ptr,  # [n] int64
     targets_ptr,  # [n] int64
     lse_ptr,  # [n]
@@ -43,8 +45,11 @@ def certified_dz_kernel(
     NB,
     V,
     H,
+    R,
     stride_hidden,
     stride_weight,
+    stride_update_hidden,
+    stride_update_weight,
     in_scale,
     out_scale,
     HAS_BIAS: tl.constexpr,
@@ -53,6 +58,7 @@ def certified_dz_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
     i_tile = tl.program_id(0)
     i_block = tl.load(tile_block_ptr + i_tile)
@@ -79,6 +85,12 @@ def certified_dz_kernel(
         BLOCK_M,
         VOCAB_BLOCK,
         BLOCK_K,
+        update_hidden_ptr,
+        update_weight_ptr,
+        R,
+        stride_update_hidden,
+        stride_update_weight,
+        BLOCK_R,
     )
     b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
 

@@ -35,8 +35,11 @@ GROUP_M = 8
 #                  entries: 128 is dz's n, dweight's m, and what product sums over
 #   kl_fwd, kl_bwd_dz  rows × vocabulary over the hidden size, for two models in turn: two tiles of logits are
 #                  alive at a time; n is 128, the vocabulary block
+# `*_narrow` where n is at most `NARROW_COLUMNS`, as is the rank of an update: the launcher cuts the tile's n
+# to the next power of two. Such a product is bound by reading dz: small tiles, many at once.
 # `*_small` where the large tile would spill registers: optional outputs, softcap (also in kl_fwd) or entropy
 # gradient in the backward, or a hidden size that is not a multiple of 64.
+NARROW_COLUMNS = 128
 KERNELS = (
     "fwd",
     "fwd_small",
@@ -44,8 +47,10 @@ KERNELS = (
     "bwd_dz_small",
     "bwd_dweight",
     "bwd_dweight_small",
+    "bwd_dweight_narrow",
     "bwd_dhidden",
     "bwd_dhidden_small",
+    "bwd_dhidden_narrow",
     "kl_fwd",
     "kl_fwd_small",
     "kl_bwd_dz",
@@ -54,10 +59,18 @@ KERNELS = (
     "certified_dz_small",
     "certified_dweight",
     "certified_dweight_small",
+    "certified_dweight_narrow",
     "certified_product",
     "certified_product_small",
+    "certified_product_narrow",
 )
 
+_NARROW = {
+    "bwd_dweight_narrow": Launch(64, 64, 32, 4, 5),
+    "bwd_dhidden_narrow": Launch(64, 64, 32, 8, 3),
+    "certified_dweight_narrow": Launch(128, 64, 32, 8, 5),
+    "certified_product_narrow": Launch(64, 64, 32, 4, 3),
+}
 _SMALL = {
     "fwd_small": Launch(64, 128, 64, 8, 3),
     "bwd_dz_small": Launch(64, 128, 64, 8, 3),
@@ -68,6 +81,7 @@ _SMALL = {
     "certified_dz_small": Launch(64, 128, 64, 8, 3),
     "certified_dweight_small": Launch(128, 64, 32, 8, 5),
     "certified_product_small": Launch(64, 128, 32, 8, 3),
+    **_NARROW,
 }
 # fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
 # tile.
@@ -90,6 +104,7 @@ _FP32 = {
     "certified_dweight_small": Launch(128, 32, 32, 8, 5),
     "certified_product": Launch(64, 128, 32, 8, 3),
     "certified_product_small": Launch(64, 64, 32, 8, 3),
+    **_NARROW,
 }
 # mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
 _AMPERE = {

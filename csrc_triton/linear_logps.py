@@ -1,9 +1,9 @@
 """Kernels of the operator `linear_logps`: LM-head GEMM, log-softmax statistics, log-probs, exact backward.
 
-Names: n rows (completion tokens) of which `count` are real, V vocabulary, H hidden size, NB = ceil(V / 128)
-vocabulary blocks; `i_*` program indices, `o_*` offsets, `m_*` masks, `b_*` block values. Every output element
-has one writer and a fixed order of summation: results are bitwise reproducible. Launched by
-`focalkern.backends.triton_backend`.
+Names: n rows (completion tokens) of which `count` are real, V vocabulary, H hidden size, R rank of an update
+of the head, NB = ceil(V / 128) vocabulary blocks; `i_*` program indices, `o_*` offsets, `m_*` masks, `b_*`
+block values. Every output element has one writer and a fixed order of summation: results are bitwise
+reproducible. Launched by `focalkern.backends.triton_backend`.
 """
 
 import triton
@@ -41,8 +41,15 @@ def logits_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    update_hidden_ptr=None,
+    update_weight_ptr=None,
+    R=0,
+    stride_update_hidden=0,
+    stride_update_weight=0,
+    BLOCK_R: tl.constexpr = 0,  # divides R; 0 where the head has no update
 ):
-    """hidden @ weightᵀ + bias of one tile in fp32; and per row NaN if the product is not finite, else 0."""
+    """hidden @ weightᵀ + update_hidden @ update_weightᵀ + bias of one tile in fp32; and per row NaN if the
+    products are not finite, else 0."""
     # Columns past V repeat the last one: no mask in the inner loop, and the caller drops them.
     o_v = tl.minimum(o_v, V - 1)
     o_k = tl.arange(0, BLOCK_K)
@@ -62,6 +69,15 @@ def logits_tile(
         p_hidden += BLOCK_K
         p_weight += BLOCK_K
 
+    if BLOCK_R > 0:
+        o_r = tl.arange(0, BLOCK_R)
+        p_hidden = update_hidden_ptr + o_row[:, None] * stride_update_hidden + o_r[None, :]
+        p_weight = update_weight_ptr + o_v[:, None].to(tl.int64) * stride_update_weight + o_r[None, :]
+        for _ in range(0, R, BLOCK_R):
+            b_acc = tl.dot(tl.load(p_hidden), tl.trans(tl.load(p_weight)), b_acc, input_precision=PRECISION)
+            p_hidden += BLOCK_R
+            p_weight += BLOCK_R
+
     # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is
     # meant.
     b_poison = tl.sum(b_acc - b_acc, axis=1)
@@ -75,6 +91,8 @@ def linear_logps_fwd_kernel(
     hidden_ptr,  # [M, H]
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
+    update_hidden_ptr,  # [M, R]
+    update_weight_ptr,  # [V, R]
     hidden_index_ptr,  # [n] int64
     targets_ptr,  # [n] int64
     count_ptr,  # [1] int32
@@ -84,9 +102,12 @@ def linear_logps_fwd_kernel(
     stats_plane,  # n·NB
     V,
     H,
+    R,
     NB,
     stride_hidden,
     stride_weight,
+    stride_update_hidden,
+    stride_update_weight,
     in_scale,
     out_scale,
     HAS_BIAS: tl.constexpr,
@@ -97,6 +118,7 @@ def linear_logps_fwd_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     count = tl.load(count_ptr)
@@ -126,6 +148,12 @@ def linear_logps_fwd_kernel(
         BLOCK_M,
         BLOCK_V,
         BLOCK_K,
+        update_hidden_ptr,
+        update_weight_ptr,
+        R,
+        stride_update_hidden,
+        stride_update_weight,
+        BLOCK_R,
     )
     b_z, _ = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
 
@@ -246,6 +274,8 @@ def linear_logps_bwd_dz_kernel(
     hidden_ptr,  # [M, H]
     weight_ptr,  # [V, H]
     bias_ptr,  # [V]
+    update_hidden_ptr,  # [M, R]
+    update_weight_ptr,  # [V, R]
     hidden_index_ptr,  # [n] int64
     output_index_ptr,  # [n] int64
     targets_ptr,  # [n] int64
@@ -261,8 +291,11 @@ def linear_logps_bwd_dz_kernel(
     C,
     V,
     H,
+    R,
     stride_hidden,
     stride_weight,
+    stride_update_hidden,
+    stride_update_weight,
     in_scale,
     out_scale,
     HAS_BIAS: tl.constexpr,
@@ -273,6 +306,7 @@ def linear_logps_bwd_dz_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
     count = tl.load(count_ptr)
@@ -303,6 +337,12 @@ def linear_logps_bwd_dz_kernel(
         BLOCK_M,
         BLOCK_V,
         BLOCK_K,
+        update_hidden_ptr,
+        update_weight_ptr,
+        R,
+        stride_update_hidden,
+        stride_update_weight,
+        BLOCK_R,
     )
     b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
 

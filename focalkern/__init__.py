@@ -4,6 +4,7 @@ from focalkern.certificate import Certificate
 from focalkern.functional import LinearLogps, linear_logps
 from focalkern.kl import linear_kl
 from focalkern.loss import FocalPOOutput, FusedFocalPOLoss
+from focalkern.low_rank import LowRankUpdate
 from focalkern.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
 from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
 
@@ -19,6 +20,7 @@ __all__ = [
     "GammaSchedule",
     "LinearGamma",
     "LinearLogps",
+    "LowRankUpdate",
     "PairLossOutput",
     "Pairs",
     "check_pair_loss",

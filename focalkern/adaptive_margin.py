@@ -111,13 +111,17 @@ class RunningMoments(nn.Module):
     def standardized(self, values: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:  # [B]
         """(values − μ)/σ, and 0 where σ is not above `rounding`: then the values differ by nothing else."""
         self._follow(values.device)
-        mean, std = self.mean, self.std
-        unbiased_std = self._unbiased(std, self.std_weight)
-        if self.bias_correction:
-            mean, std = self._unbiased(mean, self.mean_weight), unbiased_std
+        mean, std = self.moments()
+        unbiased_std = self._unbiased(self.std, self.std_weight)
         # Divided by inf, NaN stays NaN.
         std = torch.where(unbiased_std > rounding.to(std), std, torch.inf)
         return ((values.to(mean) - mean) / std).to(values)
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:  # [], []
+        """μ and σ as values are standardised with; 0 where they are not known yet."""
+        if not self.bias_correction:
+            return self.mean, self.std
+        return self._unbiased(self.mean, self.mean_weight), self._unbiased(self.std, self.std_weight)
 
     def _unbiased(self, average: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return average / weight.clamp(min=torch.finfo(weight.dtype).tiny)

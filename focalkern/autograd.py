@@ -27,10 +27,12 @@ WORKSPACE_BYTES = 256 * 2**20
 
 
 class LinearLogpsFunction(torch.autograd.Function):
-    """logps_t = z[t, y_t] − logsumexp_v z[t, v] with z = T(hidden @ weightᵀ + bias), without holding z.
+    """logps_t = z[t, y_t] − logsumexp_v z[t, v], without holding z.
+
+        z = T(hidden @ weightᵀ + update_hidden @ update_weightᵀ + bias)
 
     Returns (logps, entropy, mean_logits, is_top1, log_sum_sq_probs), flat over the output positions, None
-    where not asked for. The first two are differentiable in hidden, weight and bias.
+    where not asked for. The first two are differentiable in all that z is made of.
     """
 
     @staticmethod
@@ -39,6 +41,8 @@ class LinearLogpsFunction(torch.autograd.Function):
         hidden: torch.Tensor,  # [M, H]
         weight: torch.Tensor,  # [V, H]
         bias: torch.Tensor | None,  # [V]
+        update_hidden: torch.Tensor | None,  # [M, R]
+        update_weight: torch.Tensor | None,  # [V, R]
         rows: Rows,
         transform: LogitTransform,
         outputs: tuple[str, ...],
@@ -47,12 +51,15 @@ class LinearLogpsFunction(torch.autograd.Function):
         backend: Backend,
     ):
         ctx.set_materialize_grads(False)
+        head = HeadInputs(hidden, weight, bias, update_hidden, update_weight)
         with torch.autocast(hidden.device.type, enabled=False):
-            result: HeadForward = backend.head_forward(hidden, weight, bias, rows, transform, outputs)
+            result: HeadForward = backend.head_forward(head, rows, transform, outputs)
         ctx.save_for_backward(
             hidden,
             weight,
             bias,
+            update_hidden,
+            update_weight,
             rows.hidden_index,
             rows.output_index,
             rows.targets,
@@ -78,13 +85,13 @@ class LinearLogpsFunction(torch.autograd.Function):
     def backward(ctx, grad_logps, grad_entropy, *_):
         no_grad_for_options = (None,) * 6
         if grad_logps is None and grad_entropy is None:
-            return None, None, None, *no_grad_for_options
+            return *(None,) * 5, *no_grad_for_options
         # Unpacked once: under activation checkpointing or offloading, each time costs, or is an error.
-        hidden, weight, bias, *rows, lse, one_minus_p, block_lse, entropy = ctx.saved_tensors
-        rows = Rows(*rows, ctx.output_shape)
-        head = (hidden, weight, bias, rows, ctx.transform, lse, one_minus_p)
-        needs = ctx.needs_input_grad[:3]
-        with torch.autocast(hidden.device.type, enabled=False):
+        *tensors, lse, one_minus_p, block_lse, entropy = ctx.saved_tensors
+        head, rows = HeadInputs(*tensors[:5]), Rows(*tensors[5:], ctx.output_shape)
+        forward = (head, rows, ctx.transform, lse, one_minus_p)
+        needs = ctx.needs_input_grad[:5]
+        with torch.autocast(head.hidden.device.type, enabled=False):
             g = pairs = None
             if block_lse is not None and grad_entropy is None and rows.targets.numel():
                 g = row_gradients(grad_logps, rows)
@@ -98,10 +105,10 @@ class LinearLogpsFunction(torch.autograd.Function):
             if pairs is None:
                 if ctx.dropped is not None:
                     ctx.dropped.fill_exact()
-                gradients = ctx.backend.head_backward(*head, entropy, grad_logps, grad_entropy, needs)
+                gradients = ctx.backend.head_backward(*forward, entropy, grad_logps, grad_entropy, needs)
             else:
                 gradients = ctx.backend.head_backward_certified(
-                    *head, g, pairs, ctx.tau, needs, WORKSPACE_BYTES
+                    *forward, g, pairs, ctx.tau, needs, WORKSPACE_BYTES
                 )
         return *gradients, *no_grad_for_options
 
@@ -209,7 +216,8 @@ class LinearKLFunction(torch.autograd.Function):
         policy, ref = HeadInputs(*tensors[:3]), HeadInputs(*tensors[3:])
         rows = Rows(hidden_index, output_index, targets, count, ctx.output_shape)
         with torch.autocast(policy.hidden.device.type, enabled=False):
+            needs = (*ctx.needs_input_grad[:3], False, False)
             gradients = ctx.backend.kl_backward(
-                policy, ref, rows, ctx.transform, lse, ref_lse, grad_kl, ctx.needs_input_grad[:3]
+                policy, ref, rows, ctx.transform, lse, ref_lse, grad_kl, needs
             )
-        return *gradients, *no_grad_for_constants
+        return *gradients[:3], *no_grad_for_constants

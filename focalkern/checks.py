@@ -8,10 +8,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 import torch
 
 from focalkern.objective import MODULATIONS
+
+if TYPE_CHECKING:
+    from focalkern.low_rank import LowRankUpdate
 
 BACKENDS = ("auto", "triton", "torch")
 BACKWARDS = ("certified", "exact")
@@ -161,6 +165,52 @@ def check_head(
         _check_device(f"{prefix}bias", bias, hidden)
 
 
+def check_update(
+    update: LowRankUpdate,
+    hidden: torch.Tensor,  # [..., H]
+    weight: torch.Tensor,  # [V, H]
+) -> None:
+    """A low-rank update beside the head, all after autocast: same tokens, same vocabulary, one rank."""
+    for name, value in (("update.hidden", update.hidden), ("update.weight", update.weight)):
+        check_tensor(name, value)
+        if value.dtype != hidden.dtype:
+            raise TypeError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}; got {value.dtype}"
+                " (autocast casts both)"
+            )
+        _check_device(name, value, hidden)
+    vocab_size = weight.shape[0]
+    if update.weight.dim() != 2 or update.weight.shape[0] != vocab_size or not update.weight.numel():
+        raise ValueError(
+            f"update.weight must be [V, R] with V = {vocab_size}, the vocabulary of weight, and R > 0;"
+            f" got {_shape(update.weight)}"
+        )
+    expected = [*hidden.shape[:-1], update.weight.shape[1]]
+    if list(update.hidden.shape) != expected:
+        raise ValueError(
+            f"update.hidden must be [..., T, R] = {expected}, the tokens of hidden and the rank of"
+            f" update.weight; got {_shape(update.hidden)}"
+        )
+
+
+def check_lora(hidden: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: object) -> None:
+    for name, value in (("hidden", hidden), ("a", a), ("b", b)):
+        check_tensor(name, value)
+    check_number("scaling", scaling)
+    if a.dim() != 2 or not a.numel() or hidden.dim() < 2 or a.shape[1] != hidden.shape[-1]:
+        raise ValueError(
+            f"a must be [R, H] with the H of hidden, {_shape(hidden)}; got {_shape(a)}"
+            + (" (a parameter sharded by ZeRO-3 or FSDP? gather it first)" if not a.numel() else "")
+        )
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
+        raise ValueError(f"b must be [V, R] with R = {a.shape[0]}, the rank of a; got {_shape(b)}")
+    if a.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise TypeError(
+            f"a must have the dtype of hidden, {hidden.dtype}; got {a.dtype} (autocast casts both)"
+        )
+    _check_device("a", a, hidden)
+
+
 def check_ref_head(
     ref_hidden: torch.Tensor,  # [..., H_ref]
     ref_weight: torch.Tensor,  # [V, H_ref]
@@ -193,15 +243,19 @@ def check_ref_head(
 
 def check_labels(labels: torch.Tensor, hidden: torch.Tensor) -> None:
     """dtype, device and shape; the values are checked by `check_label_values` once they are aligned."""
-    check_tensor("labels", labels)
-    if labels.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
+    check_label_dtype(labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must be {list(hidden.shape[:-1])}, the shape of hidden without its last dimension;"
             f" got {_shape(labels)}"
         )
     _check_device("labels", labels, hidden)
+
+
+def check_label_dtype(labels: torch.Tensor) -> None:
+    check_tensor("labels", labels)
+    if labels.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
 
 
 def check_shift(shift: bool, labels: torch.Tensor) -> None:
@@ -226,40 +280,51 @@ def check_label_values(
 
 
 def check_pair_layout(
-    hidden: torch.Tensor, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None
+    name: str, tokens: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None, features: str = ""
 ) -> None:
-    """Padded hidden [2B, T, H] with labels [2B, T], or packed [N, H] with labels [N] and cu_seqlens."""
+    """`tokens`, the argument `name`: padded [2B, T, ...], or packed [N, ...] with cu_seqlens.
+
+    `features` are the dimensions that it has behind those of the tokens, such as ", H".
+    """
     check_flag("shift", shift)
+    dims = tokens.dim() - bool(features)
     if cu_seqlens is None:
-        if hidden.dim() != 3:
-            raise ValueError(f"hidden must be [2B, T, H], or [N, H] with cu_seqlens; got {_shape(hidden)}")
-        if hidden.shape[0] == 0 or hidden.shape[0] % 2:
+        if dims != 2:
             raise ValueError(
-                "hidden must hold an even number of sequences, B chosen then B rejected;"
-                f" got {_shape(hidden)}"
+                f"{name} must be [2B, T{features}], or [N{features}] with cu_seqlens; got {_shape(tokens)}"
             )
-        if shift and hidden.shape[1] == 0:
-            raise ValueError(f"hidden must have T > 0 positions to shift; got {_shape(hidden)}")
+        if tokens.shape[0] == 0 or tokens.shape[0] % 2:
+            raise ValueError(
+                f"{name} must hold an even number of sequences, B chosen then B rejected;"
+                f" got {_shape(tokens)}"
+            )
+        if shift and tokens.shape[1] == 0:
+            raise ValueError(f"{name} must have T > 0 positions to shift; got {_shape(tokens)}")
         return
+    if dims != 1:
+        raise ValueError(f"{name} must be [N{features}] when cu_seqlens is given; got {_shape(tokens)}")
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
         raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
-    check_cu_seqlens(cu_seqlens, hidden)
+    check_cu_seqlens(cu_seqlens, tokens)
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, hidden: torch.Tensor) -> None:
-    """Boundaries of packed sequences, for hidden [N, H]."""
-    check_tensor("cu_seqlens", cu_seqlens)
+def check_packed_hidden(hidden: torch.Tensor) -> None:
     if hidden.dim() != 2:
         raise ValueError(f"hidden must be [N, H] when cu_seqlens is given; got {_shape(hidden)}")
+
+
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Boundaries of packed sequences, for `tokens` [N, ...]."""
+    check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}")
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
         raise ValueError(
             f"cu_seqlens must be [S + 1], the boundaries of S sequences; got {_shape(cu_seqlens)}"
         )
-    _check_device("cu_seqlens", cu_seqlens, hidden)
-    n = hidden.shape[0]
+    _check_device("cu_seqlens", cu_seqlens, tokens)
+    n = tokens.shape[0]
     in_order = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
     _fail_if(
         ~in_order,

@@ -12,6 +12,7 @@ from focalkern.autograd import LinearLogpsFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.certificate import Certificate, DroppedMass, certify
 from focalkern.layout import aligned_labels, pick_rows
+from focalkern.low_rank import LowRankUpdate
 from focalkern.selection import automatic_tau
 
 
@@ -49,11 +50,16 @@ def linear_logps(
     tau: str | float = "auto",
     backend: str = "auto",
     outputs: Sequence[str] = (),
+    update: LowRankUpdate | None = None,
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
 ) -> LinearLogps:
     """Per-token log-probs of `labels` under an LM head, without holding the `[tokens, vocab]` logits.
 
         z = logit_scale·(hidden @ weightᵀ + bias);  z = softcap·tanh(z/softcap);  z = z/temperature
         logps_t = z[t, y_t] − logsumexp_v z[t, v]
+
+    With `update`, hidden @ weightᵀ + update.hidden @ update.weightᵀ stands for hidden @ weightᵀ; no merged
+    copy of weight is made, and a frozen weight costs no gradient of its size.
 
     Args:
         hidden: `[..., T, H]` fp32, fp16 or bf16 (fp64 with the torch backend): the last hidden states.
@@ -61,7 +67,7 @@ def linear_logps(
         labels: `[..., T]` int64 or int32, in [0, V) or `ignore_index`.
         bias: `[V]`, dtype of weight.
         shift: labels are the input ids (prompt masked), position t predicts label t+1, outputs are `[..., T −
-            1]`. One dimension is one sequence.
+            1]`. One dimension is one sequence, unless `cu_seqlens` says otherwise.
         backward: "certified" leaves out the blocks of 128 vocabulary entries whose |g_t|·P[t, block] is at
             most tau·min(max|g|, 2·mean|g|), except the label's own (g_t = dloss/dlogps_t, P the block's
             probability), and `dropped_mass` tells how much that was. "exact" never leaves anything out.
@@ -70,11 +76,17 @@ def linear_logps(
             out, the backward is the exact one.
         backend: "triton", "torch", or "auto": triton on CUDA where it is installed, else torch.
         outputs: any of "entropy", "mean_logits", "is_top1", "log_sum_sq_probs".
+        update: a low-rank update of the head, e.g. `LowRankUpdate.lora(hidden, a, b)`; both its tensors have
+            the dtype of hidden, or are cast to the autocast dtype. The bound of `certificate()` is on the
+            error of dhidden as it comes through weight; that of d(update.hidden) has the same form with
+            max_v ‖update.weight_v‖₂.
+        cu_seqlens: `[S + 1]` int32 or int64, boundaries of packed sequences, for hidden `[N, H]` and labels
+            `[N]`; outputs are `[N]`, under `shift` 0 at the last position of each sequence.
 
     Returns:
         `LinearLogps`: `.logps` and the named outputs, in fp32, shape of the (shifted) labels, 0/False where
-        ignored. Masked positions take no part, NaN there included; NaN or inf elsewhere in hidden or weight
-        gives NaN.
+        ignored. Masked positions take no part, NaN there included; NaN or inf elsewhere in hidden or weight,
+        or in those of update, gives NaN.
 
     Raises:
         ValueError, TypeError: naming the argument. On CUDA, a label out of range fails the step with a
@@ -86,13 +98,17 @@ def linear_logps(
     given_weight = weight
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
+    update = checked_update(update, hidden, weight)
     checks.check_labels(labels, hidden)
     checks.check_shift(shift, labels)
+    if cu_seqlens is not None:
+        checks.check_packed_hidden(hidden)
+        checks.check_cu_seqlens(cu_seqlens, hidden)
     return head_logps(
         hidden,
         weight,
         bias,
-        aligned_labels(labels, ignore_index, shift),
+        aligned_labels(labels, ignore_index, shift, cu_seqlens),
         ignore_index,
         LogitTransform(float(temperature), softcap, float(logit_scale)),
         backward,
@@ -100,6 +116,7 @@ def linear_logps(
         select_backend(backend, hidden),
         outputs,
         given_weight,
+        update,
     )
 
 
@@ -124,6 +141,19 @@ def autocast_tensors(device: torch.device, *tensors):
     return tuple(cast(x) for x in tensors)
 
 
+def checked_update(
+    update: LowRankUpdate | None, hidden: torch.Tensor, weight: torch.Tensor
+) -> LowRankUpdate | None:
+    """The update as autocast leaves it, checked against hidden and weight, which are so already."""
+    if update is None:
+        return None
+    if not isinstance(update, LowRankUpdate):
+        raise TypeError(f"update must be a focalkern.LowRankUpdate; got {type(update).__name__}")
+    update = LowRankUpdate(*autocast_tensors(hidden.device, update.hidden, update.weight))
+    checks.check_update(update, hidden, weight)
+    return update
+
+
 def head_logps(
     hidden: torch.Tensor,  # [..., H]
     weight: torch.Tensor,  # [V, H]
@@ -136,6 +166,7 @@ def head_logps(
     backend: Backend,
     outputs: tuple[str, ...],
     given_weight: torch.Tensor,  # before autocast
+    update: LowRankUpdate | None = None,  # behind `checked_update`
 ) -> LinearLogps:
     """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
     checks.check_label_values(labels, weight.shape[0], ignore_index)
@@ -147,11 +178,13 @@ def head_logps(
             threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
     flat = hidden.reshape(-1, hidden.shape[-1])
     bias = None if bias is None else bias.contiguous()
+    update_hidden = update_weight = None
+    if update is not None:
+        update_hidden, update_weight = update.hidden.reshape(-1, update.hidden.shape[-1]), update.weight
+    head = (flat, weight, bias, update_hidden, update_weight)
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
-        for x in LinearLogpsFunction.apply(
-            flat, weight, bias, rows, transform, outputs, threshold, dropped, backend
-        )
+        for x in LinearLogpsFunction.apply(*head, rows, transform, outputs, threshold, dropped, backend)
     )
     return LinearLogps(
         logps=logps,  # type: ignore[arg-type]  # the only one that is never None

@@ -76,6 +76,7 @@ def linear_kl(
     checks.check_shift(shift, labels)
 
     if cu_seqlens is not None:
+        checks.check_packed_hidden(hidden)
         checks.check_cu_seqlens(cu_seqlens, hidden)
     aligned = aligned_labels(labels, ignore_index, shift, cu_seqlens)
     checks.check_label_values(aligned, weight.shape[0], ignore_index)

@@ -14,7 +14,9 @@ from focalkern import checks
 from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin, needs_reference
 from focalkern.autograd import PairLossFunction
 from focalkern.backends import PairObjective
-from focalkern.pair_head import PairBatch, PairHead, PairOutput
+from focalkern.functional import LinearLogps
+from focalkern.low_rank import LowRankUpdate
+from focalkern.pair_head import PairHead, PairOutput, PairTokens
 from focalkern.schedules import CosineGamma, GammaSchedule
 
 # More than anyone accumulates over before the first step.
@@ -239,6 +241,7 @@ class FusedFocalPOLoss(PairHead):
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
         chosen_kl: torch.Tensor | None = None,  # [B]
         rejected_kl: torch.Tensor | None = None,  # [B]
+        update: LowRankUpdate | None = None,
     ) -> FocalPOOutput:
         """Loss of B pairs: the first B sequences are chosen, the last B their rejected.
 
@@ -254,20 +257,64 @@ class FusedFocalPOLoss(PairHead):
             chosen_kl, rejected_kl: `[B]` Σ_t KL(π_ref ‖ π_θ) over the completion tokens in nats, as
                 `linear_kl(...).sum(-1)` has it; needed, and taken, by `implicit_reference="sequence_kl"`
                 alone.
+            update: a low-rank update of the weight, such as LoRA's; see `LowRankUpdate`.
 
         Raises:
             ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens`
                 or an empty completion under `length_normalize` fail the step with a device-side assertion
                 instead: with the Triton backend only a certified backward waits for the device, once.
         """
-        batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
-        if self.length_normalize:
-            checks.check_completions(batch.sequences.lengths)
-        self._check_references(batch, ref_chosen_logps, ref_rejected_logps)
-        self._check_kl(batch, chosen_kl, rejected_kl)
-        head = self.token_logps(batch)
-        logps = self.sequence_logps(batch, head.logps)
+        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        self._check(tokens, *constants)
+        return self._loss(tokens, self.token_logps(head, tokens), *constants)
 
+    @torch.compiler.disable
+    def from_logps(
+        self,
+        token_logps: LinearLogps,
+        labels: torch.Tensor,  # [2B, T], or packed [N]
+        ref_chosen_logps: torch.Tensor | None = None,  # [B]
+        ref_rejected_logps: torch.Tensor | None = None,  # [B]
+        shift: bool = False,
+        cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        chosen_kl: torch.Tensor | None = None,  # [B]
+        rejected_kl: torch.Tensor | None = None,  # [B]
+    ) -> FocalPOOutput:
+        """The loss from what `linear_logps` returned for these labels; arguments as of `forward`.
+
+        For several losses on one head, and for heads that run elsewhere, as inside a model's own forward. The
+        options of the head (softcap, backward, ...) are then those that `linear_logps` was given. Packed,
+        `token_logps.logps` is `[N]`, 0 at the last position of each sequence.
+        """
+        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens)
+        constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        self._check(tokens, *constants)
+        return self._loss(tokens, token_logps, *constants)
+
+    def _check(
+        self,
+        tokens: PairTokens,
+        ref_chosen_logps: torch.Tensor | None,  # [B]
+        ref_rejected_logps: torch.Tensor | None,  # [B]
+        chosen_kl: torch.Tensor | None,  # [B]
+        rejected_kl: torch.Tensor | None,  # [B]
+    ) -> None:
+        if self.length_normalize:
+            checks.check_completions(tokens.sequences.lengths)
+        self._check_references(tokens, ref_chosen_logps, ref_rejected_logps)
+        self._check_kl(tokens, chosen_kl, rejected_kl)
+
+    def _loss(
+        self,
+        tokens: PairTokens,
+        head: LinearLogps,
+        ref_chosen_logps: torch.Tensor | None,  # [B]
+        ref_rejected_logps: torch.Tensor | None,  # [B]
+        chosen_kl: torch.Tensor | None,  # [B]
+        rejected_kl: torch.Tensor | None,  # [B]
+    ) -> FocalPOOutput:
+        logps = self.sequence_logps(tokens, head.logps)
         ref_logps = None
         if ref_chosen_logps is not None and ref_rejected_logps is not None:
             ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(logps.dtype)
@@ -276,15 +323,15 @@ class FusedFocalPOLoss(PairHead):
             kl = None
             if chosen_kl is not None and rejected_kl is not None:
                 kl = torch.cat([chosen_kl, rejected_kl]).to(logps.dtype)
-            adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, batch.sequences.lengths)
+            adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, tokens.sequences.lengths)
         objective = self._objective()
         losses, prob, slope, rewards = PairLossFunction.apply(
             logps,
             None if self.reference_free else ref_logps,
-            batch.sequences.lengths,
+            tokens.sequences.lengths,
             adaptive_margin,
             objective,
-            batch.backend,
+            tokens.backend,
         )
         chosen_logps, rejected_logps = logps.detach().chunk(2)
         chosen_rewards, rejected_rewards = rewards.chunk(2)
@@ -298,7 +345,7 @@ class FusedFocalPOLoss(PairHead):
             prob=prob,
             weight=-slope,
             gamma=objective.gamma,
-            lengths=batch.sequences.lengths,
+            lengths=tokens.sequences.lengths,
             dropped_mass=head.dropped_mass,
             kept_share=head.kept_share,
             adaptive_margin=None if adaptive_margin is None else adaptive_margin.detach(),
@@ -328,7 +375,7 @@ class FusedFocalPOLoss(PairHead):
 
     def _check_references(
         self,
-        batch: PairBatch,
+        tokens: PairTokens,
         ref_chosen_logps: torch.Tensor | None,  # [B]
         ref_rejected_logps: torch.Tensor | None,  # [B]
     ) -> None:
@@ -337,12 +384,12 @@ class FusedFocalPOLoss(PairHead):
             unless = "alpha=0 and reference_free=True"
         elif not self.reference_free:
             unless = "reference_free=True"
-        checks.check_ref_logps("ref_chosen_logps", ref_chosen_logps, batch.pairs, unless, batch.hidden)
-        checks.check_ref_logps("ref_rejected_logps", ref_rejected_logps, batch.pairs, unless, batch.hidden)
+        checks.check_ref_logps("ref_chosen_logps", ref_chosen_logps, tokens.pairs, unless, tokens.like)
+        checks.check_ref_logps("ref_rejected_logps", ref_rejected_logps, tokens.pairs, unless, tokens.like)
 
     def _check_kl(
         self,
-        batch: PairBatch,
+        tokens: PairTokens,
         chosen_kl: torch.Tensor | None,  # [B]
         rejected_kl: torch.Tensor | None,  # [B]
     ) -> None:
@@ -350,12 +397,12 @@ class FusedFocalPOLoss(PairHead):
         for name, kl in (("chosen_kl", chosen_kl), ("rejected_kl", rejected_kl)):
             if (kl is not None) != needed:
                 raise ValueError(
-                    f"{name} must be given, [B] = [{batch.pairs}], with alpha > 0 and"
+                    f"{name} must be given, [B] = [{tokens.pairs}], with alpha > 0 and"
                     " implicit_reference='sequence_kl', and else not;"
                     f" got {None if kl is None else 'a tensor'}"
                 )
             if kl is not None:
-                checks.check_per_pair(name, kl, batch.pairs, batch.hidden)
+                checks.check_per_pair(name, kl, tokens.pairs, tokens.like)
 
     def _objective(self) -> PairObjective:
         if self.training and isinstance(self.gamma, GammaSchedule):

@@ -14,8 +14,9 @@ from focalkern import checks
 from focalkern.autograd import SequenceSumFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.certificate import Certificate, DroppedMass, certify
-from focalkern.functional import LinearLogps, autocast_head, head_logps
+from focalkern.functional import LinearLogps, autocast_head, checked_update, head_logps
 from focalkern.layout import Sequences, aligned_labels, sequence_ranges, tail_weights
+from focalkern.low_rank import LowRankUpdate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,16 +56,13 @@ class PairOutput:
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """A checked preference batch; nothing of size has been computed yet."""
+class PairTokens:
+    """Where the tokens of B checked pairs are; nothing of size has been computed yet."""
 
-    hidden: torch.Tensor  # [2B, T, H], or packed [N, H]
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None  # [V]
-    given_weight: torch.Tensor  # before autocast
     labels: torch.Tensor  # aligned
     sequences: Sequences
     backend: Backend
+    like: torch.Tensor  # a tensor of the batch: its device is everyone's
 
     @property
     def pairs(self) -> int:
@@ -73,6 +71,17 @@ class PairBatch:
     def sums(self, values: torch.Tensor) -> torch.Tensor:  # [2B]
         """Per-token values, 0 where ignored, summed over each sequence; differentiable."""
         return SequenceSumFunction.apply(values.reshape(-1), self.sequences, self.backend)
+
+
+@dataclass(frozen=True)
+class PairHeadInputs:
+    """What the log-probs of a batch are computed from."""
+
+    hidden: torch.Tensor  # [2B, T, H], or packed [N, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None  # [V]
+    update: LowRankUpdate | None
+    given_weight: torch.Tensor  # before autocast
 
 
 class PairHead(nn.Module):
@@ -114,16 +123,16 @@ class PairHead(nn.Module):
         bias: torch.Tensor | None = None,  # [V]
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        update: LowRankUpdate | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
         """`ref_chosen_logps` and `ref_rejected_logps`, summed as this loss sums the policy's.
 
         Arguments as of the loss, with the hidden states and the head of the reference model.
         """
-        batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
-        chosen, rejected = self.sequence_logps(batch, self.token_logps(batch).logps).chunk(2)
-        return chosen, rejected
+        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        return self.sums_of_pairs(tokens, self.token_logps(head, tokens).logps)
 
-    def batch(
+    def head_inputs(
         self,
         hidden: torch.Tensor,  # [2B, T, H], or packed [N, H]
         weight: torch.Tensor,  # [V, H]
@@ -131,38 +140,77 @@ class PairHead(nn.Module):
         bias: torch.Tensor | None,  # [V]
         shift: bool,
         cu_seqlens: torch.Tensor | None,  # [2B + 1]
-    ) -> PairBatch:
+        update: LowRankUpdate | None,
+    ) -> tuple[PairHeadInputs, PairTokens]:
         given_weight = weight
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         checks.check_head(hidden, weight, bias)
         checks.check_labels(labels, hidden)
-        checks.check_pair_layout(hidden, labels, shift, cu_seqlens)
+        checks.check_pair_layout("hidden", hidden, shift, cu_seqlens, features=", H")
+        head = PairHeadInputs(hidden, weight, bias, checked_update(update, hidden, weight), given_weight)
+        return head, self._tokens(labels, shift, cu_seqlens, hidden)
+
+    def given_logps(
+        self,
+        token_logps: LinearLogps,
+        labels: torch.Tensor,  # [2B, T], or packed [N]
+        shift: bool,
+        cu_seqlens: torch.Tensor | None,  # [2B + 1]
+    ) -> PairTokens:
+        """The tokens of log-probs that have been computed already, as `linear_logps` returns them."""
+        if not isinstance(token_logps, LinearLogps):
+            raise TypeError(
+                f"token_logps must be what linear_logps returns; got {type(token_logps).__name__}"
+            )
+        logps = token_logps.logps
+        checks.check_label_dtype(labels)
+        checks.check_pair_layout("labels", labels, shift, cu_seqlens)
+        tokens = self._tokens(labels, shift, cu_seqlens, logps)
+        if logps.shape != tokens.labels.shape or logps.device != labels.device:
+            raise ValueError(
+                "token_logps must be of these labels (shifted alike, on their device),"
+                f" {list(tokens.labels.shape)} on {labels.device};"
+                f" got {list(logps.shape)} on {logps.device}"
+            )
+        return tokens
+
+    def _tokens(
+        self, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None, like: torch.Tensor
+    ) -> PairTokens:
         labels = aligned_labels(labels, self.ignore_index, shift, cu_seqlens)
         sequences = sequence_ranges(labels, self.ignore_index, cu_seqlens)
-        backend = select_backend(self.backend, hidden)
-        return PairBatch(hidden, weight, bias, given_weight, labels, sequences, backend)
+        return PairTokens(labels, sequences, select_backend(self.backend, like), like)
 
-    def token_logps(self, batch: PairBatch, outputs: tuple[str, ...] = ()) -> LinearLogps:
+    def token_logps(
+        self, head: PairHeadInputs, tokens: PairTokens, outputs: tuple[str, ...] = ()
+    ) -> LinearLogps:
         return head_logps(
-            batch.hidden,
-            batch.weight,
-            batch.bias,
-            batch.labels,
+            head.hidden,
+            head.weight,
+            head.bias,
+            tokens.labels,
             self.ignore_index,
             LogitTransform(self.temperature, self.softcap, self.logit_scale),
             self.backward,
             self.tau,
-            batch.backend,
+            tokens.backend,
             outputs,
-            batch.given_weight,
+            head.given_weight,
+            update=head.update,
         )
 
-    def sequence_logps(self, batch: PairBatch, token_logps: torch.Tensor) -> torch.Tensor:  # [2B]
+    def sequence_logps(self, tokens: PairTokens, token_logps: torch.Tensor) -> torch.Tensor:  # [2B]
         if self.ld_alpha is not None:
-            labels, dtype = batch.labels, token_logps.dtype
-            weights = tail_weights(labels, self.ignore_index, batch.sequences, self.ld_alpha, dtype)
+            labels, dtype = tokens.labels, token_logps.dtype
+            weights = tail_weights(labels, self.ignore_index, tokens.sequences, self.ld_alpha, dtype)
             token_logps = token_logps.reshape(-1) * weights
-        return batch.sums(token_logps)
+        return tokens.sums(token_logps)
+
+    def sums_of_pairs(
+        self, tokens: PairTokens, token_logps: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
+        chosen, rejected = self.sequence_logps(tokens, token_logps).chunk(2)
+        return chosen, rejected
 
     def reduced(self, losses: torch.Tensor) -> torch.Tensor:
         return losses if self.reduction == "none" else getattr(losses, self.reduction)()

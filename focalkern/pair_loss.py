@@ -16,7 +16,9 @@ import torch
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from focalkern import checks
-from focalkern.pair_head import PairHead, PairOutput
+from focalkern.functional import LinearLogps
+from focalkern.low_rank import LowRankUpdate
+from focalkern.pair_head import PairHead, PairOutput, PairTokens
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,7 @@ class FusedPairLoss(PairHead):
         ref_rejected_logps: torch.Tensor | None = None,  # [B]
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        update: LowRankUpdate | None = None,
         **tensors: torch.Tensor,  # [B, ...] or 0-dim
     ) -> PairLossOutput:
         """Loss of B pairs; arguments as in `FusedFocalPOLoss`.
@@ -205,25 +208,67 @@ class FusedPairLoss(PairHead):
         Raises:
             ValueError, TypeError: naming the argument; from the function, whatever it raises.
         """
-        batch = self.batch(hidden, weight, labels, bias, shift, cu_seqlens)
+        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        self._check(tokens, ref_chosen_logps, ref_rejected_logps, tensors)
+        token_logps = self.token_logps(head, tokens, self.outputs)
+        return self._loss(tokens, token_logps, ref_chosen_logps, ref_rejected_logps, tensors)
+
+    @torch.compiler.disable
+    def from_logps(
+        self,
+        token_logps: LinearLogps,
+        labels: torch.Tensor,  # [2B, T], or packed [N]
+        ref_chosen_logps: torch.Tensor | None = None,  # [B]
+        ref_rejected_logps: torch.Tensor | None = None,  # [B]
+        shift: bool = False,
+        cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        **tensors: torch.Tensor,  # [B, ...] or 0-dim
+    ) -> PairLossOutput:
+        """The loss from what `linear_logps` returned for these labels, as `FusedFocalPOLoss.from_logps`.
+
+        Raises:
+            ValueError, TypeError: naming the argument; `outputs` that this loss needs and that
+                `linear_logps` was not asked for.
+        """
+        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens)
+        for name in self.outputs:
+            if getattr(token_logps, name) is None:
+                raise ValueError(f"token_logps must have {name!r}: linear_logps(..., outputs=({name!r},))")
+        self._check(tokens, ref_chosen_logps, ref_rejected_logps, tensors)
+        return self._loss(tokens, token_logps, ref_chosen_logps, ref_rejected_logps, tensors)
+
+    def _check(
+        self,
+        tokens: PairTokens,
+        ref_chosen_logps: torch.Tensor | None,  # [B]
+        ref_rejected_logps: torch.Tensor | None,  # [B]
+        tensors: Mapping[str, torch.Tensor],
+    ) -> None:
         for name, ref in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
-            checks.check_ref_logps(name, ref, batch.pairs, None, batch.hidden)
+            checks.check_ref_logps(name, ref, tokens.pairs, None, tokens.like)
         if (ref_chosen_logps is None) != (ref_rejected_logps is None):
             raise ValueError(
                 "ref_chosen_logps and ref_rejected_logps must be given both, or neither; got one"
             )
         for name, tensor in tensors.items():
-            checks.check_pair_tensor(name, tensor, batch.pairs, batch.hidden)
+            checks.check_pair_tensor(name, tensor, tokens.pairs, tokens.like)
 
-        head = self.token_logps(batch, self.outputs)
-        logps = self.sequence_logps(batch, head.logps)
+    def _loss(
+        self,
+        tokens: PairTokens,
+        head: LinearLogps,
+        ref_chosen_logps: torch.Tensor | None,  # [B]
+        ref_rejected_logps: torch.Tensor | None,  # [B]
+        tensors: Mapping[str, torch.Tensor],
+    ) -> PairLossOutput:
+        logps = self.sequence_logps(tokens, head.logps)
         gradient = torch.full_like(logps, torch.nan)
         if logps.requires_grad:
             logps.register_hook(functools.partial(_fill, gradient))
-        sums = {name: batch.sums(getattr(head, name).to(logps.dtype)) for name in self.outputs}
-        sums["logps"] = logps if self.ld_alpha is None else batch.sums(head.logps)
+        sums = {name: tokens.sums(getattr(head, name).to(logps.dtype)) for name in self.outputs}
+        sums["logps"] = logps if self.ld_alpha is None else tokens.sums(head.logps)
         chosen_logps, rejected_logps = logps.chunk(2)
-        chosen_lengths, rejected_lengths = batch.sequences.lengths.chunk(2)
+        chosen_lengths, rejected_lengths = tokens.sequences.lengths.chunk(2)
         pairs = Pairs(
             chosen_logps,
             rejected_logps,
@@ -247,7 +292,7 @@ class FusedPairLoss(PairHead):
             chosen_rewards=chosen_rewards,
             rejected_rewards=rejected_rewards,
             prob=torch.sigmoid(chosen_rewards - rejected_rewards),
-            lengths=batch.sequences.lengths,
+            lengths=tokens.sequences.lengths,
             dropped_mass=head.dropped_mass,
             kept_share=head.kept_share,
             dropped=head.dropped,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from focalkern.low_rank import LowRankUpdate
+
 
 def linear_logps(
     hidden: torch.Tensor,  # [..., H]
@@ -19,11 +21,13 @@ def linear_logps(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    update: LowRankUpdate | None = None,
 ) -> dict[str, torch.Tensor]:
     """Per-token log-probs and the optional outputs, 0/False where ignored; labels are aligned with hidden."""
     keep = labels != ignore_index
     # The rows that count: NaN elsewhere takes no part.
-    z, log_p = _head(hidden[keep], weight, bias, temperature, softcap, logit_scale)
+    low_rank = None if update is None else update.hidden[keep] @ update.weight.T
+    z, log_p = _head(hidden[keep], weight, bias, temperature, softcap, logit_scale, low_rank)
 
     target = labels[keep]
     values = {
@@ -65,9 +69,11 @@ def _head(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    low_rank: torch.Tensor | None = None,  # [n, V], what an update adds to the logits
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [n, V], [n, V]
     """Transformed logits, and their log-softmax in fp32 (fp64 for fp64 inputs)."""
-    z = F.linear(hidden, weight, bias) * logit_scale
+    z = F.linear(hidden, weight, bias)
+    z = (z if low_rank is None else z + low_rank) * logit_scale
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
     z = z / temperature
@@ -113,12 +119,12 @@ def focalpo_loss(
     temperature: float = 1.0,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    update: LowRankUpdate | None = None,
     **objective,
 ) -> torch.Tensor:  # [B]
     """Losses of B pairs from hidden states: `linear_logps`, a sum over each sequence, `pair_losses`."""
-    logps = linear_logps(hidden, weight, labels, bias, ignore_index, temperature, softcap, logit_scale)[
-        "logps"
-    ]
+    head_options = (ignore_index, temperature, softcap, logit_scale, update)
+    logps = linear_logps(hidden, weight, labels, bias, *head_options)["logps"]
     chosen_logps, rejected_logps = logps.sum(-1).chunk(2)
     chosen_lengths, rejected_lengths = (
         (labels != ignore_index).sum(-1).chunk(2) if length_normalize else (1.0, 1.0)

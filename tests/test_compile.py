@@ -39,26 +39,48 @@ VARIANTS = {
     "softcap, bias, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100},
     "outputs and entropy gradient": {"outputs": True},
     "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": True},
+    "update of rank 16": {"rank": 16},
+    "update of rank 12": {"rank": 12},
+    "update of rank 200, softcap, bias": {"rank": 200, "softcap": 30.0, "bias": True},
+    "update of rank 40, everything, odd hidden size": {
+        "rank": 40,
+        "softcap": 30.0,
+        "bias": True,
+        "hidden_size": 4100,
+        "outputs": True,
+    },
 }
 
 
-def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False, n=8192, vocab_size=128256):
+def launch_head(
+    dtype,
+    softcap=None,
+    bias=False,
+    hidden_size=4096,
+    outputs=False,
+    rank=None,
+    n=8192,
+    vocab_size=128256,
+):
     """Run forward and backward launches of a Llama-3 head on tensors without storage."""
 
     def meta(*shape, dtype=torch.float32):
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    hidden, weight = meta(n, hidden_size, dtype=dtype), meta(vocab_size, hidden_size, dtype=dtype)
-    bias = meta(vocab_size, dtype=dtype) if bias else None
+    head = HeadInputs(
+        meta(n, hidden_size, dtype=dtype),
+        meta(vocab_size, hidden_size, dtype=dtype),
+        meta(vocab_size, dtype=dtype) if bias else None,
+        *((meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)) if rank else ()),
+    )
+    needs = (True, True, bias, rank is not None, rank is not None)
     index = meta(n, dtype=torch.int64)
     rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
     transform = LogitTransform(softcap=softcap)
     names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs") if outputs else ()
-    forward = triton_backend.head_forward(hidden, weight, bias, rows, transform, names)
+    forward = triton_backend.head_forward(head, rows, transform, names)
     triton_backend.head_backward(
-        hidden,
-        weight,
-        bias,
+        head,
         rows,
         transform,
         forward.lse,
@@ -66,12 +88,10 @@ def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False
         forward.entropy,
         meta(n),
         meta(n) if outputs else None,
-        (True, True, bias is not None),
+        needs,
     )
     triton_backend.head_backward_certified(
-        hidden,
-        weight,
-        bias,
+        head,
         rows,
         transform,
         forward.lse,
@@ -79,7 +99,7 @@ def launch_head(dtype, softcap=None, bias=False, hidden_size=4096, outputs=False
         meta(n),
         kept_pairs(n, forward.block_lse.shape[1]),
         2.0**-13,
-        (True, True, bias is not None),
+        needs,
         workspace_bytes=256 * 2**20,
     )
 
@@ -128,7 +148,7 @@ def launch_kl(
     transform = LogitTransform(softcap=softcap)
     forward = triton_backend.kl_forward(policy, ref, rows, transform)
     triton_backend.kl_backward(
-        policy, ref, rows, transform, forward.lse, forward.ref_lse, meta(n), (True, True, bias)
+        policy, ref, rows, transform, forward.lse, forward.ref_lse, meta(n), (True, True, bias, False, False)
     )
 
 
@@ -179,12 +199,14 @@ def test_head_kernels_compile_without_spills(arch, dtype, variant):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_fp32_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
     check_head_kernels(arch, torch.float32, precision="high")
+    check_head_kernels(arch, torch.float32, precision="high", **VARIANTS["update of rank 16"])
 
 
 @pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
 def test_launch_table_fits_other_architectures(arch):
     check_head_kernels(arch, torch.bfloat16)
     check_head_kernels(arch, torch.bfloat16, **VARIANTS["everything, odd hidden size"])
+    check_head_kernels(arch, torch.bfloat16, **VARIANTS["update of rank 16"])
 
 
 @pytest.mark.parametrize("variant", KL_VARIANTS)

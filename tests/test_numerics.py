@@ -14,7 +14,7 @@ from conftest import DEVICE, INTERPRETED, LOW_PRECISION
 from tolerance import assert_as_accurate, relative_error
 
 from focalkern import FusedFocalPOLoss, linear_logps, reference
-from focalkern.backends import LogitTransform, PairObjective, select_backend
+from focalkern.backends import HeadInputs, LogitTransform, PairObjective, select_backend
 from focalkern.layout import Sequences, pick_rows
 from focalkern.objective import MODULATIONS, modulated_nll, pair_loss
 
@@ -82,7 +82,7 @@ def test_the_forward_keeps_one_minus_p_to_rounding(one_minus_p, backend):
 
     rows = pick_rows(labels, len(labels), -100, synchronize=True)
     module = select_backend(backend, hidden)
-    result = module.head_forward(hidden, weight, None, rows, LogitTransform(), ())
+    result = module.head_forward(HeadInputs(hidden, weight), rows, LogitTransform(), ())
     # 25·eps of the logit, as above, and a few roundings of the sum.
     assert ((result.one_minus_p.double() / exact - 1).abs() <= 40 * EPS).all()
     assert ((result.logps.double() / torch.log1p(-exact) - 1).abs() <= 40 * EPS).all()

@@ -40,6 +40,42 @@ class LogitTransform:
 
 
 @dataclass(frozen=True)
+class HeadInputs:
+    """What logits are made of: hidden @ weightᵀ (+ update_hidden @ update_weightᵀ) (+ bias).
+
+    `Needs` and `Gradients` have an entry for each, in this order.
+    """
+
+    hidden: torch.Tensor  # [M, H]
+    weight: torch.Tensor  # [V, H]
+    bias: torch.Tensor | None = None  # [V]
+    update_hidden: torch.Tensor | None = None  # [M, R]
+    update_weight: torch.Tensor | None = None  # [V, R]
+
+    @property
+    def products(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """The (hidden, weight) whose products the logits are the sum of."""
+        if self.update_hidden is None or self.update_weight is None:
+            return [(self.hidden, self.weight)]
+        return [(self.hidden, self.weight), (self.update_hidden, self.update_weight)]
+
+
+Needs = tuple[bool, bool, bool, bool, bool]
+Gradients = tuple[
+    torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+]
+
+
+def gradients_in_order(
+    dhidden: list[torch.Tensor | None],  # of each product
+    dweight: list[torch.Tensor | None],  # of each product
+    dbias: torch.Tensor | None,
+) -> Gradients:
+    update = (dhidden[1], dweight[1]) if len(dhidden) > 1 else (None, None)
+    return dhidden[0], dweight[0], dbias, *update
+
+
+@dataclass(frozen=True)
 class HeadForward:
     """Per row (n completion tokens) what the backward needs; per output position what the caller sees.
 
@@ -55,15 +91,6 @@ class HeadForward:
     mean_logits: torch.Tensor | None = None  # [outputs]
     is_top1: torch.Tensor | None = None  # [outputs] bool
     log_sum_sq_probs: torch.Tensor | None = None  # [outputs]
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """One of the two models of `linear_kl`: what its logits are made of."""
-
-    hidden: torch.Tensor  # [M, H]
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None  # [V]
 
 
 @dataclass(frozen=True)
@@ -110,21 +137,13 @@ class Backend(Protocol):
         """The share of kept (row, block) pairs above which the exact backward is faster or more accurate."""
 
     def head_forward(
-        self,
-        hidden: torch.Tensor,  # [M, H]
-        weight: torch.Tensor,  # [V, H]
-        bias: torch.Tensor | None,  # [V]
-        rows: Rows,
-        transform: LogitTransform,
-        outputs: tuple[str, ...],
+        self, head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
     ) -> HeadForward:
         """Log-probs of the rows, and the optional outputs that are named."""
 
     def head_backward(
         self,
-        hidden: torch.Tensor,  # [M, H]
-        weight: torch.Tensor,  # [V, H]
-        bias: torch.Tensor | None,  # [V]
+        head: HeadInputs,
         rows: Rows,
         transform: LogitTransform,
         lse: torch.Tensor,  # [n]
@@ -132,15 +151,13 @@ class Backend(Protocol):
         entropy: torch.Tensor | None,  # [outputs]
         grad_logps: torch.Tensor | None,  # [outputs]
         grad_entropy: torch.Tensor | None,  # [outputs]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """dhidden, dweight and dbias, those that `needs` asks for."""
+        needs: Needs,
+    ) -> Gradients:
+        """Those that `needs` asks for."""
 
     def head_backward_certified(
         self,
-        hidden: torch.Tensor,  # [M, H]
-        weight: torch.Tensor,  # [V, H]
-        bias: torch.Tensor | None,  # [V]
+        head: HeadInputs,
         rows: Rows,
         transform: LogitTransform,
         lse: torch.Tensor,  # [n]
@@ -148,15 +165,15 @@ class Backend(Protocol):
         g: torch.Tensor,  # [n] dL/dlogps of each row
         pairs: KeptPairs,
         tau: float,  # threshold that the pairs were selected by
-        needs: tuple[bool, bool, bool],
+        needs: Needs,
         workspace_bytes: int,
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Gradients:
         """As `head_backward`, of the kept pairs alone."""
 
     def kl_forward(
         self, policy: HeadInputs, ref: HeadInputs, rows: Rows, transform: LogitTransform
     ) -> KLForward:
-        """KL(ref ‖ policy) of the rows."""
+        """KL(ref ‖ policy) of the rows; neither head has an update."""
 
     def kl_backward(
         self,
@@ -167,9 +184,9 @@ class Backend(Protocol):
         lse: torch.Tensor,  # [n]
         ref_lse: torch.Tensor,  # [n]
         grad_kl: torch.Tensor,  # [outputs]
-        needs: tuple[bool, bool, bool],
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """dhidden, dweight and dbias of the policy, those that `needs` asks for."""
+        needs: Needs,
+    ) -> Gradients:
+        """Those of the policy that `needs` asks for."""
 
     def sequence_sums(
         self,

@@ -11,18 +11,26 @@ from functools import partial
 
 import torch
 
-from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.backends import (
+    VOCAB_BLOCK,
+    Gradients,
+    HeadForward,
+    HeadInputs,
+    LogitTransform,
+    Needs,
+    PairForward,
+    PairObjective,
+)
 from focalkern.backends.torch_certified import head_backward_certified as head_backward_certified
 from focalkern.backends.torch_kl import kl_backward as kl_backward
 from focalkern.backends.torch_kl import kl_forward as kl_forward
 from focalkern.backends.torch_tiles import (
     TILE_ROWS,
     HeadGradients,
-    Logits,
+    RowLogits,
     compute_dtype,
     nonfinite_to_nan,
     targets_in,
-    transform_logits,
     vocab_chunks,
 )
 from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
@@ -39,38 +47,31 @@ torch.exp(torch.zeros(16))
 
 
 def head_forward(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
-    rows: Rows,
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
+    head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> HeadForward:
-    n, vocab_size = rows.targets.numel(), weight.shape[0]
-    dtype = compute_dtype(hidden)
-    stats = _BlockStats(n, vocab_size, dtype, hidden.device, outputs)
-    row_poison = torch.zeros(n, dtype=dtype, device=hidden.device)
-    weight_poison = torch.zeros((), dtype=dtype, device=hidden.device)
+    n, vocab_size = rows.targets.numel(), head.weight.shape[0]
+    dtype, device = compute_dtype(head.hidden), head.hidden.device
+    stats = _BlockStats(n, vocab_size, dtype, device, outputs)
+    row_poison = torch.zeros(n, dtype=dtype, device=device)
+    weight_poison = torch.zeros((), dtype=dtype, device=device)
 
     for row_start in range(0, n, TILE_ROWS):
         tile_rows = slice(row_start, row_start + TILE_ROWS)
-        h = hidden[rows.hidden_index[tile_rows]].to(dtype)
-        row_poison[tile_rows] = nonfinite_to_nan(h, dim=1)
-        head = Logits(h, is_fp32=hidden.dtype == torch.float32)
-        for start, end in vocab_chunks(vocab_size, h.shape[0]):
-            w = weight[start:end].to(dtype).contiguous()
+        index = rows.hidden_index[tile_rows]
+        logits = RowLogits(head, index, transform)
+        row_poison[tile_rows] = logits.poison()
+        for start, end in vocab_chunks(vocab_size, index.numel()):
+            z, _, weights = logits(start, end)
             if row_start == 0:
-                weight_poison += nonfinite_to_nan(w)
-            z, _ = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
+                for w in weights:
+                    weight_poison += nonfinite_to_nan(w)
             stats.add_tile(z, rows.targets[tile_rows] - start, tile_rows, start)
 
     return stats.combine(row_poison + weight_poison, rows)
 
 
 def head_backward(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
+    head: HeadInputs,
     rows: Rows,
     transform: LogitTransform,
     lse: torch.Tensor,  # [n]
@@ -78,23 +79,19 @@ def head_backward(
     entropy: torch.Tensor | None,  # [outputs]
     grad_logps: torch.Tensor | None,  # [outputs]
     grad_entropy: torch.Tensor | None,  # [outputs]
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    needs: Needs,
+) -> Gradients:
     """Exact: recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
-    vocab_size = weight.shape[0]
-    dtype = compute_dtype(hidden)
-    h = hidden[rows.hidden_index].to(dtype)
-    gradients = HeadGradients(hidden, weight, bias, rows, h, needs)
-    g = h.new_zeros(h.shape[0]) if grad_logps is None else grad_logps[rows.output_index].to(dtype)
+    logits = RowLogits(head, rows.hidden_index, transform)
+    gradients = HeadGradients(head, rows, logits.hidden, needs)
+    g = torch.zeros_like(lse) if grad_logps is None else grad_logps[rows.output_index].to(lse.dtype)
     target_dz = g * one_minus_p
     row_entropy = e = None
     if grad_entropy is not None and entropy is not None:
         row_entropy, e = entropy[rows.output_index][:, None], grad_entropy[rows.output_index][:, None]
-    head = Logits(h, is_fp32=hidden.dtype == torch.float32)
 
-    for start, end in vocab_chunks(vocab_size, h.shape[0]):
-        w = weight[start:end].to(dtype).contiguous()
-        z, slope = transform_logits(head(w, None if bias is None else bias[start:end].to(dtype)), transform)
+    for start, end in vocab_chunks(head.weight.shape[0], g.numel()):
+        z, slope, weights = logits(start, end)
         p = z.sub_(lse[:, None]).exp_()
         dz_entropy = None
         if e is not None and row_entropy is not None:
@@ -110,8 +107,8 @@ def head_backward(
         if isinstance(slope, torch.Tensor) or slope != 1.0:
             dz = dz.mul_(slope)
 
-        gradients.add(dz, w, start, end)
-    return gradients.dhidden(), gradients.dweight, gradients.dbias
+        gradients.add(dz, weights, start, end)
+    return gradients.result()
 
 
 def sequence_sums(

@@ -13,16 +13,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 
 import torch
 
-from focalkern.backends import VOCAB_BLOCK, LogitTransform
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, LogitTransform, Needs, gradients_in_order
 from focalkern.backends.torch_tiles import (
     Logits,
     compute_dtype,
+    empty_gradients,
     has_native_product,
     matmul,
+    spread_over_hidden,
     targets_in,
     transform_logits,
 )
@@ -51,9 +52,7 @@ class _Part:
 
 
 def head_backward_certified(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
+    head: HeadInputs,
     rows: Rows,
     transform: LogitTransform,
     lse: torch.Tensor,  # [n]
@@ -61,52 +60,56 @@ def head_backward_certified(
     g: torch.Tensor,  # [n]
     pairs: KeptPairs,
     tau: float,
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
+    needs: Needs,
     workspace_bytes: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """dz of the kept pairs, group by group, and its products; rows of dweight that no pair needs are zero."""
-    needs_hidden, needs_weight, needs_bias = needs
-    n, hidden_size, vocab_size = rows.targets.numel(), hidden.shape[1], weight.shape[0]
-    dtype = compute_dtype(hidden)
-    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs_weight else None
-    dbias = torch.zeros_like(bias) if bias is not None and needs_bias else None
-    if dweight is not None:
-        for i_block in (pairs.counts.per_block_host == 0).nonzero().flatten().tolist():
-            dweight[_vocab_range(i_block, vocab_size)] = 0.0
+    needs_hidden = needs[0::3]
+    n, vocab_size = rows.targets.numel(), head.weight.shape[0]
+    given_dtype, dtype = head.hidden.dtype, compute_dtype(head.hidden)
+    dweight = empty_gradients([weight for _, weight in head.products], needs[1::3])
+    (dbias,) = empty_gradients([head.bias], needs[2:3])
+    in_vocabulary = [x for x in (*dweight, dbias) if x is not None]
+    for i_block in (pairs.counts.per_block_host == 0).nonzero().flatten().tolist():
+        for gradient in in_vocabulary:
+            gradient[_vocab_range(i_block, vocab_size)] = 0.0
 
     # The rows, and one more that the lists of rows are padded with: it has no gradient.
     def extended(values: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         return torch.cat([values, values.new_full((1, *values.shape[1:]), value)])
 
-    h_input = extended(hidden[rows.hidden_index])
+    h_input = [extended(hidden[rows.hidden_index]) for hidden, _ in head.products]
     g, targets = extended(g)[:, None], extended(rows.targets, -1)
     lse = extended(lse, torch.inf)[:, None]  # p = 0, whatever the bias
     minus_g, target_dz = -g, g[:, 0] * extended(one_minus_p)
-    is_native = has_native_product(hidden)
-    is_fp32 = hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
+    is_native = has_native_product(head.hidden)
+    is_fp32 = given_dtype == torch.float32 and tau < _ROUNDING_TAU
 
     # Bytes of one row of a group: hidden in both dtypes, its gradient, logits, dz in both dtypes.
-    row_bytes = hidden_size * (8 + hidden.element_size()) + VOCAB_BLOCK * (8 + hidden.element_size())
+    width = sum(hidden.shape[1] for hidden, _ in head.products) + VOCAB_BLOCK
+    row_bytes = width * (8 + given_dtype.itemsize)
     group_rows = max(min(_GROUP_ROWS, workspace_bytes // row_bytes) // _PADDING, 1) * _PADDING
     row_list, first_v = _padded_rows(pairs, n)
 
-    def process(parts: list[_Part], dh: torch.Tensor | None) -> None:
-        """Gradients of the blocks of these parts; `dh` takes what they add to dhidden."""
-        dweight_sum = dbias_sum = lse.new_zeros(())
+    def process(parts: list[_Part], dh: list[torch.Tensor | None]) -> None:
+        """Gradients of the blocks of these parts; `dh` takes what they add to dhidden of each product."""
+        dbias_sum, dweight_sum = lse.new_zeros(()), [lse.new_zeros(()) for _ in dweight]
         for group in _groups(parts, group_rows):
             listed = slice(group[0].rows.start, group[-1].rows.stop)
             span = slice(group[0].block.start, group[-1].block.stop)
             row = row_list[listed]
-            h_native = h_input.index_select(0, row)  # several times as fast as h_input[row]
-            h_rows = h_native.to(dtype)
-            w_span = weight[span].to(dtype).contiguous()
-            b_span = None if bias is None else bias[span].to(dtype)
+            h_native = [h.index_select(0, row) for h in h_input]  # several times as fast as h[row]
+            w_span = [weight[span].to(dtype).contiguous() for _, weight in head.products]
+            b_span = None if head.bias is None else head.bias[span].to(dtype)
 
             sizes = [part.rows.stop - part.rows.start for part in group]
             in_span = [slice(part.block.start - span.start, part.block.stop - span.start) for part in group]
-            h_parts, w_parts = h_rows.split(sizes), [w_span[v] for v in in_span]
+            # For each product, its operands of every part.
+            h_parts = [h.to(dtype).split(sizes) for h in h_native]
+            w_parts = [[w[v] for v in in_span] for w in w_span]
             b_parts = [None if b_span is None else b_span[v] for v in in_span]
-            x = [Logits(h, is_fp32)(w, b) for h, w, b in zip(h_parts, w_parts, b_parts, strict=True)]
+            operands = zip(zip(*h_parts, strict=True), zip(*w_parts, strict=True), b_parts, strict=True)
+            x = [Logits(list(h), is_fp32)(list(w), b) for h, w, b in operands]
             z, slope = transform_logits(torch.cat(x), transform)
             # d logps / dz_v = 1[v = y] − p_v
             dz = z.sub_(lse[row]).exp_().mul_(minus_g[row])
@@ -116,21 +119,25 @@ def head_backward_certified(
                 dz = dz.mul_(slope)
 
             dz_parts = dz.split(sizes)
-            if dh is not None:
-                for r, dz_part, w in zip(row.split(sizes), dz_parts, w_parts, strict=True):
-                    dh.index_add_(0, r, matmul(dz_part, w.t()))
-            if dweight is not None:
+            for i, dh_sum in enumerate(dh):
+                if dh_sum is not None:
+                    for r, dz_part, w in zip(row.split(sizes), dz_parts, w_parts[i], strict=True):
+                        dh_sum.index_add_(0, r, matmul(dz_part, w.t()))
+            native_dz = dz.to(given_dtype).split(sizes) if is_native and any(needs[1::3]) else ()
+            for i, gradient in enumerate(dweight):
+                if gradient is None:
+                    continue
                 if is_native:
-                    native_parts = zip(dz.to(hidden.dtype).split(sizes), h_native.split(sizes), strict=True)
+                    native_parts = zip(native_dz, h_native[i].split(sizes), strict=True)
                     products = (dz_part.t() @ h for dz_part, h in native_parts)
                 else:
                     products = (
-                        matmul(dz_part.t(), h.t()) for dz_part, h in zip(dz_parts, h_parts, strict=True)
+                        matmul(dz_part.t(), h.t()) for dz_part, h in zip(dz_parts, h_parts[i], strict=True)
                     )
                 for part, product in zip(group, products, strict=True):
-                    dweight_sum = product if part.is_first else dweight_sum.to(dtype) + product
+                    dweight_sum[i] = product if part.is_first else dweight_sum[i].to(dtype) + product
                     if part.is_last:
-                        dweight[part.block] = dweight_sum
+                        gradient[part.block] = dweight_sum[i]
             if dbias is not None:
                 for part, dz_part in zip(group, dz_parts, strict=True):
                     dbias_sum = dz_part.sum(0) if part.is_first else dbias_sum + dz_part.sum(0)
@@ -138,14 +145,21 @@ def head_backward_certified(
                         dbias[part.block] = dbias_sum
 
     halves = _halves(list(_parts(pairs, vocab_size, group_rows)))
-    sums = [torch.zeros_like(h_input, dtype=dtype) for _ in halves] if needs_hidden else []
-    _run_side_by_side([partial(process, *work) for work in zip_longest(halves, sums)], hidden.device)
+    sums = [
+        [
+            torch.zeros_like(h, dtype=dtype) if needed else None
+            for h, needed in zip(h_input, needs_hidden, strict=False)
+        ]
+        for _ in halves
+    ]
+    tasks: list[Callable[[], None]] = [partial(process, *work) for work in zip(halves, sums, strict=True)]
+    _run_side_by_side(tasks, head.hidden.device)
 
-    dhidden = None
-    if needs_hidden:
-        dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-        dhidden[rows.hidden_index] = (sums[0] + sums[1])[:n].to(hidden.dtype)
-    return dhidden, dweight, dbias
+    dhidden = [
+        None if one is None or other is None else spread_over_hidden((one + other)[:n], hidden, rows)
+        for one, other, (hidden, _) in zip(*sums, head.products, strict=True)
+    ]
+    return gradients_in_order(dhidden, dweight, dbias)
 
 
 def _halves(parts: list[_Part]) -> list[list[_Part]]:

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import torch
 
-from focalkern.backends import VOCAB_BLOCK, HeadInputs, KLForward, LogitTransform
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, KLForward, LogitTransform, Needs
 from focalkern.backends.torch_tiles import (
     TILE_ROWS,
     HeadGradients,
-    Logits,
+    RowLogits,
     compute_dtype,
     nonfinite_to_nan,
-    transform_logits,
     vocab_chunks,
 )
 from focalkern.layout import Rows, spread_over_outputs
@@ -29,11 +28,11 @@ def kl_forward(policy: HeadInputs, ref: HeadInputs, rows: Rows, transform: Logit
     for row_start in range(0, n, TILE_ROWS):
         tile_rows = slice(row_start, row_start + TILE_ROWS)
         index = rows.hidden_index[tile_rows]
-        logits, ref_logits = _RowLogits(policy, index, transform), _RowLogits(ref, index, transform)
+        logits, ref_logits = RowLogits(policy, index, transform), RowLogits(ref, index, transform)
         for start, end in vocab_chunks(vocab_size, index.numel()):
             tile = tile_rows, slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
-            ref_log_p, block_ref_lse[tile] = ref_logits.block_log_softmax(start, end)
-            log_p, block_lse[tile] = logits.block_log_softmax(start, end)
+            ref_log_p, block_ref_lse[tile] = _block_log_softmax(ref_logits, start, end)
+            log_p, block_lse[tile] = _block_log_softmax(logits, start, end)
             block_kl[tile] = _kl_terms(log_p, ref_log_p).sum(-1)
 
     lse, ref_lse = torch.logsumexp(block_lse, dim=-1), torch.logsumexp(block_ref_lse, dim=-1)
@@ -54,55 +53,39 @@ def kl_backward(
     lse: torch.Tensor,  # [n]
     ref_lse: torch.Tensor,  # [n]
     grad_kl: torch.Tensor,  # [outputs]
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    logits = _RowLogits(policy, rows.hidden_index, transform)
-    ref_logits = _RowLogits(ref, rows.hidden_index, transform)
-    gradients = HeadGradients(policy.hidden, policy.weight, policy.bias, rows, logits.hidden, needs)
-    g = grad_kl[rows.output_index].to(logits.hidden.dtype)
+    needs: Needs,
+) -> Gradients:
+    logits = RowLogits(policy, rows.hidden_index, transform)
+    ref_logits = RowLogits(ref, rows.hidden_index, transform)
+    gradients = HeadGradients(policy, rows, logits.hidden, needs)
+    g = grad_kl[rows.output_index].to(logits.dtype)
 
     for start, end in vocab_chunks(policy.weight.shape[0], g.numel()):
         ref_z, _, _ = ref_logits(start, end)
         ref_p = ref_z.sub_(ref_lse[:, None]).exp_()
-        z, slope, w = logits(start, end)
+        z, slope, weights = logits(start, end)
         # d KL / dz_v = p_v − ref_p_v
         dz = z.sub_(lse[:, None]).exp_().sub_(ref_p).mul_(g[:, None])
         if isinstance(slope, torch.Tensor) or slope != 1.0:
             dz = dz.mul_(slope)
-        gradients.add(dz, w, start, end)
-    return gradients.dhidden(), gradients.dweight, gradients.dbias
+        gradients.add(dz, weights, start, end)
+    return gradients.result()
 
 
-class _RowLogits:
-    """Logits of a set of rows under one of the two heads, for one vocabulary chunk after the other."""
-
-    def __init__(self, head: HeadInputs, index: torch.Tensor, transform: LogitTransform) -> None:
-        self.head, self.transform = head, transform
-        self.hidden = head.hidden[index].to(compute_dtype(head.hidden))
-        self.product = Logits(self.hidden, is_fp32=head.hidden.dtype == torch.float32)
-
-    def __call__(
-        self, start: int, end: int
-    ) -> tuple[torch.Tensor, torch.Tensor | float, torch.Tensor]:  # z, dz/dx, weight of the chunk
-        w = self.head.weight[start:end].to(self.hidden.dtype).contiguous()
-        bias = None if self.head.bias is None else self.head.bias[start:end].to(self.hidden.dtype)
-        z, slope = transform_logits(self.product(w, bias), self.transform)
-        return z, slope, w
-
-    def block_log_softmax(self, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs [rows, blocks, 128] within each block of a chunk, and the blocks' logsumexp."""
-        z, _, w = self(start, end)
-        if z.shape[1] % VOCAB_BLOCK:
-            z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=-torch.inf)
-        z = z.view(z.shape[0], -1, VOCAB_BLOCK)
-        block_max = z.amax(-1)
-        shift = torch.where(block_max == -torch.inf, 0.0, block_max)
-        z = z.sub_(shift[..., None])
-        log_sum = z.exp().sum(-1).log_()
-        # A block of −inf alone keeps its −inf.
-        log_p = z.sub_(torch.where(log_sum == -torch.inf, 0.0, log_sum)[..., None])
-        poison = nonfinite_to_nan(self.hidden, dim=1)[:, None] + nonfinite_to_nan(w)
-        return log_p, shift + log_sum + poison
+def _block_log_softmax(logits: RowLogits, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [rows, blocks, 128] within each block of a chunk, and the blocks' logsumexp."""
+    z, _, weights = logits(start, end)
+    if z.shape[1] % VOCAB_BLOCK:
+        z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=-torch.inf)
+    z = z.view(z.shape[0], -1, VOCAB_BLOCK)
+    block_max = z.amax(-1)
+    shift = torch.where(block_max == -torch.inf, 0.0, block_max)
+    z = z.sub_(shift[..., None])
+    log_sum = z.exp().sum(-1).log_()
+    # A block of −inf alone keeps its −inf.
+    log_p = z.sub_(torch.where(log_sum == -torch.inf, 0.0, log_sum)[..., None])
+    poison = logits.poison()[:, None] + sum(nonfinite_to_nan(w) for w in weights)
+    return log_p, shift + log_sum + poison
 
 
 def _kl_terms(log_q: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:

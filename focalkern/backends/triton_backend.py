@@ -11,17 +11,31 @@ import triton
 
 from csrc_triton import linear_logps as kernels
 from csrc_triton import pair_loss as pair_kernels
-from focalkern.backends import VOCAB_BLOCK, HeadForward, LogitTransform, PairForward, PairObjective
+from focalkern.backends import (
+    VOCAB_BLOCK,
+    Gradients,
+    HeadForward,
+    HeadInputs,
+    LogitTransform,
+    Needs,
+    PairForward,
+    PairObjective,
+)
 from focalkern.backends.triton_certified import head_backward_certified as head_backward_certified
 from focalkern.backends.triton_kl import kl_backward as kl_backward
 from focalkern.backends.triton_kl import kl_forward as kl_forward
 from focalkern.backends.triton_launch import (
+    head_options,
     launch_of,
     on_device,
     scales,
+    sizes,
+    strides,
+    tensors,
     tile_grid,
     tile_options,
-    unit_stride,
+    unit_strides,
+    with_aligned_update,
 )
 from focalkern.backends.triton_products import HeadGradients
 from focalkern.layout import Rows, Sequences
@@ -35,23 +49,17 @@ _MODULATIONS = {"focalpo": 0, "inverse": 1, "focal": 2}
 
 
 def head_forward(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
-    rows: Rows,
-    transform: LogitTransform,
-    outputs: tuple[str, ...],
+    head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> HeadForward:
-    hidden, weight = unit_stride(hidden), unit_stride(weight)
-    n, vocab_size = rows.targets.numel(), weight.shape[0]
+    head = with_aligned_update(unit_strides(head))
+    n, vocab_size, device = rows.targets.numel(), head.weight.shape[0], head.hidden.device
     blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
-    in_scale, out_scale = scales(transform)
 
     def fp32(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=hidden.device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     def per_output(dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.zeros(rows.output_shape.numel(), dtype=dtype, device=hidden.device)
+        return torch.zeros(rows.output_shape.numel(), dtype=dtype, device=device)
 
     target_z, lse, one_minus_p, block_lse = fp32(n), fp32(n), fp32(n), fp32(n, blocks)
     stats = fp32(4, n, blocks) if outputs else None
@@ -62,12 +70,10 @@ def head_forward(
         is_top1 = per_output(torch.int8)
 
     if n:
-        config = launch_of("fwd", hidden, small=bool(outputs))
-        with on_device(hidden):
+        config = launch_of("fwd", head.hidden, small=bool(outputs))
+        with on_device(head.hidden):
             kernels.linear_logps_fwd_kernel[tile_grid(config, n, vocab_size)](
-                hidden,
-                weight,
-                bias,
+                *tensors(head),
                 rows.hidden_index,
                 rows.targets,
                 rows.count,
@@ -75,18 +81,13 @@ def head_forward(
                 block_lse,
                 stats,
                 n * blocks,
-                vocab_size,
-                hidden.shape[1],
+                *sizes(head),
                 blocks,
-                hidden.stride(0),
-                weight.stride(0),
-                in_scale,
-                out_scale,
-                HAS_BIAS=bias is not None,
-                HAS_SOFTCAP=transform.softcap is not None,
+                *strides(head),
+                *scales(transform),
                 HAS_STATS=stats is not None,
-                EVEN_H=hidden.shape[1] % config.block_k == 0,
-                **tile_options(config, "BLOCK_V", hidden.dtype),
+                **head_options(head, transform, config),
+                **tile_options(config, "BLOCK_V", head.hidden.dtype),
             )
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
@@ -125,9 +126,7 @@ def head_forward(
 
 
 def head_backward(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
+    head: HeadInputs,
     rows: Rows,
     transform: LogitTransform,
     lse: torch.Tensor,  # [n]
@@ -135,26 +134,24 @@ def head_backward(
     entropy: torch.Tensor | None,  # [outputs]
     grad_logps: torch.Tensor | None,  # [outputs]
     grad_entropy: torch.Tensor | None,  # [outputs]
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    needs: Needs,
+) -> Gradients:
     """Exact: per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
-    hidden, weight = unit_stride(hidden), unit_stride(weight)
-    n, (vocab_size, hidden_size) = rows.targets.numel(), weight.shape
-    in_scale, out_scale = scales(transform)
+    head = unit_strides(head)
+    hidden, n = head.hidden, rows.targets.numel()
     if grad_logps is None:
         grad_logps = torch.zeros(rows.output_shape.numel(), dtype=torch.float32, device=hidden.device)
     grad_logps = grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
 
-    gradients = HeadGradients(hidden, weight, bias, rows, needs)
+    gradients = HeadGradients(head, rows, needs)
+    head = with_aligned_update(head)
     dz_config = launch_of("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
     with on_device(hidden):
         for start, size in gradients.chunks():
             if n:
                 kernels.linear_logps_bwd_dz_kernel[tile_grid(dz_config, n, size)](
-                    hidden,
-                    weight,
-                    bias,
+                    *tensors(head),
                     rows.hidden_index,
                     rows.output_index,
                     rows.targets,
@@ -168,20 +165,15 @@ def head_backward(
                     start,
                     size,
                     gradients.chunk,
-                    vocab_size,
-                    hidden_size,
-                    hidden.stride(0),
-                    weight.stride(0),
-                    in_scale,
-                    out_scale,
-                    HAS_BIAS=bias is not None,
-                    HAS_SOFTCAP=transform.softcap is not None,
+                    *sizes(head),
+                    *strides(head),
+                    *scales(transform),
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
-                    EVEN_H=hidden_size % dz_config.block_k == 0,
+                    **head_options(head, transform, dz_config),
                     **tile_options(dz_config, "BLOCK_V", hidden.dtype),
                 )
             gradients.add(start, size)
-    return gradients.dhidden, gradients.dweight, gradients.dbias
+    return gradients.result()
 
 
 def sequence_sums(

@@ -17,8 +17,22 @@ import torch
 import triton
 
 from csrc_triton import certified as kernels
-from focalkern.backends import VOCAB_BLOCK, LogitTransform
-from focalkern.backends.triton_launch import launch_of, on_device, product_options, scales, unit_stride
+from csrc_triton.launch import Launch
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, LogitTransform, Needs, gradients_in_order
+from focalkern.backends.triton_launch import (
+    head_options,
+    launch_of,
+    on_device,
+    power_of_two,
+    product_launch_of,
+    product_options,
+    scales,
+    sizes,
+    strides,
+    tensors,
+    unit_strides,
+    with_aligned_update,
+)
 from focalkern.layout import Rows
 from focalkern.selection import KeptPairs
 
@@ -48,9 +62,7 @@ class _Slice:
 
 
 def head_backward_certified(
-    hidden: torch.Tensor,  # [M, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
+    head: HeadInputs,
     rows: Rows,
     transform: LogitTransform,
     lse: torch.Tensor,  # [n]
@@ -58,65 +70,78 @@ def head_backward_certified(
     g: torch.Tensor,  # [n]
     pairs: KeptPairs,
     tau: float,
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
+    needs: Needs,
     workspace_bytes: int,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+) -> Gradients:
     """Gradients from the kept pairs alone; rows of dweight that no pair needs are zero."""
-    step = _Step(unit_stride(hidden), unit_stride(weight), bias, rows, transform, lse, one_minus_p, g, pairs)
-    needs_hidden, needs_weight, needs_bias = needs
+    step = _Step(unit_strides(head), rows, transform, lse, one_minus_p, g, pairs, needs)
+    needs_hidden, needs_weight_or_bias = any(needs[0::3]), any((*needs[1::3], needs[2]))
     counts = pairs.counts
-    dhidden = torch.zeros_like(step.hidden, memory_format=torch.contiguous_format) if needs_hidden else None
-    dweight = torch.empty_like(step.weight, memory_format=torch.contiguous_format) if needs_weight else None
-    dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
 
-    pair_bytes = VOCAB_BLOCK * hidden.element_size()
-    product_bytes = _PRODUCT_COLUMNS * _product_dtype(hidden).itemsize if needs_hidden else 0
+    pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
+    product_bytes = _PRODUCT_COLUMNS * _product_dtype(head.hidden).itemsize if needs_hidden else 0
     most_pairs = max(workspace_bytes // (pair_bytes + product_bytes), 1)
-    with on_device(hidden):
+    with on_device(head.hidden):
         if counts.total <= most_pairs:
             everything = _Slice.of(counts.total, step.block_start, counts.per_block)
             dz = step.dz(everything)
-            step.write_dweight(everything, dz, (0, len(counts.per_block)), dweight, dbias)
-            if dhidden is not None:
+            step.write_dweight(everything, dz, (0, len(counts.per_block)))
+            if needs_hidden:
                 free = workspace_bytes - counts.total * pair_bytes
-                step.write_dhidden(everything, dz, (0, rows.targets.numel()), free, dhidden)
-            return dhidden, dweight, dbias
+                step.write_dhidden(everything, dz, (0, rows.targets.numel()), free)
+            return step.result()
 
-        if dweight is not None or dbias is not None:
+        if needs_weight_or_bias:
             for blocks in _ranges(counts.per_block_host, most_pairs):
                 part = step.slice_of_blocks(blocks)
-                step.write_dweight(part, step.dz(part), blocks, dweight, dbias)
-        if dhidden is not None:
+                step.write_dweight(part, step.dz(part), blocks)
+        if needs_hidden:
             for range_of_rows in _ranges(counts.per_row_host, most_pairs):
                 part = step.slice_of_rows(range_of_rows)
                 free = workspace_bytes - part.count * pair_bytes
-                step.write_dhidden(part, step.dz(part), range_of_rows, free, dhidden)
-    return dhidden, dweight, dbias
+                step.write_dhidden(part, step.dz(part), range_of_rows, free)
+    return step.result()
 
 
 class _Step:
-    """One backward: its tensors, and the three kinds of launches."""
+    """One backward: its tensors, the gradients that are needed, and the three kinds of launches."""
 
     def __init__(
         self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
+        head: HeadInputs,  # last strides of 1
         rows: Rows,
         transform: LogitTransform,
         lse: torch.Tensor,
         one_minus_p: torch.Tensor,
         g: torch.Tensor,
         pairs: KeptPairs,
+        needs: Needs,
     ) -> None:
-        self.hidden, self.weight, self.bias, self.rows = hidden, weight, bias, rows
+        self.head, self.logits_head, self.rows, self.dtype = (
+            head,
+            with_aligned_update(head),
+            rows,
+            head.hidden.dtype,
+        )
         self.transform, self.lse, self.one_minus_p, self.g, self.pairs = transform, lse, one_minus_p, g, pairs
         self.block_start = pairs.counts.per_block.cumsum(0) - pairs.counts.per_block
         self.row_start = torch.nn.functional.pad(pairs.counts.per_row.cumsum(0), (1, 0))
+        self.dhidden = [
+            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needed else None
+            for (hidden, _), needed in zip(head.products, needs[0::3], strict=False)
+        ]
+        self.dweight = [
+            torch.empty_like(weight, memory_format=torch.contiguous_format) if needed else None
+            for (_, weight), needed in zip(head.products, needs[1::3], strict=False)
+        ]
+        self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs[2] else None
+
+    def result(self) -> Gradients:
+        return gradients_in_order(self.dhidden, self.dweight, self.dbias)
 
     def slice_of_blocks(self, blocks: tuple[int, int]) -> _Slice:
         counts = self.pairs.counts
-        i_block = torch.arange(len(counts.per_block), device=self.hidden.device)
+        i_block = torch.arange(len(counts.per_block), device=self.head.hidden.device)
         inside = (i_block >= blocks[0]) & (i_block < blocks[1])
         size = torch.where(inside, counts.per_block, 0)
         return _Slice.of(int(counts.per_block_host[slice(*blocks)].sum()), self.block_start, size)
@@ -127,16 +152,13 @@ class _Step:
         return _Slice.of(int(self.pairs.counts.per_row_host[slice(*rows)].sum()), start, end - start)
 
     def dz(self, part: _Slice) -> torch.Tensor:  # [pairs, 128]
-        hidden, weight = self.hidden, self.weight
+        head, hidden = self.logits_head, self.head.hidden
         dz = torch.empty((part.count, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
         config = launch_of("certified_dz", hidden, small=self.transform.softcap is not None)
         tile_end, tile_block = part.tiles(config.block_m)
-        in_scale, out_scale = scales(self.transform)
         if part.count:
             kernels.certified_dz_kernel[(len(tile_block),)](
-                hidden,
-                weight,
-                self.bias,
+                *tensors(head),
                 self.rows.hidden_index,
                 self.rows.targets,
                 self.lse,
@@ -150,35 +172,27 @@ class _Step:
                 tile_block,
                 dz,
                 len(part.size),
-                *weight.shape,
-                hidden.stride(0),
-                weight.stride(0),
-                in_scale,
-                out_scale,
-                HAS_BIAS=self.bias is not None,
-                HAS_SOFTCAP=self.transform.softcap is not None,
-                EVEN_H=hidden.shape[1] % config.block_k == 0,
+                *sizes(head),
+                *strides(head),
+                *scales(self.transform),
+                **head_options(head, self.transform, config),
                 BLOCK_M=config.block_m,
                 **product_options(config, hidden.dtype),
             )
         return dz
 
-    def write_dweight(
-        self,
-        part: _Slice,
-        dz: torch.Tensor,
-        blocks: tuple[int, int],
-        dweight: torch.Tensor | None,
-        dbias: torch.Tensor | None,
-    ) -> None:
-        vocab_size, hidden_size = self.weight.shape
+    def write_dweight(self, part: _Slice, dz: torch.Tensor, blocks: tuple[int, int]) -> None:
+        """The rows of these blocks in dweight of each product and in dbias."""
+        vocab_size = self.head.weight.shape[0]
         # A few blocks hold frequent tokens and are needed by most rows: they are to start first.
         order = blocks[0] + part.size[slice(*blocks)].argsort(descending=True, stable=True)
-        if dweight is not None:
-            config = launch_of("certified_dweight", self.hidden)
-            kernels.certified_dweight_kernel[(len(order) * triton.cdiv(hidden_size, config.block_n),)](
+        for (hidden, _), dweight in zip(self.head.products, self.dweight, strict=True):
+            if dweight is None:
+                continue
+            config = product_launch_of("certified_dweight", hidden)
+            kernels.certified_dweight_kernel[(len(order) * triton.cdiv(hidden.shape[1], config.block_n),)](
                 dz,
-                self.hidden,
+                hidden,
                 self.rows.hidden_index,
                 self.pairs.row,
                 order,
@@ -187,35 +201,49 @@ class _Step:
                 part.place,
                 dweight,
                 vocab_size,
-                hidden_size,
-                self.hidden.stride(0),
+                hidden.shape[1],
+                hidden.stride(0),
                 BLOCK_N=config.block_n,
-                **product_options(config, self.hidden.dtype),
+                **product_options(config, self.dtype),
             )
-        if dbias is not None:
+        if self.dbias is not None:
             kernels.certified_dbias_kernel[(len(order),)](
-                dz, order, part.size, part.place, dbias, vocab_size, BLOCK_K=32
+                dz, order, part.size, part.place, self.dbias, vocab_size, BLOCK_K=32
             )
 
-    def write_dhidden(
-        self, part: _Slice, dz: torch.Tensor, rows: tuple[int, int], free_bytes: int, dhidden: torch.Tensor
-    ) -> None:
+    def write_dhidden(self, part: _Slice, dz: torch.Tensor, rows: tuple[int, int], free_bytes: int) -> None:
+        """These rows in dhidden of each product."""
         if not part.count:
             return
-        vocab_size, hidden_size = self.weight.shape
-        dtype = _product_dtype(self.hidden)
-        column_bytes = part.count * dtype.itemsize
-        columns = max(free_bytes // column_bytes // _PRODUCT_COLUMNS, 1) * _PRODUCT_COLUMNS
-        columns = min(columns, triton.cdiv(hidden_size, _PRODUCT_COLUMNS) * _PRODUCT_COLUMNS)
+        row_places = self._row_places(part, rows)
+        for (hidden, weight), dhidden in zip(self.head.products, self.dhidden, strict=True):
+            if dhidden is not None:
+                config = product_launch_of("certified_product", hidden)
+                self._sum_products(part, dz, rows, row_places, free_bytes, weight, config, dhidden)
+
+    def _sum_products(
+        self,
+        part: _Slice,
+        dz: torch.Tensor,
+        rows: tuple[int, int],
+        row_places: tuple[torch.Tensor, int],
+        free_bytes: int,
+        weight: torch.Tensor,
+        config: Launch,
+        dhidden: torch.Tensor,
+    ) -> None:
+        vocab_size, width = weight.shape
+        dtype = _product_dtype(dhidden)
+        at_least = min(_PRODUCT_COLUMNS, power_of_two(width))
+        columns = max(free_bytes // (part.count * dtype.itemsize) // at_least, 1) * at_least
+        columns = min(columns, triton.cdiv(width, at_least) * at_least)
         product = torch.empty((part.count, columns), dtype=dtype, device=dz.device)
-        row_places, first_place = self._row_places(part, rows)
-        config = launch_of("certified_product", self.hidden)
         tile_end, tile_block = part.tiles(config.block_m)
 
-        for first_column in range(0, hidden_size, columns):
+        for first_column in range(0, width, columns):
             kernels.certified_product_kernel[(len(tile_block) * triton.cdiv(columns, config.block_n),)](
                 dz,
-                self.weight,
+                weight,
                 part.size,
                 part.place,
                 tile_end,
@@ -225,25 +253,25 @@ class _Step:
                 columns,
                 len(part.size),
                 vocab_size,
-                hidden_size,
-                self.weight.stride(0),
+                width,
+                weight.stride(0),
                 BLOCK_M=config.block_m,
                 BLOCK_N=config.block_n,
-                **product_options(config, self.hidden.dtype),
+                **product_options(config, self.dtype),
             )
-            kernels.certified_dhidden_kernel[(rows[1] - rows[0], triton.cdiv(columns, _PRODUCT_COLUMNS))](
+            kernels.certified_dhidden_kernel[(rows[1] - rows[0], triton.cdiv(columns, at_least))](
                 product,
-                row_places,
+                row_places[0],
                 self.row_start,
                 self.rows.hidden_index,
                 self.rows.count,
                 dhidden,
                 rows[0],
-                first_place,
+                row_places[1],
                 first_column,
                 columns,
-                hidden_size,
-                BLOCK_N=_PRODUCT_COLUMNS,
+                width,
+                BLOCK_N=at_least,
                 BLOCK_K=16,
             )
 

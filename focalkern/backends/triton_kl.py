@@ -10,21 +10,21 @@ import triton
 
 from csrc_triton import linear_kl as kernels
 from csrc_triton.launch import Launch
-from focalkern.backends import VOCAB_BLOCK, HeadInputs, KLForward, LogitTransform
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, KLForward, LogitTransform, Needs
 from focalkern.backends.triton_launch import (
     launch_of,
     on_device,
     scales,
     tile_grid,
     tile_options,
-    unit_stride,
+    unit_strides,
 )
 from focalkern.backends.triton_products import HeadGradients
 from focalkern.layout import Rows
 
 
 def kl_forward(policy: HeadInputs, ref: HeadInputs, rows: Rows, transform: LogitTransform) -> KLForward:
-    policy, ref = _unit_strides(policy), _unit_strides(ref)
+    policy, ref = unit_strides(policy), unit_strides(ref)
     device = policy.hidden.device
     n, vocab_size = rows.targets.numel(), policy.weight.shape[0]
     blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
@@ -77,12 +77,12 @@ def kl_backward(
     lse: torch.Tensor,  # [n]
     ref_lse: torch.Tensor,  # [n]
     grad_kl: torch.Tensor,  # [outputs]
-    needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    policy, ref = _unit_strides(policy), _unit_strides(ref)
+    needs: Needs,
+) -> Gradients:
+    policy, ref = unit_strides(policy), unit_strides(ref)
     n, vocab_size = rows.targets.numel(), policy.weight.shape[0]
     grad_kl = grad_kl.contiguous()
-    gradients = HeadGradients(policy.hidden, policy.weight, policy.bias, rows, needs)
+    gradients = HeadGradients(policy, rows, needs)
     config = _launch("kl_bwd_dz", policy, ref, transform)
     with on_device(policy.hidden):
         for start, size in gradients.chunks():
@@ -108,11 +108,7 @@ def kl_backward(
                     **_head_options(policy, ref, transform, config),
                 )
             gradients.add(start, size)
-    return gradients.dhidden, gradients.dweight, gradients.dbias
-
-
-def _unit_strides(head: HeadInputs) -> HeadInputs:
-    return HeadInputs(unit_stride(head.hidden), unit_stride(head.weight), head.bias)
+    return gradients.result()
 
 
 def _tensors(head: HeadInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

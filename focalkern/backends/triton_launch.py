@@ -6,17 +6,81 @@ Used by `triton_backend` (forward and exact backward) and `triton_certified`.
 from __future__ import annotations
 
 import contextlib
+import math
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 import triton
 
-from csrc_triton.launch import GROUP_M, Launch, launch_config
-from focalkern.backends import LogitTransform
+from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, Launch, launch_config
+from focalkern.backends import HeadInputs, LogitTransform
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def unit_strides(head: HeadInputs) -> HeadInputs:
+    return replace(
+        head,
+        hidden=unit_stride(head.hidden),
+        weight=unit_stride(head.weight),
+        update_hidden=None if head.update_hidden is None else unit_stride(head.update_hidden),
+        update_weight=None if head.update_weight is None else unit_stride(head.update_weight),
+    )
+
+
+def with_aligned_update(head: HeadInputs) -> HeadInputs:
+    """The same logits from an update whose rank and strides are multiples of 16, by columns of zeros.
+
+    The tile of logits has no registers left for masks or for loads of single elements.
+    """
+
+    def aligned(x: torch.Tensor | None) -> torch.Tensor | None:
+        if x is None or (x.shape[1] % 16 == 0 and x.stride(0) % 16 == 0):
+            return x
+        return torch.nn.functional.pad(x, (0, -x.shape[1] % 16)).contiguous()
+
+    return replace(head, update_hidden=aligned(head.update_hidden), update_weight=aligned(head.update_weight))
+
+
+# The arguments of a kernel that makes logits, of a head with an aligned update.
+
+
+def tensors(head: HeadInputs) -> tuple[torch.Tensor | None, ...]:
+    return head.hidden, head.weight, head.bias, head.update_hidden, head.update_weight
+
+
+def sizes(head: HeadInputs) -> tuple[int, int, int]:
+    """V, H and the rank of the update, 0 without one."""
+    (vocab_size, hidden_size), update = head.weight.shape, head.update_weight
+    return vocab_size, hidden_size, 0 if update is None else update.shape[1]
+
+
+def strides(head: HeadInputs) -> tuple[int, ...]:
+    update = head.update_hidden, head.update_weight
+    return (
+        head.hidden.stride(0),
+        head.weight.stride(0),
+        *(0 if tensor is None else tensor.stride(0) for tensor in update),
+    )
+
+
+def head_options(head: HeadInputs, transform: LogitTransform, config: Launch) -> dict[str, object]:
+    """What a kernel that makes logits is compiled for, beside its tile."""
+    rank = sizes(head)[2]
+    return {
+        "HAS_BIAS": head.bias is not None,
+        "HAS_SOFTCAP": transform.softcap is not None,
+        "EVEN_H": head.hidden.shape[1] % config.block_k == 0,
+        "BLOCK_R": math.gcd(rank, config.block_k) if rank else 0,
+    }
+
+
+def power_of_two(columns: int) -> int:
+    """The columns of a tile that is to hold so many: products take 16 or more."""
+    return max(triton.next_power_of_2(columns), 16)
 
 
 def scales(transform: LogitTransform) -> tuple[float, float]:
@@ -31,6 +95,15 @@ def launch_of(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
     if small or hidden.shape[1] % 64:
         kernel += "_small"
     return launch_config(kernel, arch_of(hidden.device), hidden.element_size() * 8)
+
+
+def product_launch_of(kernel: str, hidden: torch.Tensor) -> Launch:
+    """For the product of dz with this hidden, or the weight that belongs to it: an update's is narrow."""
+    width = hidden.shape[1]
+    if width > NARROW_COLUMNS:
+        return launch_of(kernel, hidden)
+    config = launch_config(f"{kernel}_narrow", arch_of(hidden.device), hidden.element_size() * 8)
+    return replace(config, block_n=min(config.block_n, power_of_two(width)))
 
 
 @lru_cache

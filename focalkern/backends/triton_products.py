@@ -11,8 +11,8 @@ import torch
 import triton
 
 from csrc_triton import linear_logps as kernels
-from focalkern.backends import VOCAB_BLOCK
-from focalkern.backends.triton_launch import launch_of, tile_grid, tile_options
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, Needs, gradients_in_order
+from focalkern.backends.triton_launch import product_launch_of, tile_grid, tile_options
 from focalkern.layout import Rows
 
 # Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
@@ -23,31 +23,21 @@ _MAX_DZ_BYTES = 256 * 2**20
 
 
 class HeadGradients:
-    """dhidden, dweight and dbias, those that are needed; complete once every chunk of dz has been added."""
+    """Gradients of a head, those that are needed; complete once every chunk of dz has been added."""
 
-    def __init__(
-        self,
-        hidden: torch.Tensor,  # [M, H], last stride 1
-        weight: torch.Tensor,  # [V, H], last stride 1
-        bias: torch.Tensor | None,  # [V]
-        rows: Rows,
-        needs: tuple[bool, bool, bool],  # which of dhidden, dweight, dbias
-    ) -> None:
-        needs_hidden, needs_weight, needs_bias = needs
-        self.hidden, self.weight, self.rows = hidden, weight, rows
-        self.n, (self.vocab_size, self.hidden_size) = rows.targets.numel(), weight.shape
-        device, dtype = hidden.device, hidden.dtype
-        self.dhidden = torch.zeros(hidden.shape, dtype=dtype, device=device) if needs_hidden else None
-        self.dweight = torch.empty(weight.shape, dtype=dtype, device=device) if needs_weight else None
-        self.dbias = torch.empty_like(bias) if bias is not None and needs_bias else None
-
-        self.chunk = vocab_chunk(self.n, self.vocab_size, hidden.element_size())
+    def __init__(self, head: HeadInputs, rows: Rows, needs: Needs) -> None:
+        """Of a head whose tensors have last strides of 1."""
+        self.rows, self.n, self.vocab_size = rows, rows.targets.numel(), head.weight.shape[0]
+        device, dtype = head.hidden.device, head.hidden.dtype
+        self.chunk = vocab_chunk(self.n, self.vocab_size, head.hidden.element_size())
         self.dz = torch.empty((self.n, self.chunk), dtype=dtype, device=device)
-        self.partial = None
-        if needs_hidden:
-            self.partial = torch.empty((self.n, self.hidden_size), dtype=torch.float32, device=device)
-        self.dweight_config = launch_of("bwd_dweight", hidden)
-        self.dhidden_config = launch_of("bwd_dhidden", hidden)
+        self.products = [
+            _ProductGradients(hidden, weight, self.n, needs_hidden, needs_weight)
+            for (hidden, weight), needs_hidden, needs_weight in zip(
+                head.products, needs[0::3], needs[1::3], strict=False
+            )
+        ]
+        self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs[2] else None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Start and size of each vocabulary chunk, in the order in which dz is to be added."""
@@ -56,37 +46,68 @@ class HeadGradients:
 
     def add(self, start: int, size: int) -> None:
         """Take in what `dz` now holds of the chunk."""
-        if self.dweight is not None:
-            kernels.linear_logps_bwd_dweight_kernel[tile_grid(self.dweight_config, size, self.hidden_size)](
-                self.dz,
-                self.hidden,
-                self.rows.hidden_index,
-                self.rows.count,
-                self.dweight,
-                start,
-                size,
-                self.chunk,
-                self.hidden_size,
-                self.hidden.stride(0),
-                **tile_options(self.dweight_config, "BLOCK_N", self.hidden.dtype),
-            )
+        for product in self.products:
+            product.add(self.dz, self.rows, start, size)
         if self.dbias is not None:
             kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
                 self.dz, self.rows.count, self.dbias, start, size, self.chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
             )
-        if self.dhidden is not None and self.n:
-            kernels.linear_logps_bwd_dhidden_kernel[tile_grid(self.dhidden_config, self.n, self.hidden_size)](
-                self.dz,
+
+    def result(self) -> Gradients:
+        dhidden, dweight = [x.dhidden for x in self.products], [x.dweight for x in self.products]
+        return gradients_in_order(dhidden, dweight, self.dbias)
+
+
+class _ProductGradients:
+    """dhidden and dweight of one hidden @ weightᵀ."""
+
+    def __init__(
+        self,
+        hidden: torch.Tensor,  # [M, K]
+        weight: torch.Tensor,  # [V, K]
+        n: int,
+        needs_hidden: bool,
+        needs_weight: bool,
+    ) -> None:
+        self.hidden, self.weight = hidden, weight
+        self.dhidden = self.partial = self.dweight = None
+        if needs_hidden:
+            self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+            self.partial = torch.empty((n, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+        if needs_weight:
+            self.dweight = torch.empty(weight.shape, dtype=hidden.dtype, device=hidden.device)
+        self.dweight_config = product_launch_of("bwd_dweight", hidden)
+        self.dhidden_config = product_launch_of("bwd_dhidden", hidden)
+
+    def add(self, dz: torch.Tensor, rows: Rows, start: int, size: int) -> None:
+        (n, chunk), (vocab_size, width) = dz.shape, self.weight.shape
+        if self.dweight is not None:
+            kernels.linear_logps_bwd_dweight_kernel[tile_grid(self.dweight_config, size, width)](
+                dz,
+                self.hidden,
+                rows.hidden_index,
+                rows.count,
+                self.dweight,
+                start,
+                size,
+                chunk,
+                width,
+                self.hidden.stride(0),
+                **tile_options(self.dweight_config, "BLOCK_N", self.hidden.dtype),
+            )
+        if self.dhidden is not None and n:
+            kernels.linear_logps_bwd_dhidden_kernel[tile_grid(self.dhidden_config, n, width)](
+                dz,
                 self.weight,
-                self.rows.hidden_index,
-                self.rows.count,
+                rows.hidden_index,
+                rows.count,
                 self.partial,
                 self.dhidden,
                 start,
                 size,
-                self.chunk,
-                self.vocab_size,
-                self.hidden_size,
+                chunk,
+                vocab_size,
+                width,
                 self.weight.stride(0),
                 **tile_options(self.dhidden_config, "BLOCK_N", self.hidden.dtype),
             )
