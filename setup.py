@@ -12,7 +12,7 @@ version = re.search(
 assert version
 
 # TRL 1.16 itself needs Python 3.11; on 3.10 everything but TRL is there.
-trl = ["transformers>=5", 'trl>=1.16,<2; python_version >= "3.11"']
+trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("trl>=1.16,<2", "peft>=0.18"))]
 bench = [*trl, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
 test = [*bench, "hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
 
@@ -25,7 +25,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["focalkern", "focalkern.backends", "csrc_triton"],
+    packages=["focalkern", "focalkern.backends", "focalkern.trl", "csrc_triton"],
     package_data={"focalkern": ["py.typed"]},
     install_requires=["torch>=2.8", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={

@@ -1,4 +1,4 @@
-"""The code in `docs/methods.md` and `README.md`: every Python block runs, in the order of the page."""
+"""The code in `README.md`, `docs/methods.md` and `docs/trl.md`: every Python block runs, in its order."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ import pytest
 import torch
 
 from focalkern import FusedFocalPOLoss
+
+try:
+    import trl_tiny
+except ImportError:  # TRL needs Python 3.11
+    trl_tiny = None
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,13 +60,35 @@ def given() -> dict:
     }
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
-def test_every_python_block_runs(page, capsys):
+@pytest.mark.parametrize("page", ["README.md", "docs/methods.md", "docs/trl.md"])
+def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
+    """Those that train with TRL on the CPU, with a tiny model in place of the one that they name."""
     names = {}
+    trainers = []
+    monkeypatch.chdir(tmp_path)
     assert len(blocks(page)) >= 3
     for block in blocks(page):
         names |= given()
-        exec(compile(block, page, "exec"), names)
+        if "focalkern.trl" in block:
+            pytest.importorskip("trl")
+            block = on_a_tiny_model(block, tmp_path)
+            names["dataset"] = trl_tiny.Dataset.from_list(trl_tiny.RECORDS)
+        try:
+            exec(compile(block, page, "exec"), names)
+        finally:
+            if "focalkern.trl" in block:
+                names["focalkern"].trl.unpatch()
+        trainers += [names["trainer"]] if "trainer = " in block else []
+    assert [trainer.state.global_step for trainer in trainers] == ([] if page == "docs/methods.md" else [1])
+
+
+def on_a_tiny_model(block: str, folder: Path) -> str:
+    path = str(folder / "model")
+    trl_tiny.seeded(trl_tiny.llama).save_pretrained(path)
+    trl_tiny.TOKENIZER.save_pretrained(path)
+    block = block.replace('"Qwen/Qwen2.5-0.5B-Instruct"', repr(path))
+    on_cpu = 'FocalPOConfig("out", report_to="none", use_cpu=True, max_steps=1'
+    return block.replace('FocalPOConfig("out"', on_cpu)
 
 
 def test_methods_md_names_every_loss_and_preset():

@@ -1,0 +1,327 @@
+"""A DPO step in TRL: as it is, under `focalkern.trl.patch()`, and with `FocalPOTrainer`, padded and packed.
+
+    python benchmarks/trl_step.py              # a tiny Llama with a vocabulary of 128256, some minutes
+    python benchmarks/trl_step.py --quick      # whether all of it runs
+
+A step is `training_step` of a real trainer on real text (docstrings of Python's standard library): forward
+of policy and reference, loss, metrics, backward. The optimizer's step is the same for all and left out. Steps
+are timed in one interleaved run; memory is measured for each in a process of its own, beyond model and
+gradients. Before that, losses and gradients of all are compared. The model has random weights, and its final
+norm a scale that makes the softmax as sharp as a trained model's. Its tokenizer knows 4096 words: the rest of
+the vocabulary is never a label.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+from preference_data import Pair, docstring_pairs
+from quickstart import train_tokenizer
+
+from benchmarks.inputs import PRESENT
+from benchmarks.measure import (
+    PeakMemory,
+    Step,
+    in_fresh_process,
+    interleaved_times,
+    peak_extra_bytes,
+)
+from benchmarks.report import MIB, environment, percent
+from benchmarks.throughput import positive, settle_exp
+from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
+
+TRL, PATCHED = "TRL", "TRL under patch()"
+PADDED, PACKED = "FocalPOTrainer", "FocalPOTrainer, packed"
+NAMES = (TRL, PATCHED, PADDED, PACKED)
+# Relative difference from TRL's loss and gradient. In bf16 TRL rounds its logits and ours are fp32.
+AGREEMENT = {"fp32": 1e-4, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured: everything that a fresh process needs to build it again."""
+
+    hidden: int
+    layers: int
+    vocab: int
+    pairs: int
+    dtype: str  # "bf16" is autocast over fp32 weights, as TRL trains by default
+    entries: int  # softmax entries above 2^-12 per token
+    threads: int
+    scale: float = 1.0  # of the final norm
+
+
+@dataclass
+class Contestant:
+    """A trainer and its batch, ready for one step after the other."""
+
+    trainer: DPOTrainer
+    model: torch.nn.Module
+    inputs: dict[str, Any]
+
+    def step(self) -> torch.Tensor:
+        return self.trainer.training_step(self.model, dict(self.inputs), None)
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Those of the last step; the model is then without."""
+        found = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parse(argv)
+    torch.set_num_threads(options.threads)
+    settle_exp()
+    quiet()
+    console = Console() if sys.stdout.isatty() else Console(width=130)
+    about = environment("cpu")
+    size = (options.hidden, options.layers, options.vocab, options.pairs)
+    comparisons = [
+        compare(Setup(*size, dtype, options.entries, options.threads), options.repeats, console)
+        for dtype in options.dtype
+    ]
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        found = {**about, "repeats": options.repeats, "comparisons": comparisons}
+        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+        console.print(f"written to {options.json}", highlight=False)
+    return 0 if all(row["agrees"] for found in comparisons for row in found["rows"].values()) else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--hidden", type=positive, default=256, metavar="H", help="hidden size (default: 256)")
+    add("--layers", type=positive, default=2, metavar="L", help="default: 2")
+    add("--vocab", type=positive, default=128256, metavar="V", help="default: 128256")
+    add("--pairs", type=positive, default=16, metavar="B", help="pairs of the batch (default: 16)")
+    add("--dtype", nargs="+", choices=AGREEMENT, default=["bf16", "fp32"], help="default: both")
+    add("--entries", type=positive, default=50, metavar="K", help="softmax entries above 2^-12 (default: 50)")
+    add("--repeats", type=positive, default=5, metavar="R", help="measured rounds (default: 5)")
+    add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
+    add("--json", type=Path, metavar="PATH", help="write every number there")
+    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
+    options = parser.parse_args(argv)
+    if options.quick:
+        options.hidden, options.layers, options.vocab = 64, 1, 8192
+        options.pairs, options.repeats = 4, 2
+    return options
+
+
+def quiet() -> None:
+    transformers.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+
+
+def compare(setup: Setup, repeats: int, console: Console) -> dict[str, Any]:
+    setup = replace(setup, scale=scale_for(setup))
+    found = {"setup": asdict(setup), **timed(setup, repeats)}
+    for name in tqdm(NAMES, desc=f"{setup.dtype}, memory", leave=False):
+        memory = in_fresh_process(memory_of, name, setup)
+        found["rows"][name] |= {
+            "extra_mib": memory.extra / MIB,
+            "extra_is_upper_limit": memory.upper_limit,
+        }
+    show(found, console)
+    return found
+
+
+def timed(setup: Setup, repeats: int) -> dict[str, Any]:
+    """The batch and, for each of the four, what differs from TRL and the times."""
+    with tempfile.TemporaryDirectory() as folder:
+        contestants = {name: build(name, setup, folder) for name in NAMES}
+    differences = differences_from_trl(contestants)
+    steps = {name: Step(contestant.step, None) for name, contestant in contestants.items()}
+    with tqdm(total=len(NAMES) * (repeats + 1), desc=f"{setup.dtype}, time", leave=False) as bar:
+
+        def tick() -> None:
+            for contestant in contestants.values():
+                contestant.gradients()
+            bar.update()
+
+        times = interleaved_times(steps, torch.device("cpu"), 1, repeats, tick)
+    batch = contestants[TRL].inputs
+    tokens = int(batch["attention_mask"].sum())
+    rows = {
+        name: {
+            "ms": times[name].both.as_ms(),
+            "tokens_per_s": tokens / times[name].both.median,
+            "kept_share": kept_share(contestants[name]),
+            **differences[name],
+            "agrees": all(value <= AGREEMENT[setup.dtype] for value in differences[name].values()),
+        }
+        for name in NAMES
+    }
+    return {
+        "tokens": tokens,
+        "completion_tokens": int(batch["completion_mask"][:, 1:].sum()),
+        "padded_positions": batch["attention_mask"].numel(),
+        "rows": rows,
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    setup, rows = found["setup"], found["rows"]
+    table = Table(
+        title=f"A DPO step, {setup['dtype']}: Llama, {setup['layers']} layers of {setup['hidden']}, "
+        f"vocabulary {setup['vocab']}; {setup['pairs']} pairs, {found['tokens']} tokens, "
+        f"{found['completion_tokens']} of completions, {found['padded_positions']} positions when padded",
+        title_justify="left",
+    )
+    columns = ("ms", "range", "tokens/s", "x TRL", "extra MiB", "kept share", "gradient off TRL's by")
+    for column in ("", *columns):
+        table.add_column(column, justify="right" if column else "left")
+    for name, row in rows.items():
+        ms = row["ms"]
+        table.add_row(
+            name,
+            f"{ms['median']:.0f}",
+            f"{ms['min']:.0f}-{ms['max']:.0f}",
+            f"{row['tokens_per_s']:,.0f}",
+            f"{rows[TRL]['ms']['median'] / ms['median']:.2f}",
+            f"{'<= ' if row['extra_is_upper_limit'] else ''}{row['extra_mib']:,.0f}",
+            percent(row["kept_share"]),
+            f"{row['gradient_difference']:.1e}" + ("" if row["agrees"] else ": too much"),
+        )
+    console.print(table)
+
+
+def build(name: str, setup: Setup, folder: str) -> Contestant:
+    """One of the four, with models of its own, and the first batch of the data."""
+    pairs, tokenizer = text(setup.pairs)
+    data = datasets.Dataset.from_list(
+        [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    )
+    options = {
+        "output_dir": folder,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": setup.dtype == "bf16",
+        "per_device_train_batch_size": setup.pairs,
+        "max_length": 512,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    models = (llama(setup), llama(setup, perturbation=0.05))
+    given = {"train_dataset": data, "processing_class": tokenizer}
+    if name in (TRL, PATCHED):
+        with patch() if name == PATCHED else contextlib.nullcontext():
+            trainer = DPOTrainer(*models, args=DPOConfig(**options), **given)
+    else:
+        args = FocalPOConfig(gamma=0.0, padding_free=name == PACKED, **options)
+        trainer = FocalPOTrainer(*models, args=args, **given)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(setup.pairs)])
+    model = trainer.accelerator.prepare_model(trainer.model)
+    model.train()
+    trainer.current_gradient_accumulation_steps = 1  # as `train` would say
+    return Contestant(trainer, model, batch)
+
+
+@lru_cache
+def text(count: int) -> tuple[list[Pair], Any]:
+    pairs = docstring_pairs(seed=0)
+    return pairs[:count], train_tokenizer(pairs[:2000])
+
+
+def llama(setup: Setup, perturbation: float = 0.0) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=setup.vocab,
+        hidden_size=setup.hidden,
+        intermediate_size=3 * setup.hidden,
+        num_hidden_layers=setup.layers,
+        num_attention_heads=max(setup.hidden // 64, 1),
+        max_position_embeddings=512,
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(setup.scale)
+        for parameter in model.model.layers.parameters():
+            parameter.add_(perturbation * parameter.abs().mean() * torch.randn_like(parameter))
+    return model
+
+
+@torch.no_grad()
+def scale_for(setup: Setup) -> float:
+    """Of the final norm, for about as many softmax entries above 2^-12 as asked for; by bisection."""
+    pairs, tokenizer = text(setup.pairs)
+    ids = tokenizer(str(pairs[0].prompt) + str(pairs[0].chosen), return_tensors="pt").input_ids
+    logits = llama(setup)(ids[:, :128]).logits[0]
+    # Where it is nearly flat there is none; then more and more, and from here on fewer.
+    low, high = 16.0, 4096.0
+    for _ in range(20):
+        middle = math.sqrt(low * high)
+        logps = (middle * logits).log_softmax(-1)
+        entries = (logps > math.log(PRESENT)).sum(-1).double().mean().item()
+        low, high = (middle, high) if entries > setup.entries else (low, middle)
+    return round(low, 3)
+
+
+def differences_from_trl(contestants: dict[str, Contestant]) -> dict[str, dict[str, float]]:
+    """Of loss and gradient (norms over all parameters), relative."""
+    found = {}
+    for name, contestant in contestants.items():
+        loss, gradients = contestant.step().item(), contestant.gradients()
+        if name == TRL:
+            trl_loss, trl_gradients = loss, gradients
+        pairs = zip(gradients, trl_gradients, strict=True)
+        difference = sum((mine - theirs).square().sum().item() for mine, theirs in pairs)
+        size = sum(theirs.square().sum().item() for theirs in trl_gradients)
+        found[name] = {
+            "loss_difference": abs(loss - trl_loss) / abs(trl_loss),
+            "gradient_difference": math.sqrt(difference / size),
+        }
+    return found
+
+
+def kept_share(contestant: Contestant) -> float | None:
+    recorded = contestant.trainer._metrics["train"].get("focal/kept_share")
+    return float(recorded[-1]) if recorded else None
+
+
+def memory_of(name: str, setup: Setup) -> PeakMemory:
+    """Extra memory of a step; runs in a process of its own."""
+    torch.set_num_threads(setup.threads)
+    settle_exp()
+    quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        contestant = build(name, setup, folder)
+
+        def step() -> list[torch.Tensor]:
+            contestant.step()
+            return contestant.gradients()
+
+        # Libraries and thread stacks come with the first step, whatever its size.
+        batch = contestant.inputs
+        contestant.inputs = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
+        step()
+        contestant.inputs = batch
+        return peak_extra_bytes(step, torch.device("cpu"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

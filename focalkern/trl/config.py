@@ -1,0 +1,341 @@
+"""`FocalPOConfig`: TRL's `DPOConfig` and every objective of `FusedFocalPOLoss`, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import DPOConfig
+
+from focalkern import checks
+from focalkern.adaptive_margin import IMPLICIT_REFERENCES, needs_reference
+from focalkern.loss import FusedFocalPOLoss
+from focalkern.methods import F_DIVERGENCES
+from focalkern.objective import MODULATIONS
+from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
+from focalkern.trl.loss_types import FOCALPO, LOSS_TYPES
+
+GAMMA = 0.05
+SCHEDULES: dict[str, type[GammaSchedule]] = {
+    "linear": LinearGamma,
+    "exponential": ExponentialGamma,
+    "cosine": CosineGamma,
+}
+# Options of DPOConfig that the focal loss has no use for, and TRL's default: with any other they are refused.
+_NOT_WITH_FOCALPO = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
+# TRL's losses with label smoothing, and which ends of [0, 0.5] they leave out.
+_SMOOTHED: dict[str, dict[str, bool]] = {
+    "exo_pair": {"exclude_low": True},
+    "robust": {"exclude_high": True},
+    "aot": {},
+    "aot_unpaired": {},
+}
+_OF_LOG_RATIOS = frozenset(
+    ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
+)
+_OBJECTIVE = (
+    "gamma",
+    "gamma_schedule",
+    "modulation",
+    "margin",
+    "gamma_beta_ratio",
+    "alpha",
+    "reference_free",
+    "length_normalize",
+    "ema_momentum",
+    "ema_bias_correction",
+    "implicit_reference",
+    "normalize_margin",
+    "stop_gradient",
+)
+_SCHEDULE_OPTIONS = ("gamma_max", "gamma_min", "gamma_rate", "gamma_schedule_steps")
+
+
+@dataclass
+class FocalPOConfig(DPOConfig):
+    """Configuration of `FocalPOTrainer`: everything of TRL's `DPOConfig`, and the fields below.
+
+    Formulas are in `FusedFocalPOLoss` and docs/methods.md. SimPO is `FocalPOConfig(beta=2.0, gamma=0.0,
+    reference_free=True, length_normalize=True, gamma_beta_ratio=0.5)`; DPO is `gamma=0.0`.
+
+    Differences to `DPOConfig`: `loss_type` defaults to `["focalpo"]`, which may be mixed with TRL's by
+    `loss_weights`; `label_smoothing` is also that of the focal loss; `padding_free=True` works.
+
+    Raises:
+        ValueError, TypeError: naming the field, when the configuration is made.
+    """
+
+    loss_type: list[str] = field(
+        default_factory=lambda: [FOCALPO],
+        metadata={
+            "help": "Type of loss: `'focalpo'`, the focal / α-margin loss that the options below describe, "
+            "or any of TRL's (`'sigmoid'`, `'hinge'`, `'ipo'`, `'exo_pair'`, `'nca_pair'`, `'robust'`, "
+            "`'bco_pair'`, `'sppo_hard'`, `'aot'`, `'aot_unpaired'`, `'apo_zero'`, `'apo_down'`, "
+            "`'discopop'`, `'sft'`, `'sigmoid_norm'`). Several are added with the weights `loss_weights`."
+        },
+    )
+    padding_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to concatenate the sequences of a batch, without padding. The same numbers, in "
+            "less time the more the lengths differ. Wants FlashAttention "
+            "(`attn_implementation='flash_attention_2'`); sdpa and eager attention work, with a mask that "
+            "grows with the square of the tokens of a batch."
+        },
+    )
+
+    # The objective
+    gamma: float | None = field(
+        default=None,
+        metadata={
+            "help": "γ >= 0 of the focal weight; 0 is DPO (or SimPO, α-DPO). Default 0.05, where there is "
+            "no `gamma_schedule`."
+        },
+    )
+    gamma_schedule: str | None = field(
+        default=None,
+        metadata={
+            "help": "γ(t) of DynamicFocalPO, from `gamma_max` to `gamma_min` in the course of training: "
+            "'linear', 'exponential' or 'cosine'. Excludes `gamma`.",
+            "choices": list(SCHEDULES),
+        },
+    )
+    gamma_max: float | None = field(
+        default=None, metadata={"help": "γ at the first step of the schedule. Default 0.1."}
+    )
+    gamma_min: float | None = field(
+        default=None, metadata={"help": "γ at the last step of the schedule. Default 0.01."}
+    )
+    gamma_rate: float | None = field(
+        default=None, metadata={"help": "Rate of the exponential schedule (α in its paper). Default 3."}
+    )
+    gamma_schedule_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps that the schedule takes; γ stays at `gamma_min` afterwards. Default: "
+            "the steps of the training. Give it where a run will be resumed with other `max_steps` or "
+            "`num_train_epochs`."
+        },
+    )
+    modulation: str = field(
+        default="focalpo",
+        metadata={
+            "help": "Focal weight w(p): 'focalpo' p^γ (FocalPO Eq. 4), 'inverse' (1-p)^-γ (Eq. 3), 'focal' "
+            "(1-p)^γ.",
+            "choices": list(MODULATIONS),
+        },
+    )
+    margin: float | None = field(
+        default=None,
+        metadata={"help": "Margin m in u = β·(s_w - s_l) - m, outside β. Default 0. See `gamma_beta_ratio`."},
+    )
+    gamma_beta_ratio: float | None = field(
+        default=None,
+        metadata={
+            "help": "The margin as the authors of SimPO give it, inside β: margin = beta * "
+            "gamma_beta_ratio. Excludes `margin`."
+        },
+    )
+    alpha: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of α-DPO's adaptive margin, outside β (beta times the alpha of its authors' "
+            "code). Above 0 a reference is needed, also with `reference_free`."
+        },
+    )
+    reference_free: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether scores are log-probs, without those of a reference (SimPO). No reference model "
+            "is then loaded or run, unless `alpha` or another loss type needs one."
+        },
+    )
+    length_normalize: bool = field(
+        default=False,
+        metadata={"help": "Whether scores are divided by the number of completion tokens (SimPO, α-DPO)."},
+    )
+    ema_momentum: float = field(
+        default=0.9,
+        metadata={"help": "Momentum of the running mean and standard deviation of α-DPO, in [0, 1)."},
+    )
+    ema_bias_correction: bool = field(
+        default=True,
+        metadata={"help": "Whether these are corrected for their start at 0; not in the authors' code."},
+    )
+    implicit_reference: str = field(
+        default="policy_over_reference",
+        metadata={
+            "help": "What α-DPO's margin is made of: 'policy_over_reference', 'policy', 'reference' or "
+            "'inverse_reference'. ('sequence_kl' is left to `FusedFocalPOLoss`: it takes the hidden states "
+            "of both models.)",
+            "choices": [name for name in IMPLICIT_REFERENCES if name != "sequence_kl"],
+        },
+    )
+    normalize_margin: bool = field(
+        default=True, metadata={"help": "Whether α-DPO's margin is normalised by its running statistics."}
+    )
+    stop_gradient: bool = field(
+        default=True, metadata={"help": "Whether no gradient goes through α-DPO's margin."}
+    )
+
+    # The fused head
+    backward: str = field(
+        default="certified",
+        metadata={
+            "help": "Backward of the LM head: 'certified' leaves out the vocabulary blocks that are "
+            "negligible to a token and says how much that was; 'exact' leaves nothing out.",
+            "choices": list(checks.BACKWARDS),
+        },
+    )
+    tau: str = field(
+        default="auto",
+        metadata={"help": "Threshold of the certified backward: 'auto' (by dtype), or a number >= 0."},
+    )
+    backend: str = field(
+        default="auto",
+        metadata={
+            "help": "What the head runs on: 'auto', 'triton' or 'torch'.",
+            "choices": list(checks.BACKENDS),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.tau, str) and self.tau != "auto":
+            try:
+                self.tau = float(self.tau)  # type: ignore[assignment]  # as a command line brings it
+            except ValueError:
+                raise ValueError(f"tau must be 'auto' or a number >= 0; got {self.tau!r}") from None
+        if not self.loss_type:
+            raise ValueError("loss_type must name a loss; got []")
+        for name in self.loss_type:
+            checks.check_choice("loss_type", name, (FOCALPO, *LOSS_TYPES))
+        if len(set(self.loss_type)) < len(self.loss_type):
+            raise ValueError(f"loss_type must name every loss once; got {self.loss_type}")
+        for weight in self.loss_weights or ():
+            checks.check_number("loss_weights", weight)
+        checks.check_number("beta", self.beta, low=0.0, exclude_low=True)
+        checks.check_head_options(-100, 1.0, None, 1.0, self.backward, self.tau, self.backend)
+        self._check_trl_losses()
+        if FOCALPO in self.loss_type:
+            self._check_focalpo()
+        else:
+            self._refuse_focal_options()
+
+    def focal_loss(self) -> FusedFocalPOLoss:
+        """The loss of `'focalpo'`. Without `gamma_schedule_steps`, its schedule is yet to get its steps."""
+        return FusedFocalPOLoss(
+            beta=self.beta,
+            gamma=self._gamma(),
+            modulation=self.modulation,
+            margin=self._margin(),
+            alpha=self.alpha,
+            reference_free=self.reference_free,
+            length_normalize=self.length_normalize,
+            label_smoothing=self.label_smoothing,
+            backward=self.backward,
+            tau=self.tau,
+            backend=self.backend,
+            ema_momentum=self.ema_momentum,
+            ema_bias_correction=self.ema_bias_correction,
+            implicit_reference=self.implicit_reference,
+            normalize_margin=self.normalize_margin,
+            stop_gradient=self.stop_gradient,
+        )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any of the losses takes reference log-probs."""
+        focal = FOCALPO in self.loss_type and (
+            not self.reference_free or (self.alpha > 0 and needs_reference(self.implicit_reference))
+        )
+        # "sft" has no use for one, but the rewards that TRL logs with it do.
+        return focal or any(name != FOCALPO for name in self.loss_type)
+
+    def _check_trl_losses(self) -> None:
+        """What the losses themselves, or TRL's trainer, would refuse later and by other names."""
+        for name in _SMOOTHED.keys() & set(self.loss_type):
+            bounds: dict[str, Any] = {"low": 0.0, "high": 0.5, **_SMOOTHED[name]}
+            checks.check_number("label_smoothing", self.label_smoothing, **bounds)
+        if "discopop" in self.loss_type:
+            checks.check_number("discopop_tau", self.discopop_tau, low=0.0, exclude_low=True)
+        if self.ld_alpha is not None:
+            checks.check_number("ld_alpha", self.ld_alpha, low=0.0, high=1.0)
+        checks.check_choice("f_divergence_type", self.f_divergence_type, F_DIVERGENCES)
+        of_ratios = _OF_LOG_RATIOS.intersection(self.loss_type)
+        if self.f_divergence_type != "reverse_kl" and (of_ratios or self.loss_type == ["sft"]):
+            raise ValueError(
+                f"f_divergence_type must be 'reverse_kl' with loss_type {sorted(of_ratios) or ['sft']}, not "
+                f"a function of a difference of scores; got {self.f_divergence_type!r}"
+            )
+        sorting = sorted({"aot", "aot_unpaired"}.intersection(self.loss_type))
+        if self.use_weighting and sorting:
+            raise ValueError(
+                f"use_weighting must be False with loss_type {sorting}, which sorts the pairs apart; got True"
+            )
+
+    def _check_focalpo(self) -> None:
+        for name, default in _NOT_WITH_FOCALPO.items():
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"{name} must be {default!r} with loss_type 'focalpo'; got {getattr(self, name)!r} (it "
+                    "goes with TRL's loss types)"
+                )
+        if self.implicit_reference == "sequence_kl":
+            raise ValueError(
+                "implicit_reference='sequence_kl' takes the hidden states of both models, which the "
+                "trainer does not keep: use FusedFocalPOLoss and linear_kl in a loop of your own"
+            )
+        if self.gamma_schedule is None:
+            for name in _SCHEDULE_OPTIONS:
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"{name} must be None without gamma_schedule; got {getattr(self, name)!r}"
+                    )
+        else:
+            checks.check_choice("gamma_schedule", self.gamma_schedule, tuple(SCHEDULES))
+            if self.gamma is not None:
+                raise ValueError(
+                    f"gamma must be None with gamma_schedule={self.gamma_schedule!r}; got {self.gamma!r}"
+                )
+            if self.gamma_rate is not None and self.gamma_schedule != "exponential":
+                raise ValueError(
+                    f"gamma_rate must be None unless gamma_schedule='exponential'; got {self.gamma_rate}"
+                )
+            if self.gamma_rate is not None:
+                checks.check_number("gamma_rate", self.gamma_rate, low=0.0, exclude_low=True)
+            if self.gamma_schedule_steps is not None:
+                checks.check_integer("gamma_schedule_steps", self.gamma_schedule_steps, low=1)
+        if self.margin is not None and self.gamma_beta_ratio is not None:
+            raise ValueError(
+                "margin and gamma_beta_ratio are two names of one thing, margin = beta * gamma_beta_ratio; "
+                f"got margin={self.margin!r} and gamma_beta_ratio={self.gamma_beta_ratio!r}"
+            )
+        if self.gamma_beta_ratio is not None:
+            checks.check_number("gamma_beta_ratio", self.gamma_beta_ratio)
+        self.focal_loss()
+
+    def _refuse_focal_options(self) -> None:
+        fields = self.__dataclass_fields__
+        for name in (*_OBJECTIVE, *_SCHEDULE_OPTIONS):
+            if getattr(self, name) != fields[name].default:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is of loss_type 'focalpo', which {self.loss_type} does "
+                    "not name"
+                )
+
+    def _gamma(self) -> float | GammaSchedule:
+        if self.gamma_schedule is None:
+            return GAMMA if self.gamma is None else self.gamma
+        given: dict[str, Any] = {
+            "gamma_max": self.gamma_max,
+            "gamma_min": self.gamma_min,
+            "rate": self.gamma_rate,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
+        return SCHEDULES[self.gamma_schedule](self.gamma_schedule_steps or 1, **options)
+
+    def _margin(self) -> float:
+        if self.gamma_beta_ratio is not None:
+            return self.beta * self.gamma_beta_ratio
+        return 0.0 if self.margin is None else self.margin

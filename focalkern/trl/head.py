@@ -1,0 +1,414 @@
+"""The fused head inside a transformers model: `model(..., labels=labels, fused_lm_head=True)`.
+
+In place of TRL's `add_fused_lm_head`, with its signature and its output. The head module is looked up and
+called at every forward, so that adapters, and hooks that gather its weight, take part. Used by the trainer
+and by `patch`.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from trl.trainer.utils import FusedCausalLMOutput
+
+from focalkern import checks
+from focalkern.functional import LinearLogps, linear_logps
+from focalkern.low_rank import LowRankUpdate
+
+# Beside `log_probs`, which is always there: what `linear_logps` has too, and one of our own.
+_OUTPUTS = (*checks.OUTPUTS, "mean_logits_everywhere")
+# How architectures name what they do to the product of hidden and weight. MPT has a `logit_scale` that its
+# model in transformers does not look at.
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
+_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
+
+
+@dataclass
+class FusedHeadOutput(FusedCausalLMOutput):
+    """TRL's output of a fused head, and what the certified backward leaves out.
+
+    `dropped_mass`, of the shape of `log_probs`, and the 0-dim `kept_share` are NaN until the backward has
+    run, and None when it is exact. `mean_logits_everywhere` [S, T] is `mean_logits` at every position, those
+    without a label and the last one included.
+    """
+
+    mean_logits_everywhere: torch.Tensor | None = None
+    dropped_mass: torch.Tensor | None = None
+    kept_share: torch.Tensor | None = None
+
+    def token_logps(self) -> LinearLogps:
+        """As `linear_logps` returned it, for the losses' `from_logps`."""
+        assert self.log_probs is not None
+        return LinearLogps(
+            self.log_probs,
+            self.entropy,
+            self.mean_logits,
+            self.is_top1,
+            self.log_sum_sq_probs,
+            self.dropped_mass,
+            self.kept_share,
+        )
+
+
+def add_fused_lm_head(
+    model: PreTrainedModel,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    backward: str = "certified",
+    tau: str | float = "auto",
+    backend: str = "auto",
+) -> None:
+    """Let `model(..., labels=labels, fused_lm_head=True)` return a `FusedHeadOutput` in place of logits.
+
+    Without `fused_lm_head=True` the forward is the model's own, so that generation is untouched. The logit
+    transform (softcap, logit scale) is that of the model's config.
+
+    Args:
+        model: a causal language model of transformers, not yet wrapped by PEFT (its `get_base_model()` may
+        be). temperature: the logits are divided by it.
+        cast_lm_head_to_fp32: run the head in fp32, outside autocast.
+        outputs: TRL's names: "log_probs" (always computed), "entropy", "log_sum_sq_probs", "mean_logits",
+        "is_top1"; and "mean_logits_everywhere", which costs a product with the mean of the head's rows, or,
+        where the logits have a softcap, "mean_logits" and a forward of the positions without a label.
+        backward, tau, backend: as in `linear_logps`.
+
+    Raises:
+        TypeError: the head is not a linear layer, or carries an adapter other than plain LoRA; an option of
+            the wrong type.
+        ValueError: an option, an output, or a transform of the logits that is not known.
+    """
+    unknown = set(outputs) - {"log_probs", *_OUTPUTS}
+    if unknown:
+        raise ValueError(f"outputs must be out of {('log_probs', *_OUTPUTS)}; got {sorted(unknown)}")
+    check_head(model)
+    config = model.config.get_text_config()
+    _check_vocabulary(model, config)
+    options: dict[str, Any] = {
+        "temperature": temperature,
+        "softcap": softcap_of(config),
+        "logit_scale": logit_scale_of(config),
+        "backward": backward,
+        "tau": tau,
+        "backend": backend,
+    }
+    checks.check_head_options(ignore_index=-100, **options)
+    options["outputs"] = tuple(name for name in _OUTPUTS if name in outputs)
+    own_forward = model.forward
+
+    # The signature of the model's own: `generate` checks its arguments against it.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, fused_lm_head=False, **kwargs):
+        if not fused_lm_head:
+            return own_forward(*args, **kwargs)
+        return _fused_forward(self, options, cast_lm_head_to_fp32, *args, **kwargs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _fused_forward(
+    model: PreTrainedModel,
+    options: dict,
+    in_fp32: bool,
+    *args,
+    labels: torch.Tensor | None = None,  # [S, T] input ids, prompt = -100
+    # [S, T] each beside what predicts it, as context parallelism has them
+    shift_labels: torch.Tensor | None = None,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    **kwargs,
+) -> FusedHeadOutput:
+    shift = shift_labels is None
+    targets = labels if shift_labels is None else shift_labels
+    if targets is None:
+        raise ValueError("labels must be given with fused_lm_head=True; got None")
+    config = model.config.get_text_config()
+    kwargs["use_cache"] = False
+    if getattr(config, "output_router_logits", False):
+        kwargs.setdefault("output_router_logits", True)
+    backbone = model.base_model(*args, **kwargs)
+
+    tokens, mean_logits_everywhere = head_logps(
+        model.get_output_embeddings(), backbone.last_hidden_state, targets, shift, in_fp32, options
+    )
+    label_mask = (targets[:, 1:] if shift else targets).to(tokens.logps.device) != -100
+    count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    loss = -tokens.logps.sum() / count
+    aux_loss = None
+    if kwargs.get("output_router_logits"):
+        aux_loss = load_balancing_loss_func(
+            backbone.router_logits,
+            # transformers < 5.6 has the number of GPT-OSS's experts on the model alone
+            getattr(config, "num_experts", None) or model.num_experts,
+            config.num_experts_per_tok,
+            kwargs.get("attention_mask"),  # packed batches have none: every token counts
+        )
+        loss = loss + getattr(config, "router_aux_loss_coef", 0.0) * aux_loss
+    return FusedHeadOutput(
+        loss=loss,
+        log_probs=tokens.logps,
+        entropy=tokens.entropy,
+        log_sum_sq_probs=tokens.log_sum_sq_probs,
+        mean_logits=tokens.mean_logits,
+        is_top1=tokens.is_top1,
+        label_mask=label_mask,
+        aux_loss=aux_loss,
+        mean_logits_everywhere=mean_logits_everywhere,
+        dropped_mass=tokens.dropped_mass,
+        kept_share=tokens.kept_share,
+    )
+
+
+@torch.compiler.disable  # it swaps the forwards of modules
+def head_logps(
+    head: nn.Module,
+    hidden: torch.Tensor,  # [S, T, H]
+    labels: torch.Tensor,  # [S, T]
+    shift: bool,
+    in_fp32: bool,
+    options: dict,
+) -> tuple[LinearLogps, torch.Tensor | None]:
+    """`linear_logps` of a head module with whatever adapter is active, run inside the modules' own calls.
+
+    Beside it the mean logits of every position [S, T], where the outputs name them.
+    """
+    if getattr(head, "disable_adapters", False) and getattr(head, "merged", False):
+        cast(Any, head).unmerge()  # as PEFT's forward does it
+    linear, adapters = resolve_head(head)
+    everywhere = "mean_logits_everywhere" in options["outputs"]
+    outputs = tuple(name for name in options["outputs"] if name in checks.OUTPUTS)
+    if everywhere and options["softcap"] is not None:
+        outputs = (*outputs, "mean_logits")
+    options = {**options, "outputs": outputs}
+    box: list[tuple[LinearLogps, torch.Tensor | None]] = []
+
+    def logps(hidden: torch.Tensor, low_rank: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        # Inside the calls of all modules of the head: their parameters are there, whoever shards them.
+        weight = _full(linear.weight)
+        bias = None if linear.bias is None else _full(linear.bias)
+        context: torch.autocast | nullcontext = nullcontext()
+        if in_fp32:
+            context = torch.autocast(hidden.device.type, enabled=False)
+            hidden, weight = hidden.float(), weight.float()
+            bias = None if bias is None else bias.float()
+        update = None
+        if low_rank is not None:
+            factors = torch.cat([_full(adapter.b.weight) for adapter in adapters], 1)
+            update = LowRankUpdate(low_rank.to(hidden.dtype), factors.to(weight.dtype))
+            for adapter in adapters:
+                if adapter.b.bias is not None:
+                    added = adapter.scaling * _full(adapter.b.bias).to(weight.dtype)
+                    bias = added if bias is None else bias + added
+        call = functools.partial(linear_logps, hidden, weight, bias=bias, update=update)
+        with context:
+            tokens = call(labels.to(hidden.device), shift=shift, **options)
+            means = None
+            if everywhere and options["softcap"] is None:
+                means = _mean_logits(hidden, weight, bias, update, options)
+            elif everywhere:
+                means = _mean_softcapped_logits(call, tokens, labels.to(hidden.device), shift, options)
+        box.append((tokens, means))
+        # Tensors in a tuple: what hooks on outputs (of ZeRO-3, FSDP) find the gradient by.
+        return tokens.logps, tokens.entropy
+
+    def with_adapters(hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low_rank = [adapter.down(hidden) for adapter in adapters]
+        inner = functools.partial(logps, low_rank=torch.cat(low_rank, -1) if low_rank else None)
+        for module in (linear, *(adapter.b for adapter in adapters)):
+            if module is not head:
+                inner = functools.partial(_call_in_place_of, module, inner)
+        return inner(hidden)
+
+    if not linear.weight.is_meta:  # offloaded: its hook moves what comes in
+        hidden = hidden.to(linear.weight.device)
+    result = _call_in_place_of(head, with_adapters, hidden)
+    tokens, means = box.pop()
+    return replace(tokens, logps=result[0], entropy=result[1]), means
+
+
+@torch.no_grad()
+def _mean_logits(
+    hidden: torch.Tensor,  # [S, T, H]
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LowRankUpdate | None,
+    options: dict,
+) -> torch.Tensor:  # [S, T]
+    """Without a softcap the mean over the vocabulary is linear: mean_v z = hidden @ mean_v weight."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+
+    def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        mean = weight.mean(0, dtype=dtype)
+        # By sequences: an fp32 copy of hidden need not be held.
+        return torch.stack([sequence.to(dtype) @ mean for sequence in hidden])
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        z = product(hidden, weight)
+        if update is not None:
+            z += product(update.hidden, update.weight)
+        if bias is not None:
+            z += bias.mean(dtype=dtype)
+        return z * (options["logit_scale"] / options["temperature"])
+
+
+@torch.no_grad()
+def _mean_softcapped_logits(
+    call: Callable[..., LinearLogps], tokens: LinearLogps, labels: torch.Tensor, shift: bool, options: dict
+) -> torch.Tensor:  # [S, T]
+    """With a softcap every logit counts: what the labels have not asked for is computed besides."""
+    if shift:
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    options = {**options, "outputs": ("mean_logits",), "backward": "exact"}
+    others = torch.zeros_like(labels).masked_fill_(labels != -100, -100)
+    means, labelled = call(others, **options).mean_logits, tokens.mean_logits
+    assert means is not None
+    assert labelled is not None
+    means[:, : labelled.shape[1]] += labelled
+    return means
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active LoRA of a head: logits += b(a(dropout(hidden)))·scaling."""
+
+    a: nn.Linear  # weight [R, H]
+    b: nn.Linear  # weight [V, R], perhaps with a bias [V]
+    dropout: nn.Module
+    scaling: float
+
+    def down(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., R]
+        return self.scaling * self.a(self.dropout(hidden.to(self.a.weight.dtype)))
+
+
+def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
+    """The linear layer of a head as it stands now, and the adapters that are active on it.
+
+    Raises:
+        TypeError: it is not a linear layer, or carries something other than plain LoRA.
+    """
+    name = type(head).__name__
+    if type(head).__module__.partition(".")[0] != "peft":
+        return _linear(head), []
+    from peft.tuners.lora import Linear
+    from peft.utils.other import ModulesToSaveWrapper
+
+    assert head is not None
+    if isinstance(head, ModulesToSaveWrapper):  # a copy of the head that is trained
+        active = next((key for key in head.active_adapters if key in head.modules_to_save), None)
+        if head.disable_adapters or active is None:
+            return _linear(head.original_module), []
+        return _linear(head.modules_to_save[active]), []
+    # Others of its kind (AdaLoRA's, those of single parameters) compute something else.
+    if not isinstance(head, Linear):
+        kind = f"{type(head).__module__}.{name}"
+        raise TypeError(f"lm_head must be a linear layer, or one with LoRA; got the adapter {kind}")
+    linear = _linear(head.get_base_layer())
+    if head.disable_adapters or head.merged:
+        return linear, []
+    active = [key for key in head.active_adapters if key in head.lora_A]
+    for key in active:
+        if key in head.lora_variant:
+            variant = type(head.lora_variant[key]).__name__
+            raise TypeError(
+                f"lm_head must have plain LoRA; adapter {key!r} is {variant}: not a low-rank update"
+            )
+    return linear, [
+        Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
+        for key in active
+    ]
+
+
+class NoAdapter:
+    """In place of PEFT's class in TRL's modules: they refuse heads of it, ours those that it cannot run."""
+
+
+def check_head(model: PreTrainedModel) -> None:
+    """Raise TypeError where the fused head could not run, adapters that are not active now included."""
+    head = model.get_output_embeddings()
+    resolve_head(head)
+    for key, variant in getattr(head, "lora_variant", {}).items():
+        name = type(variant).__name__
+        raise TypeError(f"lm_head must have plain LoRA; adapter {key!r} is {name}: not a low-rank update")
+
+
+def _linear(module: nn.Module | None) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"lm_head must be a torch.nn.Linear for the fused head; got {type(module).__name__}"
+            " (from model.get_output_embeddings())"
+        )
+    if not module.weight.is_floating_point():
+        raise TypeError(
+            f"lm_head must not be quantised; its weight is {module.weight.dtype}: leave it out of the"
+            " quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
+    return module
+
+
+def softcap_of(config: PretrainedConfig) -> float | None:
+    """Of the logits; None where the model has none."""
+    return next((x for x in (getattr(config, name, None) for name in _SOFTCAPS) if x is not None), None)
+
+
+def logit_scale_of(config: PretrainedConfig) -> float:
+    """What a model multiplies its logits by, before the softcap.
+
+    Raises:
+        TypeError, ValueError: naming the field of the config, if that is not a number.
+    """
+    for name in (*_MULTIPLIERS, *_DIVISORS):
+        value = getattr(config, name, None)
+        if value is None:
+            continue
+        checks.check_number(f"{name} (of the model's config)", value)
+        if name == "logit_scale" and config.model_type == "mpt":
+            return 1.0
+        divides = name in _DIVISORS and config.model_type != "hyperclovax"
+        return 1.0 / value if divides else value
+    return 1.0
+
+
+def _check_vocabulary(model: PreTrainedModel, config: PretrainedConfig) -> None:
+    unpadded = getattr(config, "unpadded_vocab_size", None)
+    if unpadded is not None and unpadded != config.vocab_size:
+        raise ValueError(
+            f"unpadded_vocab_size must be vocab_size, {config.vocab_size}; got {unpadded}: the fused head of"
+            f" {type(model).__name__} would give the padding of the vocabulary a probability"
+        )
+
+
+def _full(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
+    """`function(hidden)` as if it were the module's forward: with all its hooks."""
+    with _forward_replaced(module, function):
+        return module(hidden)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, function: Callable) -> Iterator[None]:
+    # accelerate's own hooks (weights offloaded, spread over devices) wrap the forward and keep it under
+    # another name.
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    own = vars(module).get(name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, own)

@@ -1,0 +1,94 @@
+"""What `FocalPOTrainer` logs of a batch: TRL's metrics under TRL's names, and those of the focal loss.
+
+All are 0-dim tensors on the device: nothing waits for it until they are logged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from focalkern.adaptive_margin import RunningMoments
+from focalkern.functional import LinearLogps
+from focalkern.layout import aligned_labels
+from focalkern.loss import FocalPOOutput
+from focalkern.pair_head import PairOutput
+
+# A sum over ranks of a 1-D tensor, and the values of all ranks of a per-pair one.
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+
+def token_metrics(
+    tokens: LinearLogps,
+    labels: torch.Tensor,  # [2B, T], or packed [N]
+    cu_seqlens: torch.Tensor | None,  # [2B + 1]
+    sum_over_ranks: Reduce,
+) -> dict[str, torch.Tensor]:
+    """Means over completion tokens of all ranks: entropy, mean logits, accuracy on the chosen ones."""
+    mask = aligned_labels(labels, -100, True, cu_seqlens) != -100
+    if cu_seqlens is None:
+        is_chosen = torch.arange(mask.shape[0], device=mask.device)[:, None] < mask.shape[0] // 2
+    else:
+        is_chosen = torch.arange(mask.shape[0], device=mask.device) < cu_seqlens[cu_seqlens.shape[0] // 2]
+    assert tokens.entropy is not None and tokens.mean_logits is not None and tokens.is_top1 is not None
+    # They are 0 where there is no completion token.
+    per_token = {
+        "chosen": mask & is_chosen,
+        "rejected": mask & ~is_chosen,
+        "entropy": tokens.entropy.detach(),
+        "logits/chosen": tokens.mean_logits * is_chosen,
+        "logits/rejected": tokens.mean_logits * ~is_chosen,
+        "correct": tokens.is_top1 & is_chosen,
+    }
+    sums = sum_over_ranks(torch.stack([x.sum(dtype=torch.float32) for x in per_token.values()]))
+    total = dict(zip(per_token, sums.unbind(), strict=True))
+    return {
+        "entropy": _ratio(total["entropy"], total["chosen"] + total["rejected"]),
+        "logits/chosen": _ratio(total["logits/chosen"], total["chosen"]),
+        "logits/rejected": _ratio(total["logits/rejected"], total["rejected"]),
+        "mean_token_accuracy": _ratio(total["correct"], total["chosen"]),
+    }
+
+
+def pair_metrics(out: PairOutput, gather: Reduce) -> dict[str, torch.Tensor]:
+    """Means over the pairs of all ranks."""
+    margins = out.chosen_rewards - out.rejected_rewards
+    values = {
+        "rewards/chosen": out.chosen_rewards,
+        "rewards/rejected": out.rejected_rewards,
+        "rewards/accuracies": (margins > 0).float(),
+        "rewards/margins": margins,
+        "logps/chosen": out.chosen_logps,
+        "logps/rejected": out.rejected_logps,
+    }
+    if isinstance(out, FocalPOOutput):
+        values |= {"focal/weight": out.weight, "focal/flipped": (out.weight < 0).float()}
+    gathered = gather(torch.stack(list(values.values()), 1))  # [pairs of all ranks, metrics]
+    metrics = dict(zip(values, gathered.mean(0).unbind(), strict=True))
+    if isinstance(out, FocalPOOutput):
+        metrics["focal/gamma"] = out.weight.new_full((), out.gamma)
+    return metrics
+
+
+def margin_metrics(statistics: RunningMoments) -> dict[str, torch.Tensor]:
+    """μ and σ of α-DPO as the margin is normalised by them."""
+    mean, std = statistics.moments()
+    return {"alpha/mean": mean.float(), "alpha/std": std.float()}
+
+
+def backward_metrics(
+    dropped_mass: torch.Tensor,  # [...] per token, 0 where ignored
+    kept_share: torch.Tensor,  # []
+    completion_tokens: torch.Tensor,  # []
+    sum_over_ranks: Reduce,
+) -> dict[str, torch.Tensor]:
+    """What the certified backward left out, once it has run: means over completion tokens, and over ranks."""
+    one = torch.ones_like(kept_share)
+    sums = [dropped_mass.sum(), completion_tokens.to(one), kept_share, one]
+    total = sum_over_ranks(torch.stack(sums))
+    return {"focal/dropped_mass": _ratio(total[0], total[1]), "focal/kept_share": total[2] / total[3]}
+
+
+def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    return total / count.clamp(min=1)

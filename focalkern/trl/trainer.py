@@ -1,0 +1,432 @@
+"""`FocalPOTrainer`: TRL's DPOTrainer with every objective of the library, on the fused head."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import has_length
+from trl import DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer import dpo_trainer
+from trl.trainer.utils import get_config_model_id, use_adapter
+
+from focalkern.functional import LinearLogps
+from focalkern.loss import FusedFocalPOLoss
+from focalkern.schedules import GammaSchedule
+from focalkern.trl.collator import PackedPreferenceCollator
+from focalkern.trl.config import FocalPOConfig
+from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head
+from focalkern.trl.loss_types import MixedLoss
+from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
+
+STATE_NAME = "focalpo_state.pt"
+# What a batch holds beside the arguments of the model.
+_NOT_FOR_THE_MODEL = (
+    "completion_mask",
+    "ref_chosen_logps",
+    "ref_rejected_logps",
+    "sequence_lengths",
+    "cu_seqlens",
+)
+
+
+class FocalPOTrainer(DPOTrainer):
+    """TRL's `DPOTrainer` for FocalPO, DynamicFocalPO, α-DPO, SimPO and their combinations, on the fused head.
+
+        trainer = FocalPOTrainer(model, args=FocalPOConfig("out", gamma=0.05), train_dataset=dataset)
+        trainer.train()
+
+    Arguments are those of `DPOTrainer`, with a `FocalPOConfig`. The reference is TRL's too: `ref_model`, the
+    model of the same name, the adapter's base, or log-probs computed in advance; where the loss needs none
+    (SimPO), there is none. An adapter may be on `lm_head` (plain LoRA), and `padding_free=True` concatenates
+    the sequences of a batch.
+
+    Logged beside TRL's metrics, where the loss has them: `focal/gamma`, `focal/weight` (mean −dL/du),
+    `focal/flipped` (share of pairs that are pushed together), `focal/dropped_mass` and `focal/kept_share` (of
+    the certified backward, in training), `alpha/mean` and `alpha/std` (μ and σ of α-DPO). Rewards are
+    β·score, so with `length_normalize` and `reference_free` those of SimPO.
+
+    Raises:
+        ValueError, TypeError: naming the field or the argument.
+    """
+
+    _tag_names = ["trl", "focalpo", "focalkern"]  # noqa: RUF012  # a list in TRL
+    _name = "FocalPO"
+    _paper = {  # noqa: RUF012  # a dict in TRL; for the model card
+        "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
+        "id": "2501.06645",
+        "citation": textwrap.dedent("""\
+            @inproceedings{liu2025focalpo,
+                title     = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings}},
+                author    = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and Volker Tresp},
+                year      = 2025,
+                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (Volume 2: Short Papers)},
+                url       = {https://aclanthology.org/2025.acl-short.21}
+            }"""),  # noqa: E501
+    }
+
+    args: FocalPOConfig
+    _total_train_tokens: torch.Tensor | int  # of all ranks; on the device while training
+    _precompute_model_hash: str | None
+
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any = None,
+        args: FocalPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        compute_metrics: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
+        peft_config: Any = None,
+        **trl_options: Any,
+    ) -> None:
+        if args is None:
+            name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = FocalPOConfig(f"{name.split('/')[-1]}-FocalPO")
+        if not isinstance(args, FocalPOConfig):
+            raise TypeError(f"args must be a FocalPOConfig; got {type(args).__name__}")
+        _check_reference(args, model, ref_model, peft_config)
+        if args.gamma_schedule is not None and args.max_steps <= 0 and not has_length(train_dataset):
+            raise ValueError(
+                "max_steps must be given: gamma_schedule is spread over the steps of the training, and a "
+                "train_dataset without a length does not tell them"
+            )
+        padding_free = args.padding_free
+        if padding_free:
+            _check_packing(args, train_dataset, data_collator, compute_metrics, peft_config)
+            data_collator = PackedPreferenceCollator(args.max_length, args.truncation_mode)
+        self.loss_fn = MixedLoss(args)
+        self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+        with _construction(model, args):
+            args.padding_free = False  # TRL's is switched off, and says so
+            try:
+                super().__init__(
+                    model=model,
+                    ref_model=ref_model,
+                    args=args,
+                    data_collator=data_collator,
+                    train_dataset=train_dataset,
+                    eval_dataset=eval_dataset,
+                    processing_class=processing_class,
+                    compute_metrics=compute_metrics,
+                    callbacks=callbacks,
+                    optimizers=optimizers,
+                    quantization_config=quantization_config,
+                    peft_config=peft_config,
+                    **trl_options,
+                )
+            finally:
+                args.padding_free = padding_free
+        self.padding_free = padding_free
+        if padding_free:
+            self._prepare_packing()
+        if args.gamma_schedule is not None and self.loss_fn.focal is not None:
+            self.add_callback(_GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps))
+
+    # ------------------------------------------------------------------------------------------ construction
+
+    def _prepare_packing(self) -> None:
+        """What only the loaded model tells: whether its attention knows packed sequences."""
+        model = self.accelerator.unwrap_model(self.model)
+        base = model.get_base_model() if is_peft_model(model) else model
+        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+            raise ValueError("padding_free must be False with prompt learning")
+        self.data_collator.flash_attention = "flash" in base.config._attn_implementation
+        apart = not getattr(base, "_is_stateful", False) and base._supports_attention_backend
+        if not apart or not self._sequences_are_apart(model):
+            raise ValueError(
+                f"padding_free must be False with {type(base).__name__}: its layers do not tell the "
+                "sequences of a packed row apart"
+            )
+
+    def _sequences_are_apart(self, model: Any) -> bool:
+        """Whether no gradient comes from one sequence of a packed batch to the one before it.
+
+        Not every architecture hands the position ids to its attention mask (transformers 5.23: AFMoE does
+        not). Of a model that is sharded, or will be, nothing can be told here.
+        """
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return True
+        embedded: list[torch.Tensor] = []
+
+        def leaf(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            embedded.append(output.detach().requires_grad_())
+            return embedded[-1].clone()  # which models may scale in place
+
+        example = {"prompt_ids": [0, 1], "chosen_ids": [2, 3], "rejected_ids": [4, 5]}
+        inputs = self._prepare_inputs(self.data_collator([example]))
+        hook = model.get_input_embeddings().register_forward_hook(leaf)
+        try:
+            with torch.enable_grad(), self.compute_loss_context_manager():
+                logits = model(**self._model_inputs(inputs)).logits
+        finally:
+            hook.remove()
+        second = int(inputs["cu_seqlens"][1])
+        (gradient,) = torch.autograd.grad(logits[0, second:].float().square().sum(), embedded[:1])
+        return not (gradient[0, :second].abs() > 0).any()
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        # TRL looks its cache up by dataset and model: log-probs of sequences cut otherwise pass for these.
+        args, of_model = self.args, self._precompute_model_hash
+        options = (args.max_length, args.truncation_mode, args.ld_alpha, self.accelerator.mixed_precision)
+        self._precompute_model_hash = Hasher.hash((of_model, options))
+        try:
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+        finally:
+            self._precompute_model_hash = of_model
+
+    # ------------------------------------------------------------------------------------------------ a step
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        labels, cu_seqlens = self._labels(inputs)
+        outputs = self._forward(model, inputs, labels)
+        tokens = self._per_token(outputs, inputs, labels)
+        pair_labels = labels if cu_seqlens is None else labels[0]
+        refs = self._reference_logps(inputs)
+        self.loss_fn.train(self.model.training)  # statistics move in training alone
+        loss, out = self.loss_fn(tokens, pair_labels, refs, cu_seqlens)
+        aux_loss = None
+        if self.aux_loss_enabled:
+            aux_loss = outputs.aux_loss
+            loss = loss + self.router_aux_loss_coef * aux_loss
+
+        metrics = token_metrics(tokens, pair_labels, cu_seqlens, self._sum_over_ranks)
+        metrics |= pair_metrics(out, self.accelerator.gather)
+        focal = self.loss_fn.focal
+        if focal is not None and focal.alpha and focal.normalize_margin:
+            metrics |= margin_metrics(focal.margin_statistics)
+        if aux_loss is not None:
+            metrics["aux_loss"] = self.accelerator.reduce(aux_loss.detach(), "mean")
+        self._record(metrics, self._token_count(inputs))
+        if outputs.dropped_mass is not None and outputs.kept_share is not None and torch.is_grad_enabled():
+            self._left_out = (outputs.dropped_mass, outputs.kept_share, out.lengths.sum())
+        if not return_outputs:
+            return loss
+        # As in TRL: the logits that `compute_metrics` takes, from a second forward.
+        with torch.no_grad():
+            return loss, model(**self._model_inputs(inputs))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self._left_out is not None:
+            self._record(backward_metrics(*self._left_out, self._sum_over_ranks))
+            self._left_out = None
+        return loss
+
+    def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Reference log-probs of a batch, [B] each: sums over completion tokens, as the loss takes them."""
+        labels, cu_seqlens = self._labels(inputs)
+        adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if self.ref_model is None and is_peft_model(self.model):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            adapter = use_adapter(unwrapped, "ref" if "ref" in unwrapped.peft_config else None)
+        with (
+            torch.no_grad(),
+            disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+            adapter,
+            self.accelerator.autocast(),
+        ):
+            outputs = model(**self._model_inputs(inputs), labels=labels, fused_lm_head=True)
+        tokens = self._per_token(outputs, inputs, labels)
+        return self.loss_fn.reference_logps(tokens, labels if cu_seqlens is None else labels[0], cu_seqlens)
+
+    def _reference_logps(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if not self.args.needs_reference:
+            return None, None
+        if self.precompute_ref_logps:
+            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+
+    def _forward(self, model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> FusedHeadOutput:
+        kwargs = self._model_inputs(inputs)
+        if self.aux_loss_enabled:
+            kwargs["output_router_logits"] = True
+        return model(**kwargs, labels=labels, fused_lm_head=True)
+
+    @staticmethod
+    def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL} | {"use_cache": False}
+
+    @staticmethod
+    def _labels(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Input ids with all but the completions masked, [2B, T] or packed [1, N]; and the boundaries."""
+        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100), inputs.get("cu_seqlens")
+
+    @staticmethod
+    def _per_token(outputs: FusedHeadOutput, inputs: dict[str, Any], labels: torch.Tensor) -> LinearLogps:
+        """The head's outputs at the tokens of the batch, in the shape that the losses take."""
+        tokens = FusedHeadOutput.token_logps(outputs)
+        length = labels.shape[1] - 1
+        if "cu_seqlens" in inputs:  # [1, N − 1] to [N]: the last position predicts nothing
+            return _mapped(tokens, lambda x: torch.nn.functional.pad(x[0], (0, 1)))
+        if tokens.logps.shape[1] > length:  # prompt learning puts its own tokens in front
+            return _mapped(tokens, lambda x: x[:, -length:])
+        return tokens
+
+    # ----------------------------------------------------------------------------------------------- logging
+
+    def _record(self, metrics: dict[str, torch.Tensor], tokens: torch.Tensor | None = None) -> None:
+        mode = "train" if self.model.training else "eval"
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value.detach())
+        if tokens is None:
+            return
+        if mode == "train":
+            self._total_train_tokens = self._total_train_tokens + tokens // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        for recorded in self._metrics.values():
+            for values in recorded.values():
+                values[:] = [x.item() if isinstance(x, torch.Tensor) else x for x in values]
+        super().log(logs, start_time)
+
+    def _token_count(self, inputs: dict[str, Any]) -> torch.Tensor:
+        mask = inputs.get("attention_mask")
+        ids = inputs["input_ids"]
+        count = torch.tensor([ids.numel()], device=ids.device) if mask is None else mask.sum()[None]
+        return self._sum_over_ranks(count)[0]
+
+    def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.reduce(values, "sum")
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            state = {"loss_fn": self.loss_fn.state_dict(), "num_tokens": int(self._total_train_tokens)}
+            torch.save(state, os.path.join(output_dir, STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = os.path.join(checkpoint, STATE_NAME)
+        if os.path.exists(path):  # not in a checkpoint of TRL's own trainer
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            self.loss_fn.load_state_dict(state["loss_fn"])
+            self._total_train_tokens = state["num_tokens"]
+
+
+class _GammaSteps(TrainerCallback):
+    """Moves γ(t) with every optimizer step, over all steps of the training where no other number is given."""
+
+    def __init__(self, focal: FusedFocalPOLoss, total_steps: int | None) -> None:
+        self.focal = focal
+        self.total_steps = total_steps
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        steps = self.total_steps or max(state.max_steps, 1)
+        assert isinstance(self.focal.gamma, GammaSchedule)
+        self.focal.gamma = replace(self.focal.gamma, total_steps=steps)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.focal.set_step(state.global_step)
+
+
+def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_config: Any) -> None:
+    """Whether there is a reference where the loss needs one, and none where it does not."""
+    if not args.needs_reference:
+        for name, given in (
+            ("ref_model", ref_model is not None),
+            ("precompute_ref_log_probs", args.precompute_ref_log_probs),
+            ("sync_ref_model", args.sync_ref_model),
+        ):
+            if given:
+                raise ValueError(
+                    f"{name} must not be given: this loss has no reference (reference_free, alpha=0)"
+                )
+        return
+    has_adapter = peft_config is not None or (not isinstance(model, str) and is_peft_model(model))
+    if ref_model is not None or isinstance(model, str) or has_adapter or args.precompute_ref_log_probs:
+        return
+    if not get_config_model_id(model.config):
+        what = f"alpha={args.alpha}" if args.reference_free else f"loss_type={args.loss_type}"
+        raise ValueError(
+            f"ref_model must be given, or precompute_ref_log_probs=True: {what} needs a reference, and the "
+            "model was not loaded from a path that one could be loaded from"
+        )
+
+
+def _check_packing(
+    args: FocalPOConfig, train_dataset: Any, data_collator: Any, compute_metrics: Any, peft_config: Any
+) -> None:
+    """What goes with padded rows alone."""
+    sample = {} if train_dataset is None else next(iter(train_dataset))
+    for name, given, why in (
+        ("data_collator", data_collator is not None, "it has its own, PackedPreferenceCollator"),
+        ("pad_to_multiple_of", args.pad_to_multiple_of is not None, "there is no padding"),
+        ("compute_metrics", compute_metrics is not None, "it takes the logits of padded rows"),
+        ("images", "image" in sample or "images" in sample, "they belong to padded rows"),
+        (
+            "peft_config with prompt learning",
+            getattr(peft_config, "is_prompt_learning", False),
+            "its tokens would come once, not before each sequence",
+        ),
+    ):
+        if given:
+            raise ValueError(f"{name} must not be given with padding_free=True: {why}")
+
+
+def _mapped(tokens: LinearLogps, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
+    """Per-token outputs in another shape; what the backward fills in place is of the old one."""
+
+    def given(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else function(x)
+
+    return LinearLogps(
+        function(tokens.logps),
+        given(tokens.entropy),
+        given(tokens.mean_logits),
+        given(tokens.is_top1),
+        given(tokens.log_sum_sq_probs),
+    )
+
+
+@contextlib.contextmanager
+def _construction(model: Any, args: FocalPOConfig) -> Iterator[None]:
+    """While TRL's constructor runs: our head for its own, adapters on the head, no needless reference."""
+
+    def add_head(model: Any, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+        add_fused_lm_head(model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend)
+
+    create = dpo_trainer.create_model_from_path
+    models_left = int(isinstance(model, str)) + int(args.needs_reference)
+
+    def create_model(*given: Any, **kwargs: Any) -> Any:
+        nonlocal models_left
+        models_left -= 1
+        return create(*given, **kwargs) if models_left >= 0 else None
+
+    names: dict[str, Any] = {"add_fused_lm_head": add_head, "create_model_from_path": create_model}
+    if hasattr(dpo_trainer, "BaseTunerLayer"):  # there is one if peft is
+        names["BaseTunerLayer"] = NoAdapter
+    own = {name: getattr(dpo_trainer, name) for name in names}
+    try:
+        for name, value in names.items():
+            setattr(dpo_trainer, name, value)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(dpo_trainer, name, value)
