@@ -173,7 +173,7 @@ class FocalPOTrainer(DPOTrainer):
         inputs = self._prepare_inputs(self.data_collator([example]))
         hook = model.get_input_embeddings().register_forward_hook(leaf)
         try:
-            with torch.enable_grad(), self.compute_loss_context_manager():
+            with torch.enable_grad(), self.accelerator.autocast():
                 logits = model(**self._model_inputs(inputs)).logits
         finally:
             hook.remove()

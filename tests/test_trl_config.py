@@ -1,0 +1,403 @@
+"""`FocalPOConfig` and the constructor of `FocalPOTrainer`: what they refuse, and by which name."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+from datasets import Dataset, IterableDataset
+from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    AfmoeConfig,
+    AfmoeForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from trl import DPOConfig, TrlParser
+from trl_tiny import RECORDS, TOKENIZER, VOCAB, focal_trainer, llama, near, seeded, settings, trainer_of
+
+from focalkern import CosineGamma, ExponentialGamma, LinearGamma
+from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator
+
+OWN_FIELDS = [f for f in dataclasses.fields(FocalPOConfig) if f.name not in DPOConfig.__dataclass_fields__]
+
+
+def config(folder: Path, **changes) -> FocalPOConfig:
+    return FocalPOConfig(**settings(folder, **changes))
+
+
+# ---------------------------------------------------------------------------------------- what it stands for
+
+
+def test_the_defaults_are_focalpo(tmp_path):
+    loss_fn = config(tmp_path).focal_loss()
+    assert (loss_fn.beta, loss_fn.gamma, loss_fn.modulation) == (0.1, 0.05, "focalpo")
+    assert (loss_fn.margin, loss_fn.alpha, loss_fn.reference_free) == (0.0, 0.0, False)
+    assert loss_fn.backward == "certified"
+
+
+def test_every_option_reaches_the_loss(tmp_path):
+    options = {
+        "beta": 0.7,
+        "gamma": 0.2,
+        "modulation": "inverse",
+        "margin": 0.3,
+        "alpha": 0.4,
+        "reference_free": True,
+        "length_normalize": True,
+        "label_smoothing": 0.1,
+        "ema_momentum": 0.5,
+        "ema_bias_correction": False,
+        "implicit_reference": "policy",
+        "normalize_margin": False,
+        "stop_gradient": False,
+        "backward": "exact",
+        "tau": 0.5,
+        "backend": "torch",
+    }
+    loss_fn = config(tmp_path, **options).focal_loss()
+    statistics = loss_fn.margin_statistics
+    found = {"ema_momentum": statistics.momentum, "ema_bias_correction": statistics.bias_correction}
+    assert {name: found.get(name, getattr(loss_fn, name, None)) for name in options} == options
+    # None is left out: what the configuration adds to DPOConfig, but for the schedule.
+    other = {"loss_type", "padding_free", "gamma_beta_ratio", "gamma_schedule", "gamma_max", "gamma_min"}
+    other |= {"gamma_rate", "gamma_schedule_steps"}
+    assert {f.name for f in OWN_FIELDS} - other <= options.keys()
+
+
+def test_gamma_beta_ratio_is_the_margin_inside_beta(tmp_path):
+    assert config(tmp_path, beta=2.5, gamma_beta_ratio=0.4).focal_loss().margin == pytest.approx(1.0)
+    assert config(tmp_path, beta=2.5, gamma_beta_ratio=0.0).focal_loss().margin == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ({"gamma_schedule": "linear"}, LinearGamma(9, 0.1, 0.01)),
+        ({"gamma_schedule": "cosine", "gamma_max": 0.5, "gamma_min": 0.0}, CosineGamma(9, 0.5, 0.0)),
+        ({"gamma_schedule": "exponential", "gamma_rate": 5.0}, ExponentialGamma(9, 0.1, 0.01, 5.0)),
+    ],
+)
+def test_schedules(options, schedule, tmp_path):
+    assert config(tmp_path, gamma_schedule_steps=9, **options).focal_loss().gamma == schedule
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        ({}, True),
+        ({"reference_free": True}, False),
+        ({"reference_free": True, "alpha": 0.1}, True),
+        ({"reference_free": True, "alpha": 0.1, "implicit_reference": "policy"}, False),
+        ({"reference_free": True, "loss_type": ["focalpo", "sft"]}, True),
+        ({"loss_type": ["sft"]}, True),
+    ],
+)
+def test_when_a_reference_is_needed(options, needed, tmp_path):
+    assert config(tmp_path, **options).needs_reference is needed
+
+
+# --------------------------------------------------------------------------------- the command line, and JSON
+
+
+def test_every_own_field_has_a_help_text():
+    assert len(OWN_FIELDS) >= 18
+    for found in (
+        *OWN_FIELDS,
+        *(FocalPOConfig.__dataclass_fields__[n] for n in ("loss_type", "padding_free")),
+    ):
+        text = found.metadata.get("help", "")
+        assert len(text) > 20, found.name
+        assert "  " not in text, found.name
+
+
+def parsed(*words: str) -> FocalPOConfig:
+    arguments = ["--output_dir", "out", "--report_to", "none", "--use_cpu", "--bf16", "false", *words]
+    (args,) = TrlParser((FocalPOConfig,)).parse_args_and_config(arguments)
+    return args
+
+
+def test_the_command_line():
+    args = parsed(
+        *("--gamma_schedule", "cosine", "--gamma_max", "0.2", "--modulation", "focal", "--tau", "0.001"),
+        *("--no_ema_bias_correction", "--reference_free", "--alpha", "0.5", "--gamma_beta_ratio", "0.4"),
+        *("--loss_type", "focalpo", "sft", "--loss_weights", "1.0", "0.1", "--padding_free"),
+    )
+    assert args.focal_loss().gamma == CosineGamma(1, 0.2)
+    assert (args.tau, args.modulation, args.alpha) == (0.001, "focal", 0.5)
+    assert not args.ema_bias_correction
+    assert args.reference_free and args.padding_free
+    assert args.loss_type == ["focalpo", "sft"]
+    assert parsed("--tau", "auto", "--gamma", "0.3").focal_loss().gamma == 0.3
+
+
+@pytest.mark.parametrize(
+    "name", ["modulation", "gamma_schedule", "backward", "backend", "implicit_reference"]
+)
+def test_the_command_line_knows_the_choices(name, capsys):
+    with pytest.raises(SystemExit):
+        parsed(f"--{name}", "nonsense")
+    assert "invalid choice" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gamma": 0.3, "tau": 0.25},
+        {"gamma_schedule": "exponential", "gamma_rate": 2.0, "gamma_schedule_steps": 7},
+        {"loss_type": ["focalpo", "sigmoid"], "loss_weights": [0.5, 2.0], "padding_free": True},
+    ],
+)
+def test_it_survives_json(options, tmp_path):
+    args = config(tmp_path, **options)
+    own = [f.name for f in OWN_FIELDS] + ["loss_type", "loss_weights", "padding_free"]
+    for read in (json.loads(json.dumps(args.to_dict())), json.loads(args.to_json_string())):
+        again = FocalPOConfig(**settings(tmp_path, **{name: read[name] for name in own}))
+        assert {name: getattr(again, name) for name in own} == {name: getattr(args, name) for name in own}
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.3, "tau": 0.25, "padding_free": True}, {}])
+def test_it_is_saved_with_a_model(options, tmp_path):
+    trainer = focal_trainer(tmp_path, *models(), **options)
+    trainer.save_model(str(tmp_path / "saved"))
+    args = torch.load(tmp_path / "saved" / "training_args.bin", weights_only=False)
+    assert isinstance(args, FocalPOConfig)
+    assert args.to_dict() == trainer.args.to_dict()
+    assert args.padding_free is options.get("padding_free", False)
+
+
+# ----------------------------------------------------------------------------------------- what it refuses
+
+
+REFUSED = [
+    ("beta", {"beta": 0.0}),
+    ("gamma", {"gamma": -0.1}),
+    ("gamma", {"gamma": float("nan")}),
+    ("gamma", {"gamma": 0.1, "gamma_schedule": "cosine"}),
+    ("gamma_schedule", {"gamma_schedule": "quadratic"}),
+    ("gamma_max", {"gamma_max": 0.2}),
+    ("gamma_max", {"gamma_schedule": "linear", "gamma_max": 0.001}),
+    ("gamma_min", {"gamma_min": 0.2, "gamma": 0.1}),
+    ("gamma_min", {"gamma_schedule": "linear", "gamma_min": -0.2}),
+    ("gamma_rate", {"gamma_rate": 3.0}),
+    ("gamma_rate", {"gamma_rate": 3.0, "gamma_schedule": "cosine"}),
+    ("gamma_rate", {"gamma_rate": 0.0, "gamma_schedule": "exponential"}),
+    ("gamma_schedule_steps", {"gamma_schedule_steps": 10}),
+    ("gamma_schedule_steps", {"gamma_schedule_steps": 0, "gamma_schedule": "cosine"}),
+    ("modulation", {"modulation": "FocalPO"}),
+    ("margin", {"margin": 1.0, "gamma_beta_ratio": 0.5}),
+    ("margin", {"margin": float("inf")}),
+    ("gamma_beta_ratio", {"gamma_beta_ratio": float("nan")}),
+    ("alpha", {"alpha": -1.0}),
+    ("ema_momentum", {"ema_momentum": 1.0}),
+    ("implicit_reference", {"implicit_reference": "kl"}),
+    ("implicit_reference", {"implicit_reference": "sequence_kl", "alpha": 0.1}),
+    ("label_smoothing", {"label_smoothing": 0.7}),
+    ("label_smoothing", {"label_smoothing": 0.7, "loss_type": ["aot"]}),
+    ("label_smoothing", {"label_smoothing": 0.5, "loss_type": ["robust"]}),
+    ("label_smoothing", {"label_smoothing": 0.0, "loss_type": ["exo_pair"]}),
+    ("discopop_tau", {"discopop_tau": 0.0, "loss_type": ["discopop"]}),
+    ("backward", {"backward": "fast"}),
+    ("backend", {"backend": "cuda"}),
+    ("tau", {"tau": -1.0}),
+    ("tau", {"tau": "-0.5"}),
+    ("tau", {"tau": "small"}),
+    ("tau", {"tau": "nan"}),
+    ("loss_type", {"loss_type": ["dpo"]}),
+    ("loss_type", {"loss_type": ["focalpo", "dpo"]}),
+    ("loss_type", {"loss_type": []}),
+    ("loss_type", {"loss_type": ["focalpo", "focalpo"]}),
+    ("loss_weights", {"loss_type": ["focalpo", "sft"], "loss_weights": [1.0]}),
+    ("loss_weights", {"loss_weights": [float("nan")]}),
+    ("ld_alpha", {"ld_alpha": 0.5}),
+    ("ld_alpha", {"ld_alpha": 1.5, "loss_type": ["sigmoid"]}),
+    ("f_divergence_type", {"f_divergence_type": "forward_kl"}),
+    ("f_divergence_type", {"f_divergence_type": "forward_kl", "loss_type": ["sft"]}),
+    ("f_divergence_type", {"f_divergence_type": "forward_kl", "loss_type": ["bco_pair"]}),
+    ("f_divergence_type", {"f_divergence_type": "kl", "loss_type": ["sigmoid"]}),
+    ("use_weighting", {"use_weighting": True}),
+    ("use_weighting", {"use_weighting": True, "loss_type": ["aot"]}),
+    *(
+        (name, {name: value, "loss_type": ["sigmoid"]})
+        for name, value in {
+            "gamma": 0.1,
+            "gamma_schedule": "cosine",
+            "gamma_max": 0.1,
+            "gamma_schedule_steps": 5,
+            "modulation": "focal",
+            "margin": 0.0,
+            "gamma_beta_ratio": 0.5,
+            "alpha": 0.1,
+            "reference_free": True,
+            "length_normalize": True,
+            "ema_momentum": 0.5,
+            "ema_bias_correction": False,
+            "implicit_reference": "policy",
+            "normalize_margin": False,
+            "stop_gradient": False,
+        }.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), REFUSED)
+def test_a_bad_configuration_is_refused_by_name(name, options, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=rf"(^|`){name}\b"):
+        config(tmp_path, **options)
+
+
+# -------------------------------------------------------------------------- what the trainer refuses
+
+
+def models() -> tuple:
+    model = seeded(llama)
+    return model, near(model)
+
+
+def adapter(kind: str):
+    options = {"task_type": "CAUSAL_LM"}
+    if kind == "DoRA":
+        return LoraConfig(target_modules=["lm_head"], use_dora=True, **options)
+    if kind == "prompt":
+        return PromptTuningConfig(num_virtual_tokens=2, **options)
+    return IA3Config(target_modules=["lm_head", "k_proj"], feedforward_modules=[], **options)
+
+
+def with_deep_head():
+    model = seeded(llama)
+    model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, VOCAB))
+    return model
+
+
+def streamed() -> IterableDataset:
+    return IterableDataset.from_generator(lambda: iter(RECORDS))
+
+
+def mamba():
+    return MambaForCausalLM(MambaConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, state_size=4))
+
+
+def afmoe():
+    sizes = {"intermediate_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    sizes |= {"num_experts": 2, "num_experts_per_tok": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return AfmoeForCausalLM(AfmoeConfig(vocab_size=VOCAB, hidden_size=16, **sizes))
+
+
+def bloom():
+    return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
+
+
+SIMPO = {"reference_free": True, "length_normalize": True, "gamma": 0.0}
+PACKED = {"padding_free": True}
+REFUSED_BY_THE_TRAINER = {
+    # name: (in the message, models, options of the configuration, of the trainer)
+    "iterable without steps": (
+        "max_steps",
+        models,
+        {"gamma_schedule": "linear", "max_steps": -1},
+        {"train_dataset": streamed},
+    ),
+    "no reference": ("ref_model", lambda: [seeded(llama)], {}, {}),
+    "alpha without a reference": (
+        "ref_model must be given.*alpha=0.5",
+        lambda: [seeded(llama)],
+        {"alpha": 0.5, **SIMPO},
+        {},
+    ),
+    "reference that is not used": ("ref_model", models, SIMPO, {}),
+    "reference that is not computed": (
+        "precompute_ref_log_probs",
+        lambda: [seeded(llama)],
+        {**SIMPO, "precompute_ref_log_probs": True},
+        {},
+    ),
+    "reference that is not kept": (
+        "sync_ref_model",
+        lambda: [seeded(llama)],
+        {**SIMPO, "sync_ref_model": True},
+        {},
+    ),
+    "deep head": ("lm_head", lambda: [with_deep_head(), seeded(llama)], {}, {}),
+    "deep head of the reference": ("lm_head", lambda: [seeded(llama), with_deep_head()], {}, {}),
+    "DoRA": ("lm_head", lambda: [seeded(llama)], {}, {"peft_config": lambda: adapter("DoRA")}),
+    "IA3": ("lm_head", lambda: [seeded(llama)], {}, {"peft_config": lambda: adapter("IA3")}),
+    "packed, collator": ("data_collator", models, PACKED, {"data_collator": PackedPreferenceCollator}),
+    "packed, metrics": ("compute_metrics", models, PACKED, {"compute_metrics": lambda: lambda _: {}}),
+    "packed, multiple": ("pad_to_multiple_of", models, {**PACKED, "pad_to_multiple_of": 8}, {}),
+    "packed, prompt learning": (
+        "prompt learning",
+        lambda: [seeded(llama)],
+        PACKED,
+        {"peft_config": lambda: adapter("prompt")},
+    ),
+    "packed, prompt learning of the user": (
+        "prompt learning",
+        lambda: [get_peft_model(seeded(llama), adapter("prompt"))],
+        {**PACKED, **SIMPO},
+        {},
+    ),
+    "packed, stateful": ("padding_free", lambda: [seeded(mamba), seeded(mamba)], PACKED, {}),
+    "packed, masks without positions": ("padding_free", lambda: [seeded(afmoe), seeded(afmoe)], PACKED, {}),
+    "packed, no masks": ("padding_free", lambda: [seeded(bloom), seeded(bloom)], PACKED, {}),
+    "no data": ("train_dataset", models, {"gamma_schedule": "linear"}, {"train_dataset": lambda: None}),
+    "packed, no data": ("train_dataset", models, PACKED, {"train_dataset": lambda: None}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_BY_THE_TRAINER.values(), ids=REFUSED_BY_THE_TRAINER)
+def test_what_cannot_be_trained_is_refused_by_name(case, tmp_path):
+    name, given, changes, options = case
+    args = config(tmp_path, **changes)
+    options = {"train_dataset": Dataset.from_list(RECORDS)} | {key: make() for key, make in options.items()}
+    with pytest.raises((ValueError, TypeError), match=name):
+        trainer_of(args, *given(), **options)
+    assert args.padding_free == changes.get("padding_free", False)
+
+
+@pytest.mark.parametrize("make", [mamba, bloom])
+def test_what_cannot_be_packed_is_refused_also_where_it_cannot_be_tried(make, tmp_path, monkeypatch):
+    monkeypatch.setattr(FocalPOTrainer, "_sequences_are_apart", lambda self, model: True)
+    with pytest.raises(ValueError, match="padding_free"):
+        focal_trainer(tmp_path, seeded(make), seeded(make), padding_free=True)
+
+
+def test_packing_is_not_said_to_be_unavailable(tmp_path, caplog):
+    focal_trainer(tmp_path, *models(), padding_free=True)
+    assert "padding_free" not in caplog.text
+
+
+def test_a_configuration_of_trl_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^args must be a FocalPOConfig; got DPOConfig"):
+        trainer_of(DPOConfig(**settings(tmp_path)), *models())
+
+
+def test_the_model_is_named_where_there_is_no_configuration(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    seeded(llama).save_pretrained("some-llama")
+    TOKENIZER.save_pretrained("some-llama")
+    # TRL's default is bf16, which transformers refuses where there is no GPU.
+    monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
+    trainer = trainer_of(None, "some-llama")
+    assert trainer.args.output_dir == "some-llama-FocalPO"
+    assert isinstance(trainer.args, FocalPOConfig)
+
+
+def test_trl_is_left_as_it_was(tmp_path):
+    from trl.trainer import dpo_trainer
+
+    names = ("add_fused_lm_head", "create_model_from_path", "BaseTunerLayer")
+    before = [getattr(dpo_trainer, name) for name in names]
+    focal_trainer(tmp_path, *models())
+    with pytest.raises(TypeError):
+        focal_trainer(tmp_path, with_deep_head(), seeded(llama))
+    assert [getattr(dpo_trainer, name) for name in names] == before
+    assert re.match("trl", before[0].__module__)
