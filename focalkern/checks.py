@@ -276,7 +276,7 @@ def check_label_values(
         return f"; got {labels[tuple(position)].item()} at position {position} of the (shifted) labels"
 
     expected = f"labels must be in [0, {vocab_size}) or ignore_index = {ignore_index}"
-    _fail_if(bad.any(), expected, describe)
+    fail_if(bad.any(), expected, describe)
 
 
 def check_pair_layout(
@@ -326,7 +326,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
     _check_device("cu_seqlens", cu_seqlens, tokens)
     n = tokens.shape[0]
     in_order = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    _fail_if(
+    fail_if(
         ~in_order,
         f"cu_seqlens must start at 0, never decrease and end at N = {n}",
         lambda: f"; got {cu_seqlens.tolist()}",
@@ -335,7 +335,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
 
 def check_completions(lengths: torch.Tensor) -> None:
     """Length normalisation divides by the number of completion tokens: 0/0 is an error, not a value."""
-    _fail_if(
+    fail_if(
         (lengths == 0).any(),
         "labels must leave at least one completion token in every sequence when length_normalize=True",
         lambda: f"; got none in sequences {(lengths == 0).nonzero().squeeze(-1).tolist()}",
@@ -386,7 +386,7 @@ def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None
         raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {tensor.device}")
 
 
-def _fail_if(condition: torch.Tensor, expected: str, describe) -> None:
+def fail_if(condition: torch.Tensor, expected: str, describe) -> None:
     """Raise ValueError where the value is at hand; on CUDA fail the step there, without waiting for it."""
     if condition.is_cuda:
         torch._assert_async(~condition, expected)

@@ -77,12 +77,12 @@ def add_fused_lm_head(
     transform (softcap, logit scale) is that of the model's config.
 
     Args:
-        model: a causal language model of transformers, not yet wrapped by PEFT (its `get_base_model()` may
-        be). temperature: the logits are divided by it.
+        model: a causal language model of transformers; of one that PEFT has wrapped, `get_base_model()`.
+        temperature: the logits are divided by it.
         cast_lm_head_to_fp32: run the head in fp32, outside autocast.
         outputs: TRL's names: "log_probs" (always computed), "entropy", "log_sum_sq_probs", "mean_logits",
-        "is_top1"; and "mean_logits_everywhere", which costs a product with the mean of the head's rows, or,
-        where the logits have a softcap, "mean_logits" and a forward of the positions without a label.
+            "is_top1"; and "mean_logits_everywhere", which costs a product with the mean of the head's rows,
+            or, where the logits have a softcap, a forward of the positions without a label.
         backward, tau, backend: as in `linear_logps`.
 
     Raises:

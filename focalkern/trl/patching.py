@@ -281,7 +281,7 @@ def _orpo_forward(trainer: Any, model: torch.nn.Module, batch: dict) -> tuple[to
     nll_labels[pairs:] = -100
     # One head for both: TRL's collator makes the labels out of the ids.
     differ = (completion != -100) & (nll_labels != -100) & (completion != nll_labels)
-    checks._fail_if(differ.any(), "chosen_labels must be the input ids, or -100, in ORPO's batches", str)
+    checks.fail_if(differ.any(), "chosen_labels must be the input ids, or -100, in ORPO's batches", str)
     outputs = _fused(trainer, model, inputs, torch.where(completion != -100, completion, nll_labels))
 
     token_logps = outputs.log_probs

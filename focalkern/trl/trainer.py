@@ -194,19 +194,17 @@ class FocalPOTrainer(DPOTrainer):
     # ------------------------------------------------------------------------------------------------ a step
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
-        labels, cu_seqlens = self._labels(inputs)
-        outputs = self._forward(model, inputs, labels)
-        tokens = self._per_token(outputs, inputs, labels)
-        pair_labels = labels if cu_seqlens is None else labels[0]
-        refs = self._reference_logps(inputs)
+        outputs = self._forward(model, inputs, output_router_logits=self.aux_loss_enabled)
+        tokens, labels, cu_seqlens = self._pair_tokens(outputs, inputs)
+        refs = self._reference_logps(inputs, tokens.logps.device)
         self.loss_fn.train(self.model.training)  # statistics move in training alone
-        loss, out = self.loss_fn(tokens, pair_labels, refs, cu_seqlens)
+        loss, out = self.loss_fn(tokens, labels, refs, cu_seqlens)
         aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = outputs.aux_loss
             loss = loss + self.router_aux_loss_coef * aux_loss
 
-        metrics = token_metrics(tokens, pair_labels, cu_seqlens, self._sum_over_ranks)
+        metrics = token_metrics(tokens, labels, cu_seqlens, self._sum_over_ranks)
         metrics |= pair_metrics(out, self.accelerator.gather)
         focal = self.loss_fn.focal
         if focal is not None and focal.alpha and focal.normalize_margin:
@@ -231,7 +229,6 @@ class FocalPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Reference log-probs of a batch, [B] each: sums over completion tokens, as the loss takes them."""
-        labels, cu_seqlens = self._labels(inputs)
         adapter: contextlib.AbstractContextManager = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -242,42 +239,55 @@ class FocalPOTrainer(DPOTrainer):
             adapter,
             self.accelerator.autocast(),
         ):
-            outputs = model(**self._model_inputs(inputs), labels=labels, fused_lm_head=True)
-        tokens = self._per_token(outputs, inputs, labels)
-        return self.loss_fn.reference_logps(tokens, labels if cu_seqlens is None else labels[0], cu_seqlens)
+            outputs = self._forward(model, inputs)
+        return self.loss_fn.reference_logps(*self._pair_tokens(outputs, inputs))
 
-    def _reference_logps(self, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _reference_logps(
+        self, inputs: dict[str, Any], device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if not self.args.needs_reference:
             return None, None
         if self.precompute_ref_logps:
-            return inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        return self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+            chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        else:
+            ref_model = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(ref_model, inputs)
+        return chosen.to(device), rejected.to(device)
 
-    def _forward(self, model: Any, inputs: dict[str, Any], labels: torch.Tensor) -> FusedHeadOutput:
+    def _forward(
+        self, model: Any, inputs: dict[str, Any], output_router_logits: bool = False
+    ) -> FusedHeadOutput:
         kwargs = self._model_inputs(inputs)
-        if self.aux_loss_enabled:
+        if output_router_logits:  # not every model knows the argument
             kwargs["output_router_logits"] = True
-        return model(**kwargs, labels=labels, fused_lm_head=True)
+        return model(**kwargs, labels=self._labels(inputs), fused_lm_head=True)
 
     @staticmethod
     def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL} | {"use_cache": False}
 
     @staticmethod
-    def _labels(inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Input ids with all but the completions masked, [2B, T] or packed [1, N]; and the boundaries."""
-        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100), inputs.get("cu_seqlens")
+    def _labels(inputs: dict[str, Any]) -> torch.Tensor:  # [2B, T], or packed [1, N]
+        """Input ids with all but the completions masked."""
+        return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
 
-    @staticmethod
-    def _per_token(outputs: FusedHeadOutput, inputs: dict[str, Any], labels: torch.Tensor) -> LinearLogps:
-        """The head's outputs at the tokens of the batch, in the shape that the losses take."""
-        tokens = FusedHeadOutput.token_logps(outputs)
+    def _pair_tokens(
+        self, outputs: FusedHeadOutput, inputs: dict[str, Any]
+    ) -> tuple[LinearLogps, torch.Tensor, torch.Tensor | None]:
+        """What the losses take: log-probs, labels [2B, T] or packed [N], and then cu_seqlens [2B + 1].
+
+        All are on the device of the head, which may not be that of the inputs.
+        """
+        tokens = outputs.token_logps()
+        labels = self._labels(inputs).to(tokens.logps.device)
+        cu_seqlens = inputs.get("cu_seqlens")
+        if cu_seqlens is not None:  # [1, N − 1] to [N]: the last position predicts nothing
+            tokens = _mapped(tokens, lambda x: torch.nn.functional.pad(x[0], (0, 1)))
+            return tokens, labels[0], cu_seqlens.to(labels.device)
         length = labels.shape[1] - 1
-        if "cu_seqlens" in inputs:  # [1, N − 1] to [N]: the last position predicts nothing
-            return _mapped(tokens, lambda x: torch.nn.functional.pad(x[0], (0, 1)))
         if tokens.logps.shape[1] > length:  # prompt learning puts its own tokens in front
-            return _mapped(tokens, lambda x: x[:, -length:])
-        return tokens
+            tokens = _mapped(tokens, lambda x: x[:, -length:])
+        return tokens, labels, None
 
     # ----------------------------------------------------------------------------------------------- logging
 
