@@ -205,6 +205,7 @@ REFUSED = [
     ("label_smoothing", {"label_smoothing": 0.7, "loss_type": ["aot"]}),
     ("label_smoothing", {"label_smoothing": 0.5, "loss_type": ["robust"]}),
     ("label_smoothing", {"label_smoothing": 0.0, "loss_type": ["exo_pair"]}),
+    ("label_smoothing", {"label_smoothing": 0.1, "loss_type": ["sigmoid", "ipo"]}),
     ("discopop_tau", {"discopop_tau": 0.0, "loss_type": ["discopop"]}),
     ("backward", {"backward": "fast"}),
     ("backend", {"backend": "cuda"}),

@@ -281,7 +281,6 @@ TRL_LOSSES = {
 }
 TRL_SETTINGS = {
     **{name: {"loss_type": [name], **more} for name, more in TRL_LOSSES.items()},
-    "label smoothing that 'sigmoid' does not know": {"loss_type": ["sigmoid"], "label_smoothing": 0.2},
     "one name": {"loss_type": "hinge"},
     "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.5]},
     # With "sft" among them TRL writes to an expanded tensor, which PyTorch refuses.

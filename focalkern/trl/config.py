@@ -257,6 +257,11 @@ class FocalPOConfig(DPOConfig):
         for name in _SMOOTHED.keys() & set(self.loss_type):
             bounds: dict[str, Any] = {"low": 0.0, "high": 0.5, **_SMOOTHED[name]}
             checks.check_number("label_smoothing", self.label_smoothing, **bounds)
+        if self.label_smoothing and not {FOCALPO, *_SMOOTHED}.intersection(self.loss_type):
+            raise ValueError(
+                f"label_smoothing must be 0 with loss_type {self.loss_type}, which has none;"
+                f" got {self.label_smoothing!r} (DPO with label smoothing is 'focalpo' with gamma=0)"
+            )
         if "discopop" in self.loss_type:
             checks.check_number("discopop_tau", self.discopop_tau, low=0.0, exclude_low=True)
         if self.ld_alpha is not None:
