@@ -42,7 +42,7 @@ class DroppedMass:
         self,
         rows: Rows,
         weight: torch.Tensor,  # [V, H] as the caller gave it
-        dtype: torch.dtype,  # of the product with hidden
+        product_dtype: torch.dtype,  # of weight and hidden
         transform: LogitTransform,
     ) -> None:
         def pending(shape: torch.Size) -> torch.Tensor:
@@ -56,7 +56,8 @@ class DroppedMass:
         self.weight = weight.detach()
         # Tensors of inference mode have no version, and no backward either.
         self.weight_version = None if weight.is_inference() else weight._version
-        self.dtype = dtype
+        # Not "dtype": what casts the outputs of models takes an object that has one for a tensor.
+        self.product_dtype = product_dtype
         self.slope = abs(transform.logit_scale) / transform.temperature
 
     def fill(self, selection: Selection, counts: KeptCounts, rows: Rows) -> None:
@@ -76,12 +77,17 @@ class DroppedMass:
                 "certificate() needs the weight of the forward, and it has been changed since:"
                 " call it before optimizer.step()"
             )
-        chunks = (chunk.to(self.dtype).float() for chunk in self.weight.split(_NORM_ROWS))
+        chunks = (chunk.to(self.product_dtype).float() for chunk in self.weight.split(_NORM_ROWS))
         return torch.stack([torch.linalg.vector_norm(chunk, dim=1).amax() for chunk in chunks]).amax().item()
 
 
-def certify(dropped: DroppedMass | None) -> Certificate:
-    """The summary of a backward's record; None stands for an exact backward."""
+def certify(dropped: DroppedMass | None, dropped_mass: torch.Tensor | None) -> Certificate:
+    """The summary of a backward's record; None both stand for an exact backward."""
+    if dropped is None and dropped_mass is not None:
+        raise RuntimeError(
+            "certificate() needs the record that linear_logps made, and these log-probs come without: ask"
+            " what linear_logps returned"
+        )
     if dropped is None:
         return Certificate(0.0, 0.0, 1.0, 0.0)
     kept_share = dropped.kept_share.item()

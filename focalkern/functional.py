@@ -31,7 +31,7 @@ class LinearLogps:
 
     def certificate(self) -> Certificate:
         """Summary of what the backward left out; waits for the device. Errors as `FocalPOOutput`'s."""
-        return certify(self.dropped)
+        return certify(self.dropped, self.dropped_mass)
 
 
 @torch.compiler.disable

@@ -52,7 +52,7 @@ class PairOutput:
             RuntimeError: before `loss.backward()` has run, or after the weight has been changed in place
                 (not seen where it was changed through `.data`).
         """
-        return certify(self.dropped)
+        return certify(self.dropped, self.dropped_mass)
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,12 @@ class PairHead(nn.Module):
                 f"token_logps must be what linear_logps returns; got {type(token_logps).__name__}"
             )
         logps = token_logps.logps
+        if logps.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"token_logps.logps must be fp32, as linear_logps returns them; got {logps.dtype}: a sum of"
+                " them would be off by whole nats. Where a model's outputs are cast (FSDP2's output_dtype),"
+                " have them left in fp32"
+            )
         checks.check_label_dtype(labels)
         checks.check_pair_layout("labels", labels, shift, cu_seqlens)
         tokens = self._tokens(labels, shift, cu_seqlens, logps)

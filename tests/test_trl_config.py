@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,16 +18,30 @@ from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AfmoeConfig,
     AfmoeForCausalLM,
+    AutoConfig,
+    AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
     MambaConfig,
     MambaForCausalLM,
 )
 from trl import DPOConfig, TrlParser
-from trl_tiny import RECORDS, TOKENIZER, VOCAB, focal_trainer, llama, near, seeded, settings, trainer_of
+from trl_tiny import (
+    RECORDS,
+    SIZES,
+    TOKENIZER,
+    VOCAB,
+    focal_trainer,
+    llama,
+    near,
+    seeded,
+    settings,
+    trainer_of,
+)
 
 from focalkern import CosineGamma, ExponentialGamma, LinearGamma
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator
+from focalkern.trl.trainer import PACKABLE
 
 OWN_FIELDS = [f for f in dataclasses.fields(FocalPOConfig) if f.name not in DPOConfig.__dataclass_fields__]
 
@@ -58,12 +73,11 @@ def test_every_option_reaches_the_loss(tmp_path):
         "ema_momentum": 0.5,
         "ema_bias_correction": False,
         "implicit_reference": "policy",
-        "normalize_margin": False,
         "stop_gradient": False,
-        "backward": "exact",
         "tau": 0.5,
         "backend": "torch",
     }
+    alone = {"backward": "exact", "normalize_margin": False}
     loss_fn = config(tmp_path, **options).focal_loss()
     statistics = loss_fn.margin_statistics
     found = {"ema_momentum": statistics.momentum, "ema_bias_correction": statistics.bias_correction}
@@ -71,7 +85,9 @@ def test_every_option_reaches_the_loss(tmp_path):
     # None is left out: what the configuration adds to DPOConfig, but for the schedule.
     other = {"loss_type", "padding_free", "gamma_beta_ratio", "gamma_schedule", "gamma_max", "gamma_min"}
     other |= {"gamma_rate", "gamma_schedule_steps"}
-    assert {f.name for f in OWN_FIELDS} - other <= options.keys()
+    assert {f.name for f in OWN_FIELDS} - other <= options.keys() | alone.keys()
+    loss_fn = config(tmp_path, alpha=0.1, **alone).focal_loss()
+    assert {name: getattr(loss_fn, name) for name in alone} == alone
 
 
 def test_gamma_beta_ratio_is_the_margin_inside_beta(tmp_path):
@@ -98,7 +114,9 @@ def test_schedules(options, schedule, tmp_path):
         ({"reference_free": True}, False),
         ({"reference_free": True, "alpha": 0.1}, True),
         ({"reference_free": True, "alpha": 0.1, "implicit_reference": "policy"}, False),
-        ({"reference_free": True, "loss_type": ["focalpo", "sft"]}, True),
+        ({"reference_free": True, "loss_type": ["focalpo", "sft"]}, False),
+        ({"reference_free": True, "loss_type": ["focalpo", "ipo"]}, True),
+        ({"loss_type": ["focalpo", "sft"]}, True),
         ({"loss_type": ["sft"]}, True),
     ],
 )
@@ -207,6 +225,15 @@ REFUSED = [
     ("label_smoothing", {"label_smoothing": 0.0, "loss_type": ["exo_pair"]}),
     ("label_smoothing", {"label_smoothing": 0.1, "loss_type": ["sigmoid", "ipo"]}),
     ("discopop_tau", {"discopop_tau": 0.0, "loss_type": ["discopop"]}),
+    ("implicit_reference", {"implicit_reference": "policy"}),
+    ("normalize_margin", {"normalize_margin": False}),
+    ("stop_gradient", {"stop_gradient": False}),
+    ("ema_momentum", {"ema_momentum": 0.5}),
+    ("ema_momentum", {"ema_momentum": 0.5, "alpha": 0.1, "normalize_margin": False}),
+    ("ema_bias_correction", {"ema_bias_correction": False}),
+    ("tau", {"tau": 1e-3, "backward": "exact"}),
+    ("discopop_tau", {"discopop_tau": 0.1}),
+    ("f_alpha_divergence_coef", {"f_alpha_divergence_coef": 0.3}),
     ("backward", {"backward": "fast"}),
     ("backend", {"backend": "cuda"}),
     ("tau", {"tau": -1.0}),
@@ -366,9 +393,64 @@ def test_what_cannot_be_trained_is_refused_by_name(case, tmp_path):
 
 @pytest.mark.parametrize("make", [mamba, bloom])
 def test_what_cannot_be_packed_is_refused_also_where_it_cannot_be_tried(make, tmp_path, monkeypatch):
-    monkeypatch.setattr(FocalPOTrainer, "_sequences_are_apart", lambda self, model: True)
+    monkeypatch.setattr("focalkern.trl.trainer.is_whole", lambda model: False)
     with pytest.raises(ValueError, match="padding_free"):
         focal_trainer(tmp_path, seeded(make), seeded(make), padding_free=True)
+
+
+@pytest.mark.parametrize("name", sorted(PACKABLE))
+def test_what_is_packed_untried_passes_where_it_can_be_tried(name, tmp_path, monkeypatch):
+    sizes = {**SIZES, "head_dim": 16, "vocab_size": VOCAB, "moe_intermediate_size": 16, "num_experts": 4}
+    sizes["num_experts_per_tok"] = 2
+    config = AutoConfig.for_model(name, **sizes, bos_token_id=0, eos_token_id=1)
+    trainer = focal_trainer(tmp_path, seeded(llama), seeded(llama), padding_free=True)
+    model = AutoModelForCausalLM.from_config(config)
+    assert trainer._sequences_are_apart(model)
+    monkeypatch.setattr("focalkern.trl.trainer.is_whole", lambda model: False)
+    assert trainer._sequences_are_apart(model)
+
+
+def test_the_reference_is_tried_too(tmp_path):
+    with pytest.raises(ValueError, match="padding_free must be False with Mamba"):
+        focal_trainer(tmp_path, seeded(llama), seeded(mamba), padding_free=True)
+
+
+def test_a_refused_packing_leaves_no_log_probs_in_the_cache(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(FocalPOTrainer, "compute_ref_log_probs", lambda *given: computed.append(given))
+    with pytest.raises(ValueError, match="padding_free"):
+        focal_trainer(tmp_path, seeded(mamba), padding_free=True, precompute_ref_log_probs=True)
+    assert not computed
+
+
+def test_packing_is_tried_without_the_checkpoints_and_the_dropout_of_training(tmp_path):
+    model = seeded(llama).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    assert focal_trainer(tmp_path, model, seeded(llama), padding_free=True).padding_free
+    assert model.training
+
+
+def test_the_logits_of_packed_rows_are_not_handed_out(tmp_path):
+    trainer = focal_trainer(tmp_path, *models(), padding_free=True)
+    with pytest.raises(ValueError, match="padding_free must be False for predict"):
+        trainer.predict(trainer.train_dataset)
+
+
+def test_a_dataset_must_be_given(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset must be given"):
+        focal_trainer(tmp_path, *models(), options={"train_dataset": None}, padding_free=True)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_statistics_that_were_not_saved_are_missed(alpha, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "alpha": alpha}
+    focal_trainer(tmp_path, *models(), **saved).train()
+    trainer = focal_trainer(tmp_path, *models(), **saved)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    missed = ["running statistics of alpha-DPO start anew" in str(warning.message) for warning in caught]
+    assert any(missed) is (alpha > 0)
 
 
 def test_packing_is_not_said_to_be_unavailable(tmp_path, caplog):

@@ -15,6 +15,7 @@ from tiny import TINY
 from tolerance import relative_error
 from torch import nn
 
+from focalkern import FusedFocalPOLoss
 from focalkern.functional import linear_logps
 from focalkern.trl.head import add_fused_lm_head, check_head, logit_scale_of
 
@@ -285,6 +286,7 @@ def test_hooks_of_the_head_fire(batch):
     head.register_full_backward_hook(lambda *_: fired.append("backward"))
     add_fused_lm_head(model, outputs=OUTPUTS)
     own = copy.deepcopy(model)
+    fired.clear()  # the model has been tried
     loss = model(**batch, fused_lm_head=True).loss
     assert fired == ["pre", "post"]
     loss.backward()
@@ -576,3 +578,99 @@ def test_labels_must_be_given(batch):
     del batch["labels"]
     with pytest.raises(ValueError, match="labels must be given"):
         model(**batch, fused_lm_head=True)
+
+
+# Models whose logits the head does not know
+
+
+def modernbert_decoder(**changes):
+    kind = transformers.ModernBertDecoderConfig
+    sizes = {"global_attn_every_n_layers": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
+    sizes |= {"cls_token_id": 0, "sep_token_id": 0}
+    sizes = {name: value for name, value in {**TINY, **sizes}.items() if name != "num_key_value_heads"}
+    return transformers.ModernBertDecoderForCausalLM(kind(vocab_size=VOCAB_SIZE, **sizes)).eval()
+
+
+def roberta(**changes):
+    sizes = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
+    config = transformers.RobertaConfig(vocab_size=VOCAB_SIZE, is_decoder=True, **sizes)
+    return transformers.RobertaForCausalLM(config).eval()
+
+
+def llama_with_a_scale_of_its_own():
+    model = built()
+    model.config.logit_scale = 2.0  # which Llama does not look at
+    return model
+
+
+@pytest.mark.parametrize("make", [modernbert_decoder, roberta, llama_with_a_scale_of_its_own])
+def test_a_model_that_makes_something_else_of_its_last_hidden_state_is_refused(make):
+    with pytest.raises(TypeError, match="must take its logits from the last hidden state"):
+        add_fused_lm_head(make())
+
+
+def test_trying_a_model_changes_nothing_about_it():
+    model = built(attention_dropout=0.5).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    torch.manual_seed(3)
+    expected = torch.rand(())
+    torch.manual_seed(3)
+    add_fused_lm_head(model)
+    assert torch.rand(()) == expected
+    assert [module.training for module in model.modules()] == modes
+    assert not model.model._forward_hooks
+
+
+def test_a_sharded_model_is_taken_untried():
+    model = built()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    add_fused_lm_head(model)
+
+
+def test_a_copy_of_a_model_has_a_forward_of_its_own(batch):
+    model = built()
+    add_fused_lm_head(model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    for options in ({}, {"fused_lm_head": True}):
+        outputs = copied(**batch, **options)
+        found = outputs.logits if not options else outputs.log_probs[batch["labels"][:, 1:] != -100].exp()
+        torch.testing.assert_close(found, torch.full_like(found, 0.0 if not options else 1 / VOCAB_SIZE))
+    assert model(**batch).logits.any()
+
+
+@pytest.mark.parametrize("adapter", [False, True], ids=["", "LoRA"])
+def test_a_head_whose_class_its_engine_has_replaced(adapter, batch):
+    """As FSDP2 does it: a class of its own over that of the module."""
+    model = built()
+    model = with_lora(model).get_base_model() if adapter else model
+    labels = batch["labels"]
+    expected = expected_outputs(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, labels)
+    add_fused_lm_head(model, outputs=OUTPUTS)
+    head = model.get_output_embeddings()
+    for module in head.modules():
+        name = f"Sharded{type(module).__name__}"
+        module.__class__ = type(name, (type(module),), {"__module__": "abc"})
+    outputs = model(**batch, fused_lm_head=True)
+    assert relative_error(outputs.log_probs, expected["log_probs"]) < TOLERANCE
+
+
+def test_the_certificate_of_a_loss_on_its_log_probs_is_that_of_the_backward(batch):
+    model, tau = built(sharpness=60.0, vocab_size=4096), 1e-2
+    add_fused_lm_head(model, tau=tau)
+    ids, labels = batch["input_ids"], batch["labels"].masked_fill(torch.arange(12) == 0, -100)
+    labels[2, 5:] = ids[2, 5:]
+    refs = {"ref_chosen_logps": torch.zeros(2), "ref_rejected_logps": torch.zeros(2)}
+    loss_fn = FusedFocalPOLoss(tau=tau)
+    outputs = model(ids, attention_mask=batch["attention_mask"], labels=labels, fused_lm_head=True)
+    out = loss_fn.from_logps(outputs.token_logps(), labels, **refs, shift=True)
+    out.loss.backward()
+    hidden = model.model(ids, attention_mask=batch["attention_mask"]).last_hidden_state
+    direct = loss_fn(hidden, model.lm_head.weight, labels, **refs, shift=True)
+    direct.loss.backward()
+    assert 0 < out.kept_share < 1
+    assert out.certificate() == direct.certificate()
+    assert out.certificate().max_dropped_mass > 0

@@ -594,20 +594,20 @@ def test_a_margin_that_is_not_normalised_has_no_statistics_to_log(tmp_path):
         {"bf16": True},
     ],
 )
-def test_reference_log_probs_of_other_settings_are_not_taken_from_the_cache(changes, tmp_path):
+def test_reference_log_probs_of_other_settings_are_not_taken_from_the_cache(changes, tmp_path, monkeypatch):
     """They would be in TRL: its cache knows the dataset and the model alone."""
     Dataset.from_list(RECORDS).save_to_disk(tmp_path / "data")
     model, ref = model_and_reference()
+    own, batches = FocalPOTrainer.compute_ref_log_probs, []
+    counting = lambda *given: batches.append(True) or own(*given)  # noqa: E731
+    monkeypatch.setattr(FocalPOTrainer, "compute_ref_log_probs", counting)
 
     def ref_logps(**changes) -> tuple[list[float], bool]:
-        dataset, runs = load_from_disk(tmp_path / "data"), []
-        copied = deepcopy(ref)
-        copied.model.register_forward_hook(lambda *_: runs.append(True))
-        options = {"train_dataset": dataset}
-        trainer = focal_trainer(
-            tmp_path, deepcopy(model), copied, options=options, precompute_ref_log_probs=True, **changes
-        )
-        return trainer.train_dataset["ref_chosen_logps"][:], any(runs)
+        batches.clear()
+        options = {"train_dataset": load_from_disk(tmp_path / "data")}
+        changes["precompute_ref_log_probs"] = True
+        trainer = focal_trainer(tmp_path, deepcopy(model), deepcopy(ref), options=options, **changes)
+        return trainer.train_dataset["ref_chosen_logps"][:], bool(batches)
 
     ref_logps()  # the tokenizer hashes otherwise before its first use
     first, again, other = ref_logps(), ref_logps(), ref_logps(**changes)

@@ -33,6 +33,20 @@ _SMOOTHED: dict[str, dict[str, bool]] = {
 _OF_LOG_RATIOS = frozenset(
     ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
 )
+# Options that count only where another has a certain value: with others they are refused.
+_ONLY_WITH = {
+    "implicit_reference": ("alpha > 0", lambda config: config.alpha > 0),
+    "normalize_margin": ("alpha > 0", lambda config: config.alpha > 0),
+    "stop_gradient": ("alpha > 0", lambda config: config.alpha > 0),
+    "ema_momentum": ("alpha > 0 and normalize_margin", lambda c: c.alpha > 0 and c.normalize_margin),
+    "ema_bias_correction": ("alpha > 0 and normalize_margin", lambda c: c.alpha > 0 and c.normalize_margin),
+    "tau": ("backward='certified'", lambda config: config.backward == "certified"),
+    "discopop_tau": ("loss_type 'discopop'", lambda config: "discopop" in config.loss_type),
+    "f_alpha_divergence_coef": (
+        "f_divergence_type='alpha_divergence'",
+        lambda config: config.f_divergence_type == "alpha_divergence",
+    ),
+}
 _OBJECTIVE = (
     "gamma",
     "gamma_schedule",
@@ -221,6 +235,13 @@ class FocalPOConfig(DPOConfig):
             self._check_focalpo()
         else:
             self._refuse_focal_options()
+        for name, (condition, counts) in _ONLY_WITH.items():
+            default = self.__dataclass_fields__[name].default
+            if getattr(self, name) != default and not counts(self):
+                raise ValueError(
+                    f"{name} must be {default!r} without {condition}; got {getattr(self, name)!r}, which"
+                    " would change nothing"
+                )
 
     def focal_loss(self) -> FusedFocalPOLoss:
         """The loss of `'focalpo'`. Without `gamma_schedule_steps`, its schedule is yet to get its steps."""
@@ -246,11 +267,18 @@ class FocalPOConfig(DPOConfig):
     @property
     def needs_reference(self) -> bool:
         """Whether any of the losses takes reference log-probs."""
-        focal = FOCALPO in self.loss_type and (
-            not self.reference_free or (self.alpha > 0 and needs_reference(self.implicit_reference))
-        )
-        # "sft" has no use for one, but the rewards that TRL logs with it do.
-        return focal or any(name != FOCALPO for name in self.loss_type)
+        return bool(self.reference_users())
+
+    def reference_users(self) -> str:
+        """What takes them; empty where nothing does."""
+        users = [name for name in self.loss_type if name not in (FOCALPO, "sft")]
+        if self.loss_type == ["sft"]:
+            users = ["sft"]  # has no use for one, but the rewards that TRL logs with it do
+        if FOCALPO in self.loss_type:
+            adaptive = self.alpha > 0 and needs_reference(self.implicit_reference)
+            users += [f"alpha={self.alpha}"] * adaptive
+            users += ["focalpo without reference_free"] * (not self.reference_free)
+        return ", ".join(users)
 
     def _check_trl_losses(self) -> None:
         """What the losses themselves, or TRL's trainer, would refuse later and by other names."""

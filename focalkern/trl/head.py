@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedModel
@@ -22,6 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
+from focalkern.certificate import DroppedMass
 from focalkern.functional import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
 
@@ -46,6 +48,7 @@ class FusedHeadOutput(FusedCausalLMOutput):
     mean_logits_everywhere: torch.Tensor | None = None
     dropped_mass: torch.Tensor | None = None
     kept_share: torch.Tensor | None = None
+    dropped: DroppedMass | None = None  # behind `certificate()` of what comes of it
 
     def token_logps(self) -> LinearLogps:
         """As `linear_logps` returned it, for the losses' `from_logps`."""
@@ -58,6 +61,7 @@ class FusedHeadOutput(FusedCausalLMOutput):
             self.log_sum_sq_probs,
             self.dropped_mass,
             self.kept_share,
+            self.dropped,
         )
 
 
@@ -77,7 +81,7 @@ def add_fused_lm_head(
     transform (softcap, logit scale) is that of the model's config.
 
     Args:
-        model: a causal language model of transformers; of one that PEFT has wrapped, `get_base_model()`.
+        model: a causal language model of transformers, wrapped by PEFT or not.
         temperature: the logits are divided by it.
         cast_lm_head_to_fp32: run the head in fp32, outside autocast.
         outputs: TRL's names: "log_probs" (always computed), "entropy", "log_sum_sq_probs", "mean_logits",
@@ -86,13 +90,14 @@ def add_fused_lm_head(
         backward, tau, backend: as in `linear_logps`.
 
     Raises:
-        TypeError: the head is not a linear layer, or carries an adapter other than plain LoRA; an option of
-            the wrong type.
+        TypeError: the head is not a linear layer, or carries an adapter other than plain LoRA, or the model
+            does something else to its last hidden state; an option of the wrong type.
         ValueError: an option, an output, or a transform of the logits that is not known.
     """
     unknown = set(outputs) - {"log_probs", *_OUTPUTS}
     if unknown:
         raise ValueError(f"outputs must be out of {('log_probs', *_OUTPUTS)}; got {sorted(unknown)}")
+    model = model.get_base_model() if is_peft_model(model) else model
     check_head(model)
     config = model.config.get_text_config()
     _check_vocabulary(model, config)
@@ -105,14 +110,15 @@ def add_fused_lm_head(
         "backend": backend,
     }
     checks.check_head_options(ignore_index=-100, **options)
+    _check_logits(model, options)
     options["outputs"] = tuple(name for name in _OUTPUTS if name in outputs)
-    own_forward = model.forward
+    replaced = vars(model).get("forward")  # by someone else, for this model
 
     # The signature of the model's own: `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
-            return own_forward(*args, **kwargs)
+            return replaced(*args, **kwargs) if replaced else type(self).forward(self, *args, **kwargs)
         return _fused_forward(self, options, cast_lm_head_to_fp32, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
@@ -167,6 +173,7 @@ def _fused_forward(
         mean_logits_everywhere=mean_logits_everywhere,
         dropped_mass=tokens.dropped_mass,
         kept_share=tokens.kept_share,
+        dropped=tokens.dropped,
     )
 
 
@@ -183,7 +190,7 @@ def head_logps(
 
     Beside it the mean logits of every position [S, T], where the outputs name them.
     """
-    if getattr(head, "disable_adapters", False) and getattr(head, "merged", False):
+    if _would_unmerge(head):
         cast(Any, head).unmerge()  # as PEFT's forward does it
     linear, adapters = resolve_head(head)
     everywhere = "mean_logits_everywhere" in options["outputs"]
@@ -230,7 +237,8 @@ def head_logps(
                 inner = functools.partial(_call_in_place_of, module, inner)
         return inner(hidden)
 
-    if not linear.weight.is_meta:  # offloaded: its hook moves what comes in
+    # Offloaded, or sharded: there the hooks move what comes in, or bring the weight.
+    if not linear.weight.is_meta and not isinstance(linear.weight, DTensor):
         hidden = hidden.to(linear.weight.device)
     result = _call_in_place_of(head, with_adapters, hidden)
     tokens, means = box.pop()
@@ -298,7 +306,8 @@ def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
         TypeError: it is not a linear layer, or carries something other than plain LoRA.
     """
     name = type(head).__name__
-    if type(head).__module__.partition(".")[0] != "peft":
+    # Of its bases: FSDP2 gives the module that it shards a class of its own.
+    if not any(base.__module__.partition(".")[0] == "peft" for base in type(head).__mro__):
         return _linear(head), []
     from peft.tuners.lora import Linear
     from peft.utils.other import ModulesToSaveWrapper
@@ -317,12 +326,7 @@ def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
     if head.disable_adapters or head.merged:
         return linear, []
     active = [key for key in head.active_adapters if key in head.lora_A]
-    for key in active:
-        if key in head.lora_variant:
-            variant = type(head.lora_variant[key]).__name__
-            raise TypeError(
-                f"lm_head must have plain LoRA; adapter {key!r} is {variant}: not a low-rank update"
-            )
+    _check_variants(head, active)
     return linear, [
         Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
         for key in active
@@ -337,9 +341,73 @@ def check_head(model: PreTrainedModel) -> None:
     """Raise TypeError where the fused head could not run, adapters that are not active now included."""
     head = model.get_output_embeddings()
     resolve_head(head)
-    for key, variant in getattr(head, "lora_variant", {}).items():
-        name = type(variant).__name__
-        raise TypeError(f"lm_head must have plain LoRA; adapter {key!r} is {name}: not a low-rank update")
+    _check_variants(head, list(getattr(head, "lora_variant", {})))
+    if model.base_model is model:
+        raise TypeError(
+            f"{type(model).__name__} must have a base_model whose last hidden state its head takes"
+        )
+
+
+def _check_variants(head: Any, adapters: list[str]) -> None:
+    for key in adapters:
+        if key in head.lora_variant:
+            name = type(head.lora_variant[key]).__name__
+            raise TypeError(f"lm_head must have plain LoRA; adapter {key!r} is {name}: not a low-rank update")
+
+
+def is_whole(model: nn.Module) -> bool:
+    """Whether the model can be run here and now: no parameter is sharded, or offloaded."""
+    return not any(p.is_meta or not p.numel() or isinstance(p, DTensor) for p in model.parameters())
+
+
+def _would_unmerge(module: nn.Module) -> bool:
+    """Whether a forward of it changes the model: PEFT's, with an adapter that is disabled but merged."""
+    flags = (getattr(module, "merged", False), getattr(module, "disable_adapters", False))
+    return flags == (True, True)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode, and then every module in its own again."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@torch.no_grad()
+def _check_logits(model: PreTrainedModel, options: dict) -> None:
+    """Raise TypeError unless the model's logits are its head's of the backbone's last hidden state, scaled
+    and capped as the config says: some have a layer in between (ModernBERT's decoder), or another transform.
+
+    Told by running it on a few tokens. One that is sharded, or takes more than tokens, is taken as it is.
+    """
+    if not is_whole(model) or any(_would_unmerge(module) for module in model.modules()):
+        return
+    embeddings = model.get_input_embeddings().weight
+    ids = torch.arange(4, 12, device=embeddings.device)[None] % embeddings.shape[0]
+    states: list[torch.Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
+    try:
+        with evaluating(model):
+            found = model(input_ids=ids).logits.float()
+            x = model.get_output_embeddings()(states[-1]).float() * options["logit_scale"]
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+        return
+    finally:
+        hook.remove()
+    cap = options["softcap"]
+    expected = x if cap is None else cap * torch.tanh(x / cap)
+    rounding = 8 * torch.finfo(states[-1].dtype).eps * max(1.0, found.abs().max().item())
+    if found.shape != expected.shape or not (found - expected).abs().max() <= rounding:
+        raise TypeError(
+            f"{type(model).__name__} must take its logits from the last hidden state by its output"
+            f" embeddings, times {options['logit_scale']:g}, softcap {cap}; it computes something else, which"
+            " the fused head does not know"
+        )
 
 
 def _linear(module: nn.Module | None) -> nn.Linear:

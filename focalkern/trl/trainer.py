@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import textwrap
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -25,11 +26,34 @@ from focalkern.loss import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
-from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head
+from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head, evaluating, is_whole
 from focalkern.trl.loss_types import MixedLoss
 from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
 
 STATE_NAME = "focalpo_state.pt"
+# Architectures whose attention tells packed sequences apart, for models that are sharded when they come.
+PACKABLE = frozenset(
+    (
+        "cohere",
+        "cohere2",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "glm4",
+        "granite",
+        "llama",
+        "mistral",
+        "mixtral",
+        "olmo2",
+        "phi3",
+        "qwen2",
+        "qwen2_moe",
+        "qwen3",
+        "qwen3_moe",
+        "smollm3",
+        "starcoder2",
+    )
+)
 # What a batch holds beside the arguments of the model.
 _NOT_FOR_THE_MODEL = (
     "completion_mask",
@@ -100,14 +124,16 @@ class FocalPOTrainer(DPOTrainer):
             args = FocalPOConfig(f"{name.split('/')[-1]}-FocalPO")
         if not isinstance(args, FocalPOConfig):
             raise TypeError(f"args must be a FocalPOConfig; got {type(args).__name__}")
+        if train_dataset is None:
+            raise ValueError("train_dataset must be given; got None")
         _check_reference(args, model, ref_model, peft_config)
         if args.gamma_schedule is not None and args.max_steps <= 0 and not has_length(train_dataset):
             raise ValueError(
                 "max_steps must be given: gamma_schedule is spread over the steps of the training, and a "
                 "train_dataset without a length does not tell them"
             )
-        padding_free = args.padding_free
-        if padding_free:
+        self._is_packed = args.padding_free
+        if self._is_packed:
             _check_packing(args, train_dataset, data_collator, compute_metrics, peft_config)
             data_collator = PackedPreferenceCollator(args.max_length, args.truncation_mode)
         self.loss_fn = MixedLoss(args)
@@ -132,9 +158,9 @@ class FocalPOTrainer(DPOTrainer):
                     **trl_options,
                 )
             finally:
-                args.padding_free = padding_free
-        self.padding_free = padding_free
-        if padding_free:
+                args.padding_free = self._is_packed
+        self.padding_free = self._is_packed
+        if self._is_packed:
             self._prepare_packing()
         if args.gamma_schedule is not None and self.loss_fn.focal is not None:
             self.add_callback(_GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps))
@@ -142,27 +168,31 @@ class FocalPOTrainer(DPOTrainer):
     # ------------------------------------------------------------------------------------------ construction
 
     def _prepare_packing(self) -> None:
-        """What only the loaded model tells: whether its attention knows packed sequences."""
-        model = self.accelerator.unwrap_model(self.model)
-        base = model.get_base_model() if is_peft_model(model) else model
-        if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-            raise ValueError("padding_free must be False with prompt learning")
-        self.data_collator.flash_attention = "flash" in base.config._attn_implementation
-        apart = not getattr(base, "_is_stateful", False) and base._supports_attention_backend
-        if not apart or not self._sequences_are_apart(model):
-            raise ValueError(
-                f"padding_free must be False with {type(base).__name__}: its layers do not tell the "
-                "sequences of a packed row apart"
-            )
+        """What only the loaded models tell: whether their attention knows packed sequences."""
+        for model in (self.model, self.ref_model):
+            if model is None:
+                continue
+            base = model.get_base_model() if is_peft_model(model) else model
+            if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+                raise ValueError("padding_free must be False with prompt learning")
+            if not self._sequences_are_apart(base):
+                raise ValueError(
+                    f"padding_free must be False with {type(base).__name__}: its layers do not tell the "
+                    "sequences of a packed row apart, or it could not be seen"
+                )
+            if "flash" in base.config._attn_implementation:
+                self.data_collator.flash_attention = True
 
     def _sequences_are_apart(self, model: Any) -> bool:
         """Whether no gradient comes from one sequence of a packed batch to the one before it.
 
         Not every architecture hands the position ids to its attention mask (transformers 5.23: AFMoE does
-        not). Of a model that is sharded, or will be, nothing can be told here.
+        not). One that is sharded already cannot be run here, and must be known.
         """
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return True
+        if getattr(model, "_is_stateful", False) or not model._supports_attention_backend:
+            return False
+        if not is_whole(model):
+            return model.config.get_text_config().model_type in PACKABLE
         embedded: list[torch.Tensor] = []
 
         def leaf(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
@@ -170,10 +200,10 @@ class FocalPOTrainer(DPOTrainer):
             return embedded[-1].clone()  # which models may scale in place
 
         example = {"prompt_ids": [0, 1], "chosen_ids": [2, 3], "rejected_ids": [4, 5]}
-        inputs = self._prepare_inputs(self.data_collator([example]))
+        inputs = self._prepare_inputs(PackedPreferenceCollator()([example]))
         hook = model.get_input_embeddings().register_forward_hook(leaf)
         try:
-            with torch.enable_grad(), self.accelerator.autocast():
+            with torch.enable_grad(), self.accelerator.autocast(), evaluating(model):
                 logits = model(**self._model_inputs(inputs)).logits
         finally:
             hook.remove()
@@ -185,7 +215,9 @@ class FocalPOTrainer(DPOTrainer):
         # TRL looks its cache up by dataset and model: log-probs of sequences cut otherwise pass for these.
         args, of_model = self.args, self._precompute_model_hash
         options = (args.max_length, args.truncation_mode, args.ld_alpha, self.accelerator.mixed_precision)
-        self._precompute_model_hash = Hasher.hash((of_model, options))
+        if self._is_packed:
+            self._prepare_packing()
+        self._precompute_model_hash = Hasher.hash((of_model, options, self._is_packed))
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
@@ -216,6 +248,10 @@ class FocalPOTrainer(DPOTrainer):
             self._left_out = (outputs.dropped_mass, outputs.kept_share, out.lengths.sum())
         if not return_outputs:
             return loss
+        if self._is_packed:
+            raise ValueError(
+                "padding_free must be False for predict(): packed rows have no logits per sequence"
+            )
         # As in TRL: the logits that `compute_metrics` takes, from a second forward.
         with torch.no_grad():
             return loss, model(**self._model_inputs(inputs))
@@ -310,7 +346,8 @@ class FocalPOTrainer(DPOTrainer):
     def _token_count(self, inputs: dict[str, Any]) -> torch.Tensor:
         mask = inputs.get("attention_mask")
         ids = inputs["input_ids"]
-        count = torch.tensor([ids.numel()], device=ids.device) if mask is None else mask.sum()[None]
+        # Filled on the device: a tensor of the number would be copied there, and waited for.
+        count = torch.full((1,), ids.numel(), device=ids.device) if mask is None else mask.sum()[None]
         return self._sum_over_ranks(count)[0]
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -329,6 +366,13 @@ class FocalPOTrainer(DPOTrainer):
         if checkpoint is None:
             return
         path = os.path.join(checkpoint, STATE_NAME)
+        focal = self.loss_fn.focal
+        if focal is not None and focal.alpha and not os.path.exists(path):
+            warnings.warn(
+                f"{STATE_NAME} is not in {checkpoint}: the running statistics of alpha-DPO start anew"
+                " (save_only_model=True does not write it)",
+                stacklevel=2,
+            )
         if os.path.exists(path):  # not in a checkpoint of TRL's own trainer
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.loss_fn.load_state_dict(state["loss_fn"])
@@ -372,10 +416,9 @@ def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_confi
     if ref_model is not None or isinstance(model, str) or has_adapter or args.precompute_ref_log_probs:
         return
     if not get_config_model_id(model.config):
-        what = f"alpha={args.alpha}" if args.reference_free else f"loss_type={args.loss_type}"
         raise ValueError(
-            f"ref_model must be given, or precompute_ref_log_probs=True: {what} needs a reference, and the "
-            "model was not loaded from a path that one could be loaded from"
+            f"ref_model must be given, or precompute_ref_log_probs=True: {args.reference_users()} needs a"
+            " reference, and the model was not loaded from a path that one could be loaded from"
         )
 
 
@@ -383,7 +426,7 @@ def _check_packing(
     args: FocalPOConfig, train_dataset: Any, data_collator: Any, compute_metrics: Any, peft_config: Any
 ) -> None:
     """What goes with padded rows alone."""
-    sample = {} if train_dataset is None else next(iter(train_dataset))
+    sample = next(iter(train_dataset))
     for name, given, why in (
         ("data_collator", data_collator is not None, "it has its own, PackedPreferenceCollator"),
         ("pad_to_multiple_of", args.pad_to_multiple_of is not None, "there is no padding"),
@@ -400,7 +443,7 @@ def _check_packing(
 
 
 def _mapped(tokens: LinearLogps, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
-    """Per-token outputs in another shape; what the backward fills in place is of the old one."""
+    """Per-token outputs in another shape; what the backward fills in place keeps its own."""
 
     def given(x: torch.Tensor | None) -> torch.Tensor | None:
         return None if x is None else function(x)
@@ -411,6 +454,9 @@ def _mapped(tokens: LinearLogps, function: Callable[[torch.Tensor], torch.Tensor
         given(tokens.mean_logits),
         given(tokens.is_top1),
         given(tokens.log_sum_sq_probs),
+        dropped_mass=tokens.dropped_mass,
+        kept_share=tokens.kept_share,
+        dropped=tokens.dropped,
     )
 
 
