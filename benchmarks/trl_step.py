@@ -19,6 +19,7 @@ import json
 import math
 import sys
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -124,7 +125,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--repeats", type=positive, default=5, metavar="R", help="measured rounds (default: 5)")
     add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
     add("--json", type=Path, metavar="PATH", help="write every number there")
-    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
+    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds: whether it runs")
     options = parser.parse_args(argv)
     if options.quick:
         options.hidden, options.layers, options.vocab = 64, 1, 8192
@@ -135,6 +136,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def quiet() -> None:
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def compare(setup: Setup, repeats: int, console: Console) -> dict[str, Any]:

@@ -5,12 +5,14 @@
 
 Every field of `FocalPOConfig` (with TRL's `DPOConfig`), of TRL's `ModelConfig` (LoRA, quantisation,
 attention) and `ScriptArguments` is an option: `--help` lists them. The dataset is one of the Hugging Face
-Hub, a folder, or a JSON Lines file with "prompt", "chosen" and "rejected", each plain text or a
-conversation. The recipes are the papers' own hyper-parameters for 7B and 8B models.
+Hub, a JSON Lines file with "prompt", "chosen" and "rejected", each plain text or a conversation, or a
+folder with train.jsonl and test.jsonl, to evaluate too. Without a GPU add --use_cpu, without FlashAttention
+--attn_implementation sdpa. The recipes are the papers' own hyper-parameters for 7B and 8B models.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
@@ -20,8 +22,14 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from focalkern.trl import FocalPOConfig, FocalPOTrainer
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Defaults beside the options, and the commands above on lines of their own."""
+
+
 def main(arguments: Sequence[str] | None = None) -> FocalPOTrainer:
-    parser = TrlParser((ScriptArguments, FocalPOConfig, ModelConfig), description=__doc__)
+    parser = TrlParser(
+        (ScriptArguments, FocalPOConfig, ModelConfig), description=__doc__, formatter_class=HelpFormatter
+    )
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     script, config, model = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
     if model.model_name_or_path is None or script.dataset_name is None:
@@ -33,6 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> FocalPOTrainer:
         **(config.model_init_kwargs or {}),
     }
     dataset = load(script)
+    wanted = [script.dataset_train_split] + [script.dataset_test_split] * (config.eval_strategy != "no")
+    missing = [name for name in wanted if name not in dataset]
+    if missing:
+        parser.error(
+            f"{script.dataset_name} has the splits {list(dataset)}, not {missing}: give a folder with"
+            " train.jsonl and test.jsonl, or name its splits by --dataset_train_split, --dataset_test_split"
+        )
     trainer = FocalPOTrainer(
         model.model_name_or_path,
         args=config,

@@ -160,7 +160,9 @@ class PairHead(nn.Module):
         """The tokens of log-probs that have been computed already, as `linear_logps` returns them."""
         if not isinstance(token_logps, LinearLogps):
             raise TypeError(
-                f"token_logps must be what linear_logps returns; got {type(token_logps).__name__}"
+                f"token_logps must be what linear_logps returns, or LinearLogps(logps) of your own;"
+                f" got {type(token_logps).__name__}"
+                + (": take its token_logps()" if hasattr(token_logps, "token_logps") else "")
             )
         logps = token_logps.logps
         if logps.dtype not in (torch.float32, torch.float64):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from focalkern import FusedFocalPOLoss
 
@@ -69,6 +70,8 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
     assert len(blocks(page)) >= 3
     for block in blocks(page):
         names |= given()
+        if "peft_model" in block:
+            names["peft_model"] = with_lora_on_the_head(names["hidden"].shape[-1])
         if "focalkern.trl" in block:
             pytest.importorskip("trl")
             block = on_a_tiny_model(block, tmp_path)
@@ -80,6 +83,18 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
                 names["focalkern"].trl.unpatch()
         trainers += [names["trainer"]] if "trainer = " in block else []
     assert [trainer.state.global_step for trainer in trainers] == ([] if page == "docs/methods.md" else [1])
+
+
+def with_lora_on_the_head(hidden_size: int) -> object:
+    peft = pytest.importorskip("peft")
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=hidden_size,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+    )
+    return peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["lm_head"]))
 
 
 def on_a_tiny_model(block: str, folder: Path) -> str:

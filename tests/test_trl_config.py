@@ -441,6 +441,42 @@ def test_a_dataset_must_be_given(tmp_path):
         focal_trainer(tmp_path, *models(), options={"train_dataset": None}, padding_free=True)
 
 
+@pytest.mark.parametrize("name", ["dpo", "simpo", "alpha_dpo", "dynamic", "focal"])
+def test_a_loss_that_is_an_option_of_focalpo_is_pointed_to(name, tmp_path):
+    with pytest.raises(ValueError, match=f"^loss_type '{name}' is 'focalpo' with "):
+        config(tmp_path, loss_type=[name])
+
+
+def test_a_backend_that_cannot_run_is_refused_at_construction(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there it can")
+    with pytest.raises(ValueError, match="backend='triton' needs hidden on a CUDA device"):
+        focal_trainer(tmp_path, *models(), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rate", "lost"),
+    [(torch.bfloat16, 6e-7, True), (torch.bfloat16, 1e-3, False), (torch.float32, 6e-7, False)],
+)
+def test_updates_that_16_bit_weights_would_lose_are_warned_of(dtype, rate, lost, tmp_path):
+    pair = [model.to(dtype) for model in models()]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        focal_trainer(tmp_path, *pair, learning_rate=rate)
+    assert any("lose most updates of learning_rate" in str(w.message) for w in caught) is lost
+
+
+@pytest.mark.parametrize(("steps", "jumps"), [(4, False), (6, True)])
+def test_a_schedule_that_is_resumed_over_other_steps_is_warned_of(steps, jumps, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "gamma_schedule": "cosine"}
+    focal_trainer(tmp_path, *models(), max_steps=4, **saved).train()
+    trainer = focal_trainer(tmp_path, *models(), max_steps=steps, **saved)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert any("gamma_schedule_steps=4 continues it" in str(w.message) for w in caught) is jumps
+
+
 @pytest.mark.parametrize("alpha", [0.0, 0.1])
 def test_statistics_that_were_not_saved_are_missed(alpha, tmp_path):
     saved = {"save_strategy": "steps", "save_steps": 2, "save_only_model": True, "alpha": alpha}

@@ -71,6 +71,24 @@ def test_the_script_says_what_is_missing(arguments, tmp_path, capsys):
     assert "--model_name_or_path and --dataset_name must be given" in capsys.readouterr().err
 
 
+def test_the_script_says_which_splits_there_are(model_folder, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
+    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {tmp_path / 'out'}"
+    with pytest.raises(SystemExit):
+        trl_focalpo.main([*given.split(), "--eval_strategy", "steps", *SHORT.split()])
+    assert "has the splits ['train'], not ['test']" in capsys.readouterr().err
+
+
+def test_the_script_evaluates_on_a_folder(model_folder, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / "data").mkdir(exist_ok=True)
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", RECORDS)
+    given = f"--model_name_or_path {model_folder} --dataset_name {tmp_path / 'data'}"
+    options = f"--output_dir {tmp_path / 'out'} --eval_strategy steps --eval_steps 2"
+    trainer = trl_focalpo.main([*given.split(), *options.split(), *SHORT.split()])
+    assert any("eval_loss" in entry for entry in trainer.state.log_history)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_the_paper_s(path):
     parser = TrlParser((ScriptArguments, FocalPOConfig, ModelConfig))

@@ -4,7 +4,7 @@ try:
     import trl  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "focalkern.trl needs TRL 1.16 or later and PEFT: pip install 'focalkern[trl]' (Python 3.11 or later)"
+        "focalkern.trl needs TRL and PEFT: pip install 'trl>=1.16,<2' 'peft>=0.18' (Python 3.11 or later)"
     ) from error
 
 from focalkern.trl.collator import PackedPreferenceCollator

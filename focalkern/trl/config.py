@@ -33,6 +33,14 @@ _SMOOTHED: dict[str, dict[str, bool]] = {
 _OF_LOG_RATIOS = frozenset(
     ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
 )
+# What people will look for under `loss_type`.
+_STANDS_FOR = {
+    "dpo": "gamma=0.0 (or 'sigmoid', TRL's name for it)",
+    "simpo": "gamma=0.0, reference_free=True, length_normalize=True and gamma_beta_ratio",
+    "alpha_dpo": "gamma=0.0, reference_free=True, length_normalize=True, gamma_beta_ratio and alpha",
+    "dynamic": "gamma_schedule='cosine'",
+    "focal": "modulation='focal'",
+}
 # Options that count only where another has a certain value: with others they are refused.
 _ONLY_WITH = {
     "implicit_reference": ("alpha > 0", lambda config: config.alpha > 0),
@@ -91,10 +99,9 @@ class FocalPOConfig(DPOConfig):
     padding_free: bool = field(
         default=False,
         metadata={
-            "help": "Whether to concatenate the sequences of a batch, without padding. The same numbers, in "
-            "less time the more the lengths differ. Wants FlashAttention "
-            "(`attn_implementation='flash_attention_2'`); sdpa and eager attention work, with a mask that "
-            "grows with the square of the tokens of a batch."
+            "help": "Whether to concatenate the sequences of a batch, without padding: same numbers. Saves "
+            "time with FlashAttention (`attn_implementation='flash_attention_2'`), the more the more the "
+            "lengths differ; sdpa and eager attention take a mask that grows with the square of the tokens."
         },
     )
 
@@ -102,8 +109,8 @@ class FocalPOConfig(DPOConfig):
     gamma: float | None = field(
         default=None,
         metadata={
-            "help": "γ >= 0 of the focal weight; 0 is DPO (or SimPO, α-DPO). Default 0.05, where there is "
-            "no `gamma_schedule`."
+            "help": "γ >= 0 of the focal weight (SimPO's is `gamma_beta_ratio`); 0 is DPO, SimPO, α-DPO. "
+            "Default 0.05, where there is no `gamma_schedule`."
         },
     )
     gamma_schedule: str | None = field(
@@ -223,6 +230,8 @@ class FocalPOConfig(DPOConfig):
         if not self.loss_type:
             raise ValueError("loss_type must name a loss; got []")
         for name in self.loss_type:
+            if name in _STANDS_FOR:
+                raise ValueError(f"loss_type {name!r} is 'focalpo' with {_STANDS_FOR[name]}")
             checks.check_choice("loss_type", name, (FOCALPO, *LOSS_TYPES))
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError(f"loss_type must name every loss once; got {self.loss_type}")
@@ -329,7 +338,7 @@ class FocalPOConfig(DPOConfig):
             checks.check_choice("gamma_schedule", self.gamma_schedule, tuple(SCHEDULES))
             if self.gamma is not None:
                 raise ValueError(
-                    f"gamma must be None with gamma_schedule={self.gamma_schedule!r}; got {self.gamma!r}"
+                    f"gamma must be left out with gamma_schedule={self.gamma_schedule!r}; got {self.gamma!r}"
                 )
             if self.gamma_rate is not None and self.gamma_schedule != "exponential":
                 raise ValueError(

@@ -23,6 +23,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
+from focalkern.backends import select_backend
 from focalkern.certificate import DroppedMass
 from focalkern.functional import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
@@ -110,6 +111,8 @@ def add_fused_lm_head(
         "backend": backend,
     }
     checks.check_head_options(ignore_index=-100, **options)
+    if not torch.cuda.is_available():  # else a model may yet be moved there
+        select_backend(backend, model.get_output_embeddings().weight)
     _check_logits(model, options)
     options["outputs"] = tuple(name for name in _OUTPUTS if name in outputs)
     replaced = vars(model).get("forward")  # by someone else, for this model

@@ -31,6 +31,9 @@ from focalkern.trl.loss_types import MixedLoss
 from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
 
 STATE_NAME = "focalpo_state.pt"
+_NARROW = (torch.bfloat16, torch.float16)
+# An update of AdamW is about as large as the learning rate: below this it is lost in a bf16 weight of 0.02.
+_LOST_IN_BF16 = 2e-5
 # Architectures whose attention tells packed sequences apart, for models that are sharded when they come.
 PACKABLE = frozenset(
     (
@@ -162,10 +165,25 @@ class FocalPOTrainer(DPOTrainer):
         self.padding_free = self._is_packed
         if self._is_packed:
             self._prepare_packing()
+        self._gamma_steps: _GammaSteps | None = None
         if args.gamma_schedule is not None and self.loss_fn.focal is not None:
-            self.add_callback(_GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps))
+            self._gamma_steps = _GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps)
+            self.add_callback(self._gamma_steps)
+        self._warn_of_lost_updates()
 
     # ------------------------------------------------------------------------------------------ construction
+
+    def _warn_of_lost_updates(self) -> None:
+        """Engines keep an fp32 copy of 16-bit weights; a plain optimizer does not."""
+        dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled or dtypes.isdisjoint(_NARROW):
+            return
+        if self.args.learning_rate < _LOST_IN_BF16:
+            warnings.warn(
+                f"Weights in 16 bits lose most updates of learning_rate={self.args.learning_rate:g}: load the"
+                " model in float32 (bf16=True is autocast, and does the rest), or train adapters",
+                stacklevel=3,
+            )
 
     def _prepare_packing(self) -> None:
         """What only the loaded models tell: whether their attention knows packed sequences."""
@@ -359,6 +377,8 @@ class FocalPOTrainer(DPOTrainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
             state = {"loss_fn": self.loss_fn.state_dict(), "num_tokens": int(self._total_train_tokens)}
+            if self._gamma_steps is not None:
+                state["gamma_steps"] = self._gamma_steps.current
             torch.save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -377,6 +397,8 @@ class FocalPOTrainer(DPOTrainer):
             state = torch.load(path, map_location="cpu", weights_only=True)
             self.loss_fn.load_state_dict(state["loss_fn"])
             self._total_train_tokens = state["num_tokens"]
+            if self._gamma_steps is not None:
+                self._gamma_steps.saved = state.get("gamma_steps")
 
 
 class _GammaSteps(TrainerCallback):
@@ -385,11 +407,23 @@ class _GammaSteps(TrainerCallback):
     def __init__(self, focal: FusedFocalPOLoss, total_steps: int | None) -> None:
         self.focal = focal
         self.total_steps = total_steps
+        self.saved: int | None = None  # of the checkpoint that the training resumes
+
+    @property
+    def current(self) -> int:
+        assert isinstance(self.focal.gamma, GammaSchedule)
+        return self.focal.gamma.total_steps
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         steps = self.total_steps or max(state.max_steps, 1)
+        if self.saved not in (None, steps):
+            warnings.warn(
+                f"gamma_schedule goes over {steps} steps, and went over {self.saved} in the checkpoint: gamma"
+                f" jumps. gamma_schedule_steps={self.saved} continues it",
+                stacklevel=2,
+            )
         assert isinstance(self.focal.gamma, GammaSchedule)
         self.focal.gamma = replace(self.focal.gamma, total_steps=steps)
 
