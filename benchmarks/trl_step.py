@@ -56,8 +56,8 @@ from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 TRL, PATCHED = "TRL", "TRL under patch()"
 PADDED, PACKED = "FocalPOTrainer", "FocalPOTrainer, packed"
 NAMES = (TRL, PATCHED, PADDED, PACKED)
-# Of loss and gradient, relative to TRL's in fp32: what fp32 may be off by, and what 16 bits may in multiples of
-# TRL's own error.
+# Of loss and gradient, relative to TRL's in fp32: what fp32 may be off by, and what 16 bits may, in multiples
+# of TRL's own error.
 FP32_ERROR = 1e-4
 ERROR_FACTOR = 1.2
 
