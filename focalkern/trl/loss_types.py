@@ -86,11 +86,6 @@ class MixedLoss(nn.Module):
                 backend=config.backend,
             )
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """What the head must give beside the log-probs."""
-        return () if self.others is None else self.others.outputs
-
     def reference_logps(
         self, token_logps: LinearLogps, labels: torch.Tensor, cu_seqlens: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
