@@ -13,7 +13,15 @@ import pytest
 import torch
 from tolerance import assert_as_accurate, relative_error
 
-from focalkern import CosineGamma, FusedFocalPOLoss, FusedPairLoss, linear_kl, linear_logps, reference
+from focalkern import (
+    CosineGamma,
+    FusedFocalPOLoss,
+    FusedPairLoss,
+    LowRankUpdate,
+    linear_kl,
+    linear_logps,
+    reference,
+)
 from focalkern.methods import ipo
 
 pytestmark = pytest.mark.gpu
@@ -174,6 +182,39 @@ def test_the_kl_of_two_heads_does_not_wait_for_the_device():
         linear_kl(hidden, weight, ref_hidden, ref_weight, labels, shift=True).sum().backward()
 
     assert waits_for_the_device(step) == []
+
+
+@pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
+@pytest.mark.parametrize("rank", [12, 16, 200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_low_rank_update_is_what_it_is_in_the_torch_backend(dtype, rank, sharpness):
+    hidden, weight, labels, ref_logps = make_batch(dtype, pairs=2, length=150, sharpness=sharpness)
+    generator = torch.Generator("cuda").manual_seed(1)
+    a, b = (torch.randn(*size, device="cuda", generator=generator) for size in ((rank, 1024), (32000, rank)))
+    a, b = ((x / 1024**0.5).to(dtype).requires_grad_() for x in (a, b))
+    found = []
+    for backend in ("triton", "torch"):
+        loss_fn = FusedFocalPOLoss(backend=backend, tau=2.0**-13)
+        update = LowRankUpdate.lora(hidden, a, b, scaling=2.0)
+        out = loss_fn(hidden, weight, labels, None, *ref_logps, update=update)
+        found.append([out.losses, *torch.autograd.grad(out.loss, (hidden, weight, a, b))])
+    for triton_value, torch_value in zip(*found, strict=True):
+        assert relative_error(triton_value, torch_value) <= 8 * torch.finfo(dtype).eps + 1e-5
+
+
+@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
+def test_a_low_rank_update_waits_no_more_for_the_device(backward, allowed):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
+    a, b = torch.randn(12, 1024, device="cuda"), torch.zeros(32000, 12, device="cuda")
+    a, b = (x.bfloat16().requires_grad_() for x in (a, b))
+    loss_fn = FusedFocalPOLoss(backward=backward)
+
+    def step():
+        update = LowRankUpdate.lora(hidden, a, b)
+        loss_fn(hidden, weight, labels, None, *ref_logps, shift=True, update=update).loss.backward()
+
+    waits = waits_for_the_device(step)
+    assert len(waits) == allowed, waits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
