@@ -398,7 +398,7 @@ def _check_logits(model: PreTrainedModel, options: dict) -> None:
         with evaluating(model):
             found = model(input_ids=ids).logits.float()
             x = model.get_output_embeddings()(states[-1]).float() * options["logit_scale"]
-    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return
     finally:
         hook.remove()
