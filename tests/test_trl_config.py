@@ -436,6 +436,14 @@ def test_the_logits_of_packed_rows_are_not_handed_out(tmp_path):
         trainer.predict(trainer.train_dataset)
 
 
+@pytest.mark.parametrize(("objective", "copied"), [(SIMPO, False), ({}, True)], ids=["SimPO", "FocalPO"])
+def test_an_adapter_of_the_user_is_copied_for_a_reference_alone(objective, copied, tmp_path):
+    model = get_peft_model(seeded(llama), LoraConfig(target_modules=["q_proj"]))
+    trainer = focal_trainer(tmp_path, model, **objective)
+    assert set(trainer.model.peft_config) == {"default", *(["ref"] if copied else [])}
+    trainer.train()
+
+
 def test_a_dataset_must_be_given(tmp_path):
     with pytest.raises(ValueError, match="train_dataset must be given"):
         focal_trainer(tmp_path, *models(), options={"train_dataset": None}, padding_free=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
+import subprocess
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -550,6 +553,40 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(objective, packed, tmp_p
     assert logged["step"] == 5
     assert {"loss", "num_tokens", "focal/gamma"} <= logged.keys()
     assert ("alpha/mean" in logged) == ("alpha/std" in logged) == ("alpha" in objective)
+
+
+KILLED_BY_A_SIGNAL = """
+import os, signal, sys
+from pathlib import Path
+from transformers import TrainerCallback
+from trl_tiny import focal_trainer, llama, near, seeded
+
+class Kill(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+folder, options = Path(sys.argv[1]), eval(sys.argv[2])
+model = seeded(llama)
+focal_trainer(folder, model, near(model), options={"callbacks": [Kill()]}, **options).train()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+def test_a_process_that_was_killed_goes_on_in_another(tmp_path):
+    options = {**OBJECTIVES["alpha-DPO"], **OBJECTIVES["cosine"], "gamma": None, "max_steps": 4}
+    options |= {"save_strategy": "steps", "save_steps": 2, "padding_free": True}
+    command = [sys.executable, "-c", KILLED_BY_A_SIGNAL, str(tmp_path / "killed"), repr(options)]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    runs = []
+    for folder, resume in (("whole", None), ("killed", True)):
+        model = seeded(llama)
+        runs.append(focal_trainer(tmp_path / folder, model, near(model), **options))
+        runs[-1].train(resume_from_checkpoint=resume)
+    expected, resumed = (history(run)[2:-1] for run in runs)
+    assert [entry["step"] for entry in resumed] == [3, 4]
+    assert_same_history(resumed, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_statistics_and_schedule_stay_as_they_are_in_evaluation(tmp_path):

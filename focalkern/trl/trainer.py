@@ -142,6 +142,7 @@ class FocalPOTrainer(DPOTrainer):
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
+        own_adapters = set() if isinstance(model, str) or not is_peft_model(model) else set(model.peft_config)
         with _construction(model, args):
             args.padding_free = False  # TRL's is switched off, and says so
             try:
@@ -162,6 +163,8 @@ class FocalPOTrainer(DPOTrainer):
                 )
             finally:
                 args.padding_free = self._is_packed
+        if own_adapters and not args.needs_reference and "ref" in set(self.model.peft_config) - own_adapters:
+            self.model.delete_adapter("ref")  # the copy that TRL makes of the user's for a reference
         self.padding_free = self._is_packed
         if self._is_packed:
             self._prepare_packing()
