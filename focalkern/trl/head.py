@@ -23,7 +23,8 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
-from focalkern.backends import select_backend
+from focalkern.backends import LogitTransform, select_backend
+from focalkern.backends.torch_tiles import transform_logits
 from focalkern.certificate import DroppedMass
 from focalkern.functional import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
@@ -340,6 +341,19 @@ class NoAdapter:
     """In place of PEFT's class in TRL's modules: they refuse heads of it, ours those that it cannot run."""
 
 
+@contextmanager
+def replaced(holder: Any, **values: Any) -> Iterator[None]:
+    """With other values for these attributes, and then its own again."""
+    own = {name: getattr(holder, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(holder, name, value)
+        yield
+    finally:
+        for name, value in own.items():
+            setattr(holder, name, value)
+
+
 def check_head(model: PreTrainedModel) -> None:
     """Raise TypeError where the fused head could not run, adapters that are not active now included."""
     head = model.get_output_embeddings()
@@ -397,18 +411,18 @@ def _check_logits(model: PreTrainedModel, options: dict) -> None:
     try:
         with evaluating(model):
             found = model(input_ids=ids).logits.float()
-            x = model.get_output_embeddings()(states[-1]).float() * options["logit_scale"]
+            x = model.get_output_embeddings()(states[-1]).float()
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return
     finally:
         hook.remove()
-    cap = options["softcap"]
-    expected = x if cap is None else cap * torch.tanh(x / cap)
+    scale, cap = options["logit_scale"], options["softcap"]
+    expected, _ = transform_logits(x, LogitTransform(logit_scale=scale, softcap=cap))
     rounding = 8 * torch.finfo(states[-1].dtype).eps * max(1.0, found.abs().max().item())
     if found.shape != expected.shape or not (found - expected).abs().max() <= rounding:
         raise TypeError(
             f"{type(model).__name__} must take its logits from the last hidden state by its output"
-            f" embeddings, times {options['logit_scale']:g}, softcap {cap}; it computes something else, which"
+            f" embeddings, times {scale:g}, softcap {cap}; it computes something else, which"
             " the fused head does not know"
         )
 

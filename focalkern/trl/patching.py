@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
-from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head
+from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head, replaced
 
 _HEAD = "add_fused_lm_head"
 _REFUSAL = "BaseTunerLayer"  # the class of the heads that TRL's trainers refuse
@@ -222,12 +222,8 @@ def _grpo_init(module: types.ModuleType) -> Callable:
         config = signature.bind(self, *args, **kwargs).arguments.get("args")
         if own_refusal is None or not getattr(config, "cast_lm_head_to_fp32", False):
             return own_init(self, *args, **kwargs)
-        refusal = getattr(module, _REFUSAL)
-        setattr(module, _REFUSAL, own_refusal)
-        try:
+        with replaced(module, **{_REFUSAL: own_refusal}):
             return own_init(self, *args, **kwargs)
-        finally:
-            setattr(module, _REFUSAL, refusal)
 
     return init
 

@@ -26,7 +26,14 @@ from focalkern.loss import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
-from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head, evaluating, is_whole
+from focalkern.trl.head import (
+    FusedHeadOutput,
+    NoAdapter,
+    add_fused_lm_head,
+    evaluating,
+    is_whole,
+    replaced,
+)
 from focalkern.trl.loss_types import MixedLoss
 from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
 
@@ -137,13 +144,13 @@ class FocalPOTrainer(DPOTrainer):
             )
         self._is_packed = args.padding_free
         if self._is_packed:
-            _check_packing(args, train_dataset, data_collator, compute_metrics, peft_config)
+            _check_packing(args, model, train_dataset, data_collator, compute_metrics, peft_config)
             data_collator = PackedPreferenceCollator(args.max_length, args.truncation_mode)
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
         own_adapters = set() if isinstance(model, str) or not is_peft_model(model) else set(model.peft_config)
-        with _construction(model, args):
+        with self._construction(model, args):
             args.padding_free = False  # TRL's is switched off, and says so
             try:
                 super().__init__(
@@ -166,8 +173,6 @@ class FocalPOTrainer(DPOTrainer):
         if own_adapters and not args.needs_reference and "ref" in set(self.model.peft_config) - own_adapters:
             self.model.delete_adapter("ref")  # the copy that TRL makes of the user's for a reference
         self.padding_free = self._is_packed
-        if self._is_packed:
-            self._prepare_packing()
         self._gamma_steps: _GammaSteps | None = None
         if args.gamma_schedule is not None and self.loss_fn.focal is not None:
             self._gamma_steps = _GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps)
@@ -188,21 +193,41 @@ class FocalPOTrainer(DPOTrainer):
                 stacklevel=3,
             )
 
-    def _prepare_packing(self) -> None:
-        """What only the loaded models tell: whether their attention knows packed sequences."""
-        for model in (self.model, self.ref_model):
-            if model is None:
-                continue
-            base = model.get_base_model() if is_peft_model(model) else model
-            if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-                raise ValueError("padding_free must be False with prompt learning")
-            if not self._sequences_are_apart(base):
-                raise ValueError(
-                    f"padding_free must be False with {type(base).__name__}: its layers do not tell the "
-                    "sequences of a packed row apart, or it could not be seen"
-                )
-            if "flash" in base.config._attn_implementation:
-                self.data_collator.flash_attention = True
+    @contextlib.contextmanager
+    def _construction(self, model: Any, args: FocalPOConfig) -> Iterator[None]:
+        """While TRL's constructor runs: our head for its own, adapters on the head, no needless reference."""
+
+        def add_head(model: Any, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
+            # Policy and reference come here before anything is computed with them, or sharded.
+            if self._is_packed:
+                self._prepare_packing(model.get_base_model() if is_peft_model(model) else model)
+            add_fused_lm_head(
+                model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend
+            )
+
+        create = dpo_trainer.create_model_from_path
+        models_left = int(isinstance(model, str)) + int(args.needs_reference)
+
+        def create_model(*given: Any, **kwargs: Any) -> Any:
+            nonlocal models_left
+            models_left -= 1
+            return create(*given, **kwargs) if models_left >= 0 else None
+
+        names: dict[str, Any] = {"add_fused_lm_head": add_head, "create_model_from_path": create_model}
+        if hasattr(dpo_trainer, "BaseTunerLayer"):  # there is one if peft is
+            names["BaseTunerLayer"] = NoAdapter
+        with replaced(dpo_trainer, **names):
+            yield
+
+    def _prepare_packing(self, model: Any) -> None:
+        """What only the loaded model tells: whether its attention knows packed sequences."""
+        if not self._sequences_are_apart(model):
+            raise ValueError(
+                f"padding_free must be False with {type(model).__name__}: its layers do not tell the "
+                "sequences of a packed row apart, or it could not be seen"
+            )
+        if "flash" in model.config._attn_implementation:
+            self.data_collator.flash_attention = True
 
     def _sequences_are_apart(self, model: Any) -> bool:
         """Whether no gradient comes from one sequence of a packed batch to the one before it.
@@ -236,8 +261,6 @@ class FocalPOTrainer(DPOTrainer):
         # TRL looks its cache up by dataset and model: log-probs of sequences cut otherwise pass for these.
         args, of_model = self.args, self._precompute_model_hash
         options = (args.max_length, args.truncation_mode, args.ld_alpha, self.accelerator.mixed_precision)
-        if self._is_packed:
-            self._prepare_packing()
         self._precompute_model_hash = Hasher.hash((of_model, options, self._is_packed))
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
@@ -460,17 +483,24 @@ def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_confi
 
 
 def _check_packing(
-    args: FocalPOConfig, train_dataset: Any, data_collator: Any, compute_metrics: Any, peft_config: Any
+    args: FocalPOConfig,
+    model: Any,
+    train_dataset: Any,
+    data_collator: Any,
+    compute_metrics: Any,
+    peft_config: Any,
 ) -> None:
     """What goes with padded rows alone."""
     sample = next(iter(train_dataset))
+    if not isinstance(model, str) and is_peft_model(model):
+        peft_config = model.active_peft_config
     for name, given, why in (
         ("data_collator", data_collator is not None, "it has its own, PackedPreferenceCollator"),
         ("pad_to_multiple_of", args.pad_to_multiple_of is not None, "there is no padding"),
         ("compute_metrics", compute_metrics is not None, "it takes the logits of padded rows"),
         ("images", "image" in sample or "images" in sample, "they belong to padded rows"),
         (
-            "peft_config with prompt learning",
+            "prompt learning",
             getattr(peft_config, "is_prompt_learning", False),
             "its tokens would come once, not before each sequence",
         ),
@@ -495,31 +525,3 @@ def _mapped(tokens: LinearLogps, function: Callable[[torch.Tensor], torch.Tensor
         kept_share=tokens.kept_share,
         dropped=tokens.dropped,
     )
-
-
-@contextlib.contextmanager
-def _construction(model: Any, args: FocalPOConfig) -> Iterator[None]:
-    """While TRL's constructor runs: our head for its own, adapters on the head, no needless reference."""
-
-    def add_head(model: Any, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
-        add_fused_lm_head(model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend)
-
-    create = dpo_trainer.create_model_from_path
-    models_left = int(isinstance(model, str)) + int(args.needs_reference)
-
-    def create_model(*given: Any, **kwargs: Any) -> Any:
-        nonlocal models_left
-        models_left -= 1
-        return create(*given, **kwargs) if models_left >= 0 else None
-
-    names: dict[str, Any] = {"add_fused_lm_head": add_head, "create_model_from_path": create_model}
-    if hasattr(dpo_trainer, "BaseTunerLayer"):  # there is one if peft is
-        names["BaseTunerLayer"] = NoAdapter
-    own = {name: getattr(dpo_trainer, name) for name in names}
-    try:
-        for name, value in names.items():
-            setattr(dpo_trainer, name, value)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(dpo_trainer, name, value)
