@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +22,6 @@ SCHEDULES: dict[str, type[GammaSchedule]] = {
     "exponential": ExponentialGamma,
     "cosine": CosineGamma,
 }
-# Options of DPOConfig that the focal loss has no use for, and TRL's default: with any other they are refused.
-_NOT_WITH_FOCALPO = {"ld_alpha": None, "use_weighting": False, "f_divergence_type": "reverse_kl"}
 # TRL's losses with label smoothing, and which ends of [0, 0.5] they leave out.
 _SMOOTHED: dict[str, dict[str, bool]] = {
     "exo_pair": {"exclude_low": True},
@@ -41,36 +40,71 @@ _STANDS_FOR = {
     "dynamic": "gamma_schedule='cosine'",
     "focal": "modulation='focal'",
 }
-# Options that count only where another has a certain value: with others they are refused.
-_ONLY_WITH = {
-    "implicit_reference": ("alpha > 0", lambda config: config.alpha > 0),
-    "normalize_margin": ("alpha > 0", lambda config: config.alpha > 0),
-    "stop_gradient": ("alpha > 0", lambda config: config.alpha > 0),
-    "ema_momentum": ("alpha > 0 and normalize_margin", lambda c: c.alpha > 0 and c.normalize_margin),
-    "ema_bias_correction": ("alpha > 0 and normalize_margin", lambda c: c.alpha > 0 and c.normalize_margin),
-    "tau": ("backward='certified'", lambda config: config.backward == "certified"),
-    "discopop_tau": ("loss_type 'discopop'", lambda config: "discopop" in config.loss_type),
-    "f_alpha_divergence_coef": (
+# Options that count only under a condition: where it does not hold, they are refused unless at their default.
+_Condition = tuple[tuple[str, ...], str, "Callable[[FocalPOConfig], bool]"]
+_COUNTS_WITH: tuple[_Condition, ...] = (
+    (
+        (
+            "gamma",
+            "gamma_schedule",
+            "gamma_max",
+            "gamma_min",
+            "gamma_rate",
+            "gamma_schedule_steps",
+            "modulation",
+            "margin",
+            "gamma_beta_ratio",
+            "alpha",
+            "reference_free",
+            "length_normalize",
+            "ema_momentum",
+            "ema_bias_correction",
+            "implicit_reference",
+            "normalize_margin",
+            "stop_gradient",
+        ),
+        "loss_type 'focalpo'",
+        lambda config: FOCALPO in config.loss_type,
+    ),
+    (
+        ("ld_alpha", "use_weighting", "f_divergence_type"),
+        "TRL's loss types, without 'focalpo'",
+        lambda config: FOCALPO not in config.loss_type,
+    ),
+    (("gamma",), "gamma_schedule=None", lambda config: config.gamma_schedule is None),
+    (
+        ("gamma_max", "gamma_min", "gamma_schedule_steps"),
+        "gamma_schedule",
+        lambda config: config.gamma_schedule is not None,
+    ),
+    (
+        ("gamma_rate",),
+        "gamma_schedule='exponential'",
+        lambda config: config.gamma_schedule == "exponential",
+    ),
+    (
+        ("implicit_reference", "normalize_margin", "stop_gradient"),
+        "alpha > 0",
+        lambda config: config.alpha > 0,
+    ),
+    (
+        ("ema_momentum", "ema_bias_correction"),
+        "alpha > 0 and normalize_margin",
+        lambda config: config.alpha > 0 and config.normalize_margin,
+    ),
+    (("tau",), "backward='certified'", lambda config: config.backward == "certified"),
+    (
+        ("label_smoothing",),
+        "a loss_type that has it (DPO with label smoothing is 'focalpo' with gamma=0)",
+        lambda config: not {FOCALPO, *_SMOOTHED}.isdisjoint(config.loss_type),
+    ),
+    (("discopop_tau",), "loss_type 'discopop'", lambda config: "discopop" in config.loss_type),
+    (
+        ("f_alpha_divergence_coef",),
         "f_divergence_type='alpha_divergence'",
         lambda config: config.f_divergence_type == "alpha_divergence",
     ),
-}
-_OBJECTIVE = (
-    "gamma",
-    "gamma_schedule",
-    "modulation",
-    "margin",
-    "gamma_beta_ratio",
-    "alpha",
-    "reference_free",
-    "length_normalize",
-    "ema_momentum",
-    "ema_bias_correction",
-    "implicit_reference",
-    "normalize_margin",
-    "stop_gradient",
 )
-_SCHEDULE_OPTIONS = ("gamma_max", "gamma_min", "gamma_rate", "gamma_schedule_steps")
 
 
 @dataclass
@@ -238,19 +272,19 @@ class FocalPOConfig(DPOConfig):
         for weight in self.loss_weights or ():
             checks.check_number("loss_weights", weight)
         checks.check_number("beta", self.beta, low=0.0, exclude_low=True)
+        checks.check_number("alpha", self.alpha, low=0.0)
         checks.check_head_options(-100, 1.0, None, 1.0, self.backward, self.tau, self.backend)
         self._check_trl_losses()
+        for names, condition, holds in _COUNTS_WITH:
+            for name in names:
+                default = self.__dataclass_fields__[name].default
+                if getattr(self, name) != default and not holds(self):
+                    raise ValueError(
+                        f"{name} counts only with {condition}; got {getattr(self, name)!r}: leave it out, or"
+                        f" at {default!r}"
+                    )
         if FOCALPO in self.loss_type:
             self._check_focalpo()
-        else:
-            self._refuse_focal_options()
-        for name, (condition, counts) in _ONLY_WITH.items():
-            default = self.__dataclass_fields__[name].default
-            if getattr(self, name) != default and not counts(self):
-                raise ValueError(
-                    f"{name} must be {default!r} without {condition}; got {getattr(self, name)!r}, which"
-                    " would change nothing"
-                )
 
     def focal_loss(self) -> FusedFocalPOLoss:
         """The loss of `'focalpo'`. Without `gamma_schedule_steps`, its schedule is yet to get its steps."""
@@ -294,11 +328,6 @@ class FocalPOConfig(DPOConfig):
         for name in _SMOOTHED.keys() & set(self.loss_type):
             bounds: dict[str, Any] = {"low": 0.0, "high": 0.5, **_SMOOTHED[name]}
             checks.check_number("label_smoothing", self.label_smoothing, **bounds)
-        if self.label_smoothing and not {FOCALPO, *_SMOOTHED}.intersection(self.loss_type):
-            raise ValueError(
-                f"label_smoothing must be 0 with loss_type {self.loss_type}, which has none;"
-                f" got {self.label_smoothing!r} (DPO with label smoothing is 'focalpo' with gamma=0)"
-            )
         if "discopop" in self.loss_type:
             checks.check_number("discopop_tau", self.discopop_tau, low=0.0, exclude_low=True)
         if self.ld_alpha is not None:
@@ -317,37 +346,17 @@ class FocalPOConfig(DPOConfig):
             )
 
     def _check_focalpo(self) -> None:
-        for name, default in _NOT_WITH_FOCALPO.items():
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name} must be {default!r} with loss_type 'focalpo'; got {getattr(self, name)!r} (it "
-                    "goes with TRL's loss types)"
-                )
         if self.implicit_reference == "sequence_kl":
             raise ValueError(
                 "implicit_reference='sequence_kl' takes the hidden states of both models, which the "
                 "trainer does not keep: use FusedFocalPOLoss and linear_kl in a loop of your own"
             )
-        if self.gamma_schedule is None:
-            for name in _SCHEDULE_OPTIONS:
-                if getattr(self, name) is not None:
-                    raise ValueError(
-                        f"{name} must be None without gamma_schedule; got {getattr(self, name)!r}"
-                    )
-        else:
+        if self.gamma_schedule is not None:
             checks.check_choice("gamma_schedule", self.gamma_schedule, tuple(SCHEDULES))
-            if self.gamma is not None:
-                raise ValueError(
-                    f"gamma must be left out with gamma_schedule={self.gamma_schedule!r}; got {self.gamma!r}"
-                )
-            if self.gamma_rate is not None and self.gamma_schedule != "exponential":
-                raise ValueError(
-                    f"gamma_rate must be None unless gamma_schedule='exponential'; got {self.gamma_rate}"
-                )
-            if self.gamma_rate is not None:
-                checks.check_number("gamma_rate", self.gamma_rate, low=0.0, exclude_low=True)
-            if self.gamma_schedule_steps is not None:
-                checks.check_integer("gamma_schedule_steps", self.gamma_schedule_steps, low=1)
+        if self.gamma_rate is not None:
+            checks.check_number("gamma_rate", self.gamma_rate, low=0.0, exclude_low=True)
+        if self.gamma_schedule_steps is not None:
+            checks.check_integer("gamma_schedule_steps", self.gamma_schedule_steps, low=1)
         if self.margin is not None and self.gamma_beta_ratio is not None:
             raise ValueError(
                 "margin and gamma_beta_ratio are two names of one thing, margin = beta * gamma_beta_ratio; "
@@ -356,15 +365,6 @@ class FocalPOConfig(DPOConfig):
         if self.gamma_beta_ratio is not None:
             checks.check_number("gamma_beta_ratio", self.gamma_beta_ratio)
         self.focal_loss()
-
-    def _refuse_focal_options(self) -> None:
-        fields = self.__dataclass_fields__
-        for name in (*_OBJECTIVE, *_SCHEDULE_OPTIONS):
-            if getattr(self, name) != fields[name].default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is of loss_type 'focalpo', which {self.loss_type} does "
-                    "not name"
-                )
 
     def _gamma(self) -> float | GammaSchedule:
         if self.gamma_schedule is None:
