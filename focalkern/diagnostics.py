@@ -30,8 +30,13 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
     and dloss/dlogps with all factors of the loss that went backward (β, the mean over pairs, a gradient
     scaler's). `flipped` tells where one of them is negative; the three are NaN before `loss.backward()`.
     """
+    return {name: value.mean() for name, value in pair_values(out).items()}
+
+
+def pair_values(out: PairOutput) -> dict[str, torch.Tensor]:
+    """What `pair_metrics` takes the means of: [B] each, γ 0-dim."""
     margins = out.chosen_rewards - out.rejected_rewards
-    metrics = {
+    values = {
         "rewards/chosen": out.chosen_rewards,
         "rewards/rejected": out.rejected_rewards,
         "rewards/margins": margins,
@@ -41,18 +46,18 @@ def pair_metrics(out: PairOutput) -> dict[str, torch.Tensor]:
         "prob": out.prob,
     }
     if isinstance(out, FocalPOOutput):
-        metrics |= {"weight": out.weight, "flipped": (out.weight < 0).to(margins.dtype)}
-        metrics["gamma"] = out.weight.new_full((), out.gamma)
+        values |= {"weight": out.weight, "flipped": (out.weight < 0).to(margins.dtype)}
+        values["gamma"] = out.weight.new_full((), out.gamma)
         if out.adaptive_margin is not None:
-            metrics["adaptive_margin"] = out.adaptive_margin
+            values["adaptive_margin"] = out.adaptive_margin
     elif isinstance(out, PairLossOutput):
         least = torch.minimum(out.chosen_weight, out.rejected_weight)
-        metrics |= {
+        values |= {
             "chosen_weight": out.chosen_weight,
             "rejected_weight": out.rejected_weight,
             "flipped": torch.where(least.isnan(), torch.nan, (least < 0).to(margins.dtype)),
         }
-    return {name: value.mean() for name, value in metrics.items()}
+    return values
 
 
 @torch.no_grad()

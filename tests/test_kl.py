@@ -11,9 +11,8 @@ import torch.nn.functional as F
 from conftest import DEVICE, INTERPRETED, LOW_PRECISION
 from hypothesis import given
 from hypothesis import strategies as st
+from largest import Largest
 from tolerance import assert_as_accurate, relative_error
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from focalkern import reference
 from focalkern.kl import linear_kl
@@ -729,15 +728,6 @@ def test_bad_input_is_refused_by_name(case):
 
 
 def test_no_tensor_is_as_large_as_the_logits():
-    class Largest(TorchDispatchMode):
-        elements = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-            self.elements = max(self.elements, *sizes, 0)
-            return out
-
     models = Models((2048,), 16, 16, 8192)
     leaves = models.leaves()
     with Largest() as largest:

@@ -5,9 +5,7 @@ The trainers are real and so are their batches; the model is a Llama of random w
 
 from __future__ import annotations
 
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import quickstart
-from preference_data import Pair
+from trl_tiny import tokenizer_of
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, methods
 from focalkern.pair_loss import Pairs
@@ -46,9 +40,7 @@ RTOL = 1e-5
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return quickstart.train_tokenizer(
-        [Pair(r["prompt"], r["chosen"], r["rejected"], "", "") for r in RECORDS]
-    )
+    return tokenizer_of(RECORDS)
 
 
 def llama(tokenizer, perturbation: float = 0.0, sharpness: float = 20.0) -> LlamaForCausalLM:

@@ -18,31 +18,19 @@ pytest.importorskip("trl")
 
 import transformers
 import trl
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset
+from test_trl_parity import RECORDS
 from tiny import TINY
 from tolerance import relative_error
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl.trainer import grpo_trainer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import quickstart
-from preference_data import Pair
+from trl_tiny import tokenizer_of
 
 import focalkern.trl
 from focalkern.trl import head as head_module
 from focalkern.trl import patching
 
-THINGS = {"sky": "blue", "sea": "green", "door": "brown", "hat": "red", "old stone house": "grey"}
-RECORDS = [
-    {
-        "prompt": f"The {thing} is",
-        "chosen": f" {colour}." * (3 * (i % 3) + 1),
-        "rejected": f" not {colour}, no." * (1 + i % 2),
-    }
-    for i, (thing, colour) in enumerate(THINGS.items())
-]
 COMPLETED = [{"prompt": r["prompt"], "completion": r["chosen"]} for r in RECORDS]
 PROMPTS = [{"prompt": r["prompt"]} for r in RECORDS]
 TRAINER_MODULES = [
@@ -57,9 +45,7 @@ NOT_COMPARED = ("runtime", "per_second", "step_time", "total_flos")
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    disable_progress_bars()
-    pairs = [Pair(r["prompt"], r["chosen"], r["rejected"], "", "") for r in RECORDS]
-    return quickstart.train_tokenizer(pairs)
+    return tokenizer_of(RECORDS)
 
 
 @pytest.fixture(autouse=True)

@@ -16,9 +16,8 @@ import torch
 pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset, load_from_disk
+from largest import Largest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
@@ -685,18 +684,6 @@ def test_no_more_models_are_loaded_and_run_than_needed(objective, loads, by_path
     trainer.train()
     assert trainer.state.global_step == 3
     assert len(runs) == 6 * loads
-
-
-class Largest(TorchDispatchMode):
-    """Elements of the largest tensor that any operation returns, backward included."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        sizes = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        self.elements = max(self.elements, *sizes, 0)
-        return out
 
 
 @pytest.mark.parametrize("packed", LAYOUTS.values(), ids=LAYOUTS)

@@ -26,6 +26,7 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     PrinterCallback,
 )
 
@@ -59,9 +60,15 @@ LEARNING_RATE = 0.005
 WINDOW = 8  # of sliding attention: shorter than most sequences
 SIZES = {**TINY, "num_hidden_layers": 2, "max_position_embeddings": 128}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0}
-TOKENIZER = quickstart.train_tokenizer(
-    [Pair(r["prompt"], r["chosen"], r["rejected"], "", "") for r in RECORDS]
-)
+
+
+def tokenizer_of(records: list[dict]) -> PreTrainedTokenizerBase:
+    return quickstart.train_tokenizer(
+        [Pair(record["prompt"], record["chosen"], record["rejected"], "", "") for record in records]
+    )
+
+
+TOKENIZER = tokenizer_of(RECORDS)
 VOCAB = len(TOKENIZER)
 
 

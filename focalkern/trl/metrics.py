@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 
 from focalkern.adaptive_margin import RunningMoments
+from focalkern.diagnostics import pair_values
 from focalkern.functional import LinearLogps
 from focalkern.layout import aligned_labels
 from focalkern.loss import FocalPOOutput
@@ -53,21 +54,15 @@ def token_metrics(
 
 def pair_metrics(out: PairOutput, gather: Reduce) -> dict[str, torch.Tensor]:
     """Means over the pairs of all ranks."""
-    margins = out.chosen_rewards - out.rejected_rewards
-    values = {
-        "rewards/chosen": out.chosen_rewards,
-        "rewards/rejected": out.rejected_rewards,
-        "rewards/accuracies": (margins > 0).float(),
-        "rewards/margins": margins,
-        "logps/chosen": out.chosen_logps,
-        "logps/rejected": out.rejected_logps,
-    }
+    found = pair_values(out)
+    values = {name: x for name, x in found.items() if name.startswith(("rewards/", "logps/"))}
+    values["rewards/accuracies"] = (found["rewards/margins"] > 0).float()  # to TRL a tie is lost
     if isinstance(out, FocalPOOutput):
-        values |= {"focal/weight": out.weight, "focal/flipped": (out.weight < 0).float()}
+        values |= {"focal/weight": found["weight"], "focal/flipped": found["flipped"]}
     gathered = gather(torch.stack(list(values.values()), 1))  # [pairs of all ranks, metrics]
     metrics = dict(zip(values, gathered.mean(0).unbind(), strict=True))
     if isinstance(out, FocalPOOutput):
-        metrics["focal/gamma"] = out.weight.new_full((), out.gamma)
+        metrics["focal/gamma"] = found["gamma"]
     return metrics
 
 
