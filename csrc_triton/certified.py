@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.linear_logps import VOCAB_BLOCK, logits_tile
-from csrc_triton.scalar import logit_transform
+from csrc_triton.scalar import fast_exp, logit_transform
 
 
 @triton.jit
@@ -95,7 +95,7 @@ def certified_dz_kernel(
     b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
 
     # d logps / dz_v = 1[v = y] − p_v
-    b_p = tl.exp(b_z - tl.load(lse_ptr + o_t)[:, None])
+    b_p = fast_exp(b_z - tl.load(lse_ptr + o_t)[:, None])
     m_target = o_v[None, :] == tl.load(targets_ptr + o_t).to(tl.int32)[:, None]
     b_dlogp = tl.where(m_target, tl.load(one_minus_p_ptr + o_t)[:, None], -b_p)
     b_dz = tl.load(g_ptr + o_t)[:, None] * b_dlogp * b_slope

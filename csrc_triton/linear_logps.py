@@ -9,7 +9,7 @@ reproducible. Launched by `focalkern.backends.triton_backend`.
 import triton
 import triton.language as tl
 
-from csrc_triton.scalar import log1p_unit, logaddexp, logit_transform
+from csrc_triton.scalar import fast_exp, log1p_unit, logaddexp, logit_transform
 
 VOCAB_BLOCK = tl.constexpr(128)
 
@@ -80,7 +80,7 @@ def logits_tile(
 
     # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is
     # meant.
-    b_poison = tl.sum(b_acc - b_acc, axis=1)
+    b_poison = tl.sum(b_acc * 0.0, axis=1)
     if HAS_BIAS:
         b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
     return b_acc, b_poison
@@ -157,19 +157,21 @@ def linear_logps_fwd_kernel(
     )
     b_z, _ = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
 
-    # The label's logit, then the block statistics without it: 1 − p_y becomes a ratio of sums.
+    # The label's logit, then the block statistics without it: 1 − p_y becomes a ratio of sums. Most tiles hold
+    # no label of their rows and lie within V; a quarter of the epilogue is for those that do not.
     b_y = tl.load(targets_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
-    m_target = o_v[None, :] == b_y[:, None]
-    b_target_z = tl.sum(tl.where(m_target, b_z, 0.0), axis=1)
     m_own = m_m & (b_y >= i_v * BLOCK_V) & (b_y < (i_v + 1) * BLOCK_V)
-    tl.store(target_z_ptr + o_m, b_target_z, mask=m_own)
+    b_rest = b_z
+    if (tl.max(m_own.to(tl.int32), axis=0) > 0) | ((i_v + 1) * BLOCK_V > V):
+        m_target = o_v[None, :] == b_y[:, None]
+        tl.store(target_z_ptr + o_m, tl.sum(tl.where(m_target, b_z, 0.0), axis=1), mask=m_own)
+        b_rest = tl.where((o_v < V)[None, :] & ~m_target, b_z, -float("inf"))
 
     NUM_BLOCKS: tl.constexpr = BLOCK_V // VOCAB_BLOCK
-    m_rest = (o_v < V)[None, :] & ~m_target
-    b_rest = tl.reshape(tl.where(m_rest, b_z, -float("inf")), [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK])
+    b_rest = tl.reshape(b_rest, [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK])
     b_max = tl.max(b_rest, axis=2)
     b_shift = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_exp = tl.exp(b_rest - b_shift[:, :, None])
+    b_exp = fast_exp(b_rest - b_shift[:, :, None])
     b_sum = tl.sum(b_exp, axis=2) + b_poison[:, None]
     b_log_sum = tl.log(b_sum)
 
@@ -185,8 +187,10 @@ def linear_logps_fwd_kernel(
         sum_z_plane_ptr = log_sum_sq_plane_ptr + stats_plane
         # The label is the top-1 if it is above all before it and at least equal to all after it. In its own
         # block that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
-        b_own_z = b_target_z[:, None]
-        b_wins = tl.where(o_v[None, :] < b_y[:, None], b_own_z > b_z, b_own_z >= b_z) | ~m_rest
+        m_target = o_v[None, :] == b_y[:, None]
+        b_own_z = tl.sum(tl.where(m_target, b_z, 0.0), axis=1)[:, None]
+        b_wins = tl.where(o_v[None, :] < b_y[:, None], b_own_z > b_z, b_own_z >= b_z)
+        b_wins |= m_target | (o_v >= V)[None, :]
         b_wins = tl.min(tl.reshape(b_wins.to(tl.int32), [BLOCK_M, NUM_BLOCKS, VOCAB_BLOCK]), axis=2)
         b_verdict = tl.where(b_wins == 1, -float("inf"), float("inf"))
         m_own_block = (b_y // VOCAB_BLOCK)[:, None] == o_b[None, :]
@@ -353,7 +357,7 @@ def linear_logps_bwd_dz_kernel(
     o_out = tl.load(output_index_ptr + o_m, mask=m_m, other=0)
     b_g = tl.load(grad_logps_ptr + o_out, mask=m_m, other=0.0)
     b_log_p = b_z - b_lse[:, None]
-    b_p = tl.exp(b_log_p)
+    b_p = fast_exp(b_log_p)
     m_target = o_v[None, :] == b_y[:, None]
     b_dz = b_g[:, None] * tl.where(m_target, b_one_minus_p[:, None], -b_p)
 

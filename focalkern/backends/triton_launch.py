@@ -83,10 +83,11 @@ def power_of_two(columns: int) -> int:
     return max(triton.next_power_of_2(columns), 16)
 
 
-def scales(transform: LogitTransform) -> tuple[float, float]:
-    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap."""
+def scales(transform: LogitTransform) -> tuple[float | None, float]:
+    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap. None is 1: a kernel without the product."""
     if transform.softcap is None:
-        return transform.logit_scale / transform.temperature, 1.0
+        in_scale = transform.logit_scale / transform.temperature
+        return None if in_scale == 1.0 else in_scale, 1.0
     return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
