@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launch:
-    """An output tile of `block_m × block_n`, accumulated in steps of `block_k`."""
+    """An output tile of `block_m × block_n`, accumulated in steps of `block_k`.
+
+    `tma`, from sm_90 on: the kernel that takes its tiles by TMA, where the tensors allow it. One program then
+    makes many tiles, its warps specialised into one that loads and others that multiply if `warp_specialize`
+    (4 warps; Triton 3.7 or later).
+    """
 
     block_m: int
     block_n: int
@@ -22,6 +27,8 @@ class Launch:
     num_warps: int
     num_stages: int
     source: str = "estimated"
+    tma: bool = False
+    warp_specialize: bool = False
 
 
 # Row tiles in flight together: their hidden states and one head tile stay in L2.
@@ -65,6 +72,9 @@ KERNELS = (
     "certified_product_small",
     "certified_product_narrow",
 )
+
+# Those with a second form that takes its tiles by TMA.
+TMA_KERNELS = ("fwd",)
 
 _NARROW = {
     "bwd_dweight_narrow": Launch(64, 64, 32, 4, 5),

@@ -20,6 +20,7 @@ from focalkern.backends import (
     Needs,
     PairForward,
     PairObjective,
+    triton_tma,
 )
 from focalkern.backends.triton_certified import head_backward_certified as head_backward_certified
 from focalkern.backends.triton_kl import kl_backward as kl_backward
@@ -70,25 +71,12 @@ def head_forward(
         is_top1 = per_output(torch.int8)
 
     if n:
-        config = launch_of("fwd", head.hidden, small=bool(outputs))
         with on_device(head.hidden):
-            kernels.linear_logps_fwd_kernel[tile_grid(config, n, vocab_size)](
-                *tensors(head),
-                rows.hidden_index,
-                rows.targets,
-                rows.count,
-                target_z,
-                block_lse,
-                stats,
-                n * blocks,
-                *sizes(head),
-                blocks,
-                *strides(head),
-                *scales(transform),
-                HAS_STATS=stats is not None,
-                **head_options(head, transform, config),
-                **tile_options(config, "BLOCK_V", head.hidden.dtype),
-            )
+            by_tma = triton_tma.tma_launch_of("fwd", head, small=bool(outputs))
+            if by_tma is not None:
+                triton_tma.forward(head, rows, transform, by_tma, target_z, block_lse)
+            else:
+                _forward_by_pointers(head, rows, transform, target_z, block_lse, stats)
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
                 block_lse,
@@ -122,6 +110,35 @@ def head_forward(
         mean_logits=asked("mean_logits", mean_logits),
         is_top1=asked("is_top1", None if is_top1 is None else is_top1.bool()),
         log_sum_sq_probs=asked("log_sum_sq_probs", log_sum_sq),
+    )
+
+
+def _forward_by_pointers(
+    head: HeadInputs,
+    rows: Rows,
+    transform: LogitTransform,
+    target_z: torch.Tensor,  # [n] out
+    block_lse: torch.Tensor,  # [n, NB] out
+    stats: torch.Tensor | None,  # [4, n, NB] out
+) -> None:
+    (n, blocks), vocab_size = block_lse.shape, head.weight.shape[0]
+    config = launch_of("fwd", head.hidden, small=stats is not None)
+    kernels.linear_logps_fwd_kernel[tile_grid(config, n, vocab_size)](
+        *tensors(head),
+        rows.hidden_index,
+        rows.targets,
+        rows.count,
+        target_z,
+        block_lse,
+        stats,
+        n * blocks,
+        *sizes(head),
+        blocks,
+        *strides(head),
+        *scales(transform),
+        HAS_STATS=stats is not None,
+        **head_options(head, transform, config),
+        **tile_options(config, "BLOCK_V", head.hidden.dtype),
     )
 
 

@@ -84,7 +84,7 @@ def power_of_two(columns: int) -> int:
 
 
 def scales(transform: LogitTransform) -> tuple[float | None, float]:
-    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap. None is 1: a kernel without the product."""
+    """z = x·in_scale, or out_scale·tanh(x·in_scale) with a softcap. None is 1, and spares the product."""
     if transform.softcap is None:
         in_scale = transform.logit_scale / transform.temperature
         return None if in_scale == 1.0 else in_scale, 1.0
