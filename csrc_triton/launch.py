@@ -74,7 +74,7 @@ KERNELS = (
 )
 
 # Those with a second form that takes its tiles by TMA.
-TMA_KERNELS = ("fwd",)
+TMA_KERNELS = ("fwd", "bwd_dz", "bwd_dweight", "bwd_dhidden")
 
 _NARROW = {
     "bwd_dweight_narrow": Launch(64, 64, 32, 4, 5),

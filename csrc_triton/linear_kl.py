@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from csrc_triton.linear_logps import logits_tile, tile_order
-from csrc_triton.scalar import logit_transform
+from csrc_triton.scalar import fast_exp, logit_transform
 
 
 @triton.jit
@@ -201,6 +201,7 @@ def linear_kl_bwd_dz_kernel(
     chunk_start,
     chunk_size,
     C,
+    n,
     V,
     H,
     H_ref,
@@ -252,7 +253,7 @@ def linear_kl_bwd_dz_kernel(
     )
     b_ref_z, _ = logit_transform(b_ref_x, in_scale, out_scale, HAS_SOFTCAP)
     b_ref_lse = tl.load(ref_lse_ptr + o_m, mask=m_m, other=0.0)
-    b_ref_p = tl.exp(b_ref_z - b_ref_lse[:, None])
+    b_ref_p = fast_exp(b_ref_z - b_ref_lse[:, None])
     b_x, _ = logits_tile(
         hidden_ptr,
         weight_ptr,
@@ -272,12 +273,12 @@ def linear_kl_bwd_dz_kernel(
     )
     b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
     b_lse = tl.load(lse_ptr + o_m, mask=m_m, other=0.0)
-    b_p = tl.exp(b_z - b_lse[:, None])
+    b_p = fast_exp(b_z - b_lse[:, None])
 
     # d KL / dz_v = p_v − p_ref_v
     o_out = tl.load(output_index_ptr + o_m, mask=m_m, other=0)
     b_g = tl.load(grad_kl_ptr + o_out, mask=m_m, other=0.0)
-    b_dz = b_g[:, None] * (b_p - b_ref_p) * b_slope
+    b_dz = tl.where(m_m[:, None], b_g[:, None] * (b_p - b_ref_p) * b_slope, 0.0)
     o_dz = o_m[:, None].to(tl.int64) * C + o_c[None, :]
-    m_dz = m_m[:, None] & (o_c < chunk_size)[None, :]
+    m_dz = (o_m < n)[:, None] & (o_c < chunk_size)[None, :]
     tl.store(dz_ptr + o_dz, b_dz.to(dz_ptr.dtype.element_ty), mask=m_dz)

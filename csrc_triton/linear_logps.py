@@ -87,69 +87,6 @@ def logits_tile(
 
 
 @triton.jit
-def gather_rows_kernel(
-    hidden_ptr,  # [M, H]
-    hidden_index_ptr,  # [n] int64
-    count_ptr,  # [1] int32
-    rows_ptr,  # [n, H] out: row after row, 0 past the count
-    H,
-    stride_hidden,
-    BLOCK_H: tl.constexpr,
-):
-    """The rows that take part, one behind the other, as TMA needs them."""
-    i_row = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    p_hidden = hidden_ptr + tl.load(hidden_index_ptr + i_row) * stride_hidden + o_h
-    m_row = (o_h < H) & (i_row < tl.load(count_ptr))
-    tl.store(rows_ptr + i_row * H + o_h, tl.load(p_hidden, mask=m_row, other=0.0), mask=o_h < H)
-
-
-@triton.jit
-def tile_descriptors(
-    rows_ptr,
-    weight_ptr,
-    n,
-    V,
-    H,
-    stride_weight,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    rows = tl.make_tensor_descriptor(rows_ptr, [n, H], [H, 1], [BLOCK_M, BLOCK_K])
-    weight = tl.make_tensor_descriptor(weight_ptr, [V, H], [stride_weight, 1], [BLOCK_V, BLOCK_K])
-    return rows, weight
-
-
-@triton.jit
-def logits_tile_tma(
-    rows,  # descriptor of [n, H]
-    weight,  # descriptor of [V, H]
-    bias_ptr,
-    i_m,
-    i_v,
-    V,
-    H,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """As `logits_tile`, of consecutive rows; what lies past n, V or H is read as 0."""
-    b_acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
-    for i_k in range(0, H, BLOCK_K):
-        b_rows = rows.load([i_m * BLOCK_M, i_k])
-        b_weight = weight.load([i_v * BLOCK_V, i_k])
-        b_acc = tl.dot(b_rows, tl.trans(b_weight), b_acc, input_precision=PRECISION)
-    b_poison = tl.sum(b_acc * 0.0, axis=1)
-    if HAS_BIAS:
-        o_v = tl.minimum(i_v * BLOCK_V + tl.arange(0, BLOCK_V), V - 1)
-        b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
-    return b_acc, b_poison
-
-
-@triton.jit
 def take_out_label(b_z, b_y, o_m, o_v, m_own, target_z_ptr, V, EVEN_V: tl.constexpr):
     """Store the labels' logits; give all logits, −inf in place of the labels' and of those past V."""
     m_out = o_v[None, :] == b_y[:, None]
@@ -330,66 +267,6 @@ def linear_logps_fwd_kernel(
 
 
 @triton.jit
-def linear_logps_fwd_tma_kernel(
-    rows_ptr,  # [n, H], the rows of hidden
-    weight_ptr,  # [V, H]
-    bias_ptr,  # [V]
-    targets_ptr,  # [n] int64
-    count_ptr,  # [1] int32
-    target_z_ptr,  # [n] out
-    block_lse_ptr,  # [n, NB] out
-    n,
-    V,
-    H,
-    NB,
-    stride_weight,
-    in_scale,
-    out_scale,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """As `linear_logps_fwd_kernel`, for Hopper: tiles come by TMA, and each program works through many."""
-    rows, weight = tile_descriptors(rows_ptr, weight_ptr, n, V, H, stride_weight, BLOCK_M, BLOCK_V, BLOCK_K)
-    count = tl.load(count_ptr)
-    num_m = tl.cdiv(count, BLOCK_M)
-    num_v = tl.cdiv(V, BLOCK_V)
-    tiles = num_m * num_v
-    for i_tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), warp_specialize=WARP_SPECIALIZE):
-        i_m, i_v = tile_order(i_tile, num_m, num_v, GROUP_M)
-        b_x, b_poison = logits_tile_tma(
-            rows, weight, bias_ptr, i_m, i_v, V, H, HAS_BIAS, PRECISION, BLOCK_M, BLOCK_V, BLOCK_K
-        )
-        store_block_statistics(
-            b_x,
-            b_poison,
-            i_m,
-            i_v,
-            targets_ptr,
-            count,
-            target_z_ptr,
-            block_lse_ptr,
-            None,
-            0,
-            V,
-            NB,
-            in_scale,
-            out_scale,
-            HAS_SOFTCAP,
-            False,  # HAS_STATS
-            True,  # EVEN_V
-            not WARP_SPECIALIZE,  # BRANCH: Triton does not specialise the warps of a loop with a branch
-            BLOCK_M,
-            BLOCK_V,
-        )
-
-
-@triton.jit
 def linear_logps_reduce_kernel(
     target_z_ptr,  # [n]
     block_lse_ptr,  # [n, NB]
@@ -458,6 +335,61 @@ def linear_logps_reduce_kernel(
 
 
 @triton.jit
+def store_dz(
+    b_x,  # [BLOCK_M, BLOCK_V], hidden @ weightᵀ + bias
+    i_m,
+    i_v,
+    output_index_ptr,
+    targets_ptr,
+    count,
+    lse_ptr,
+    one_minus_p_ptr,
+    entropy_ptr,
+    grad_logps_ptr,
+    grad_entropy_ptr,
+    dz_ptr,
+    n,
+    chunk_start,
+    chunk_size,
+    C,
+    in_scale,
+    out_scale,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ENTROPY_GRAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    """The gradient of a tile of hidden @ weightᵀ; 0 in rows past the count."""
+    b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
+
+    # d logps / dz_v = 1[v = y] − p_v
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_c = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_m = o_m < count
+    b_y = tl.load(targets_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
+    b_lse = tl.load(lse_ptr + o_m, mask=m_m, other=0.0)
+    b_one_minus_p = tl.load(one_minus_p_ptr + o_m, mask=m_m, other=0.0)
+    o_out = tl.load(output_index_ptr + o_m, mask=m_m, other=0)
+    b_g = tl.load(grad_logps_ptr + o_out, mask=m_m, other=0.0)
+    b_log_p = b_z - b_lse[:, None]
+    b_p = fast_exp(b_log_p)
+    m_target = (chunk_start + o_c)[None, :] == b_y[:, None]
+    b_dz = b_g[:, None] * tl.where(m_target, b_one_minus_p[:, None], -b_p)
+
+    if HAS_ENTROPY_GRAD:
+        # d entropy / dz_v = −p_v (log p_v + entropy)
+        b_e = tl.load(grad_entropy_ptr + o_out, mask=m_m, other=0.0)
+        b_entropy = tl.load(entropy_ptr + o_out, mask=m_m, other=0.0)
+        b_dz -= b_e[:, None] * b_p * tl.where(b_p == 0.0, 0.0, b_log_p + b_entropy[:, None])
+
+    b_dz *= b_slope
+    o_dz = o_m[:, None].to(tl.int64) * C + o_c[None, :]
+    b_dz = tl.where(m_m[:, None], b_dz, 0.0)
+    m_dz = (o_m < n)[:, None] & (o_c < chunk_size)[None, :]
+    tl.store(dz_ptr + o_dz, b_dz.to(dz_ptr.dtype.element_ty), mask=m_dz)
+
+
+@triton.jit
 def linear_logps_bwd_dz_kernel(
     hidden_ptr,  # [M, H]
     weight_ptr,  # [V, H]
@@ -477,6 +409,7 @@ def linear_logps_bwd_dz_kernel(
     chunk_start,
     chunk_size,
     C,
+    n,
     V,
     H,
     R,
@@ -506,7 +439,6 @@ def linear_logps_bwd_dz_kernel(
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     o_v = chunk_start + o_c
-    m_m = o_m < count
     o_row = tl.load(hidden_index_ptr + tl.minimum(o_m, count - 1))
 
     b_x, _ = logits_tile(
@@ -532,29 +464,30 @@ def linear_logps_bwd_dz_kernel(
         stride_update_weight,
         BLOCK_R,
     )
-    b_z, b_slope = logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP)
-
-    # d logps / dz_v = 1[v = y] − p_v
-    b_y = tl.load(targets_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
-    b_lse = tl.load(lse_ptr + o_m, mask=m_m, other=0.0)
-    b_one_minus_p = tl.load(one_minus_p_ptr + o_m, mask=m_m, other=0.0)
-    o_out = tl.load(output_index_ptr + o_m, mask=m_m, other=0)
-    b_g = tl.load(grad_logps_ptr + o_out, mask=m_m, other=0.0)
-    b_log_p = b_z - b_lse[:, None]
-    b_p = fast_exp(b_log_p)
-    m_target = o_v[None, :] == b_y[:, None]
-    b_dz = b_g[:, None] * tl.where(m_target, b_one_minus_p[:, None], -b_p)
-
-    if HAS_ENTROPY_GRAD:
-        # d entropy / dz_v = −p_v (log p_v + entropy)
-        b_e = tl.load(grad_entropy_ptr + o_out, mask=m_m, other=0.0)
-        b_entropy = tl.load(entropy_ptr + o_out, mask=m_m, other=0.0)
-        b_dz -= b_e[:, None] * b_p * tl.where(b_p == 0.0, 0.0, b_log_p + b_entropy[:, None])
-
-    b_dz *= b_slope
-    o_dz = o_m[:, None].to(tl.int64) * C + o_c[None, :]
-    m_dz = m_m[:, None] & (o_c < chunk_size)[None, :]
-    tl.store(dz_ptr + o_dz, b_dz.to(dz_ptr.dtype.element_ty), mask=m_dz)
+    store_dz(
+        b_x,
+        i_m,
+        i_v,
+        output_index_ptr,
+        targets_ptr,
+        count,
+        lse_ptr,
+        one_minus_p_ptr,
+        entropy_ptr,
+        grad_logps_ptr,
+        grad_entropy_ptr,
+        dz_ptr,
+        n,
+        chunk_start,
+        chunk_size,
+        C,
+        in_scale,
+        out_scale,
+        HAS_SOFTCAP,
+        HAS_ENTROPY_GRAD,
+        BLOCK_M,
+        BLOCK_V,
+    )
 
 
 @triton.jit
@@ -628,11 +561,12 @@ def linear_logps_bwd_dhidden_kernel(
     weight_ptr,  # [V, H]
     hidden_index_ptr,  # [n] int64
     count_ptr,  # [1] int32
-    partial_ptr,  # [n, H] fp32, sum over the chunks so far
-    dhidden_ptr,  # [M, H] out, written with the last chunk
+    partial_ptr,  # [splits, n, H] fp32, sums over the chunks so far
+    dhidden_ptr,  # [M, H] out, written with the last chunk if there is one split
     chunk_start,
     chunk_size,
     C,
+    n,
     V,
     H,
     stride_weight,
@@ -642,7 +576,7 @@ def linear_logps_bwd_dhidden_kernel(
     BLOCK_K: tl.constexpr,  # vocabulary
     GROUP_M: tl.constexpr,
 ):
-    """dhidden[t, h] = Σ_v dz[t, v]·weight[v, h], chunk after chunk in fp32."""
+    """dhidden[t, h] = Σ_v dz[t, v]·weight[v, h], chunk after chunk in fp32; axis 1 splits the chunk."""
     count = tl.load(count_ptr)
     num_m = tl.cdiv(count, BLOCK_M)
     num_n = tl.cdiv(H, BLOCK_N)
@@ -654,23 +588,91 @@ def linear_logps_bwd_dhidden_kernel(
     m_m = o_m < count
     m_h = o_h < H
     o_k = tl.arange(0, BLOCK_K)
+    first_k, end_k = split_range(chunk_size, tl.program_id(1), tl.num_programs(1), BLOCK_K)
 
     b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for i_k in range(0, chunk_size, BLOCK_K):
-        m_k = i_k + o_k < chunk_size
+    for i_k in range(first_k, end_k, BLOCK_K):
+        m_k = i_k + o_k < end_k
         o_dz = o_m[:, None].to(tl.int64) * C + (i_k + o_k)[None, :]
         b_dz = tl.load(dz_ptr + o_dz, mask=m_m[:, None] & m_k[None, :], other=0.0)
         o_weight = (chunk_start + i_k + o_k)[:, None].to(tl.int64) * stride_weight + o_h[None, :]
         b_weight = tl.load(weight_ptr + o_weight, mask=m_k[:, None] & m_h[None, :], other=0.0)
         b_acc = tl.dot(b_dz, b_weight, b_acc, input_precision=PRECISION)
 
-    m_out = m_m[:, None] & m_h[None, :]
-    p_partial = partial_ptr + o_m[:, None].to(tl.int64) * H + o_h[None, :]
-    if chunk_start > 0:
+    add_to_dhidden(
+        b_acc,
+        o_m,
+        o_h,
+        tl.program_id(1),
+        tl.num_programs(1),
+        hidden_index_ptr,
+        count,
+        partial_ptr,
+        dhidden_ptr,
+        chunk_start > 0,
+        chunk_start + chunk_size == V,
+        n,
+        H,
+    )
+
+
+@triton.jit
+def split_range(chunk_size, i_split, splits, BLOCK_K: tl.constexpr):
+    """The part of a chunk that a split sums over: as many blocks of BLOCK_K each, fewer in the last."""
+    per_split = tl.cdiv(tl.cdiv(chunk_size, BLOCK_K), splits) * BLOCK_K
+    first = i_split * per_split
+    return first, tl.minimum(first + per_split, chunk_size)
+
+
+@triton.jit
+def add_to_dhidden(
+    b_acc,  # [BLOCK_M, BLOCK_N], of this chunk
+    o_m,
+    o_h,
+    i_split,
+    splits,
+    hidden_index_ptr,
+    count,
+    partial_ptr,
+    dhidden_ptr,
+    has_partial,
+    is_last,
+    n,
+    H,
+):
+    """Add a tile to the split's sum over the chunks; of a single split, the last goes to dhidden."""
+    m_m = o_m < count
+    m_out = m_m[:, None] & (o_h < H)[None, :]
+    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
+    if has_partial:
         b_acc += tl.load(p_partial, mask=m_out, other=0.0)
-    if chunk_start + chunk_size < V:
-        tl.store(p_partial, b_acc, mask=m_out)
-    else:
+    if is_last & (splits == 1):
         o_row = tl.load(hidden_index_ptr + o_m, mask=m_m, other=0)
         p_out = dhidden_ptr + o_row[:, None] * H + o_h[None, :]
         tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_out)
+    else:
+        tl.store(p_partial, b_acc, mask=m_out)
+
+
+@triton.jit
+def linear_logps_bwd_dhidden_sum_kernel(
+    partial_ptr,  # [splits, n, H] fp32
+    hidden_index_ptr,  # [n] int64
+    count_ptr,  # [1] int32
+    dhidden_ptr,  # [M, H] out
+    splits,
+    n,
+    H,
+    BLOCK_N: tl.constexpr,  # hidden size
+):
+    """One row per program: the sum over the splits, in their order."""
+    i_row = tl.program_id(0).to(tl.int64)
+    if i_row >= tl.load(count_ptr):
+        return
+    o_h = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_h = o_h < H
+    b_acc = tl.zeros([BLOCK_N], dtype=tl.float32)
+    for i_split in range(splits):
+        b_acc += tl.load(partial_ptr + (i_split * n + i_row) * H + o_h, mask=m_h, other=0.0)
+    p_out = dhidden_ptr + tl.load(hidden_index_ptr + i_row) * H + o_h
+    tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_h)

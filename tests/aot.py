@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from focalkern.backends import triton_backend, triton_certified, triton_kl, triton_launch
+from focalkern.backends import triton_backend, triton_certified, triton_kl, triton_launch, triton_tma
 
 _TYPES = {
     torch.bfloat16: "*bf16",
@@ -66,7 +66,7 @@ def recorded_launches(arch: str, run: Callable[[], object]) -> list[KernelLaunch
     launches: dict[KernelLaunch, None] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "arch_of", lambda device: arch)
-        backends = (triton_backend, triton_certified, triton_kl)
+        backends = (triton_backend, triton_certified, triton_kl, triton_tma)
         for module in (*(backend.kernels for backend in backends), triton_backend.pair_kernels):
             for name, kernel in list(vars(module).items()):
                 if name.endswith("_kernel"):

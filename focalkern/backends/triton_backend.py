@@ -11,6 +11,7 @@ import triton
 
 from csrc_triton import linear_logps as kernels
 from csrc_triton import pair_loss as pair_kernels
+from csrc_triton.launch import Launch
 from focalkern.backends import (
     VOCAB_BLOCK,
     Gradients,
@@ -26,6 +27,7 @@ from focalkern.backends.triton_certified import head_backward_certified as head_
 from focalkern.backends.triton_kl import kl_backward as kl_backward
 from focalkern.backends.triton_kl import kl_forward as kl_forward
 from focalkern.backends.triton_launch import (
+    as_readable,
     head_options,
     launch_of,
     on_device,
@@ -72,11 +74,11 @@ def head_forward(
 
     if n:
         with on_device(head.hidden):
-            by_tma = triton_tma.tma_launch_of("fwd", head, small=bool(outputs))
-            if by_tma is not None:
-                triton_tma.forward(head, rows, transform, by_tma, target_z, block_lse)
+            config = as_readable(launch_of("fwd", head.hidden, small=bool(outputs)), head)
+            if config.tma:
+                triton_tma.forward(head, rows, transform, config, target_z, block_lse)
             else:
-                _forward_by_pointers(head, rows, transform, target_z, block_lse, stats)
+                _forward_by_pointers(head, rows, transform, config, target_z, block_lse, stats)
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
                 block_lse,
@@ -117,12 +119,12 @@ def _forward_by_pointers(
     head: HeadInputs,
     rows: Rows,
     transform: LogitTransform,
+    config: Launch,
     target_z: torch.Tensor,  # [n] out
     block_lse: torch.Tensor,  # [n, NB] out
     stats: torch.Tensor | None,  # [4, n, NB] out
 ) -> None:
     (n, blocks), vocab_size = block_lse.shape, head.weight.shape[0]
-    config = launch_of("fwd", head.hidden, small=stats is not None)
     kernels.linear_logps_fwd_kernel[tile_grid(config, n, vocab_size)](
         *tensors(head),
         rows.hidden_index,
@@ -161,13 +163,28 @@ def head_backward(
     grad_logps = grad_logps.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
 
-    gradients = HeadGradients(head, rows, needs)
+    small = transform.softcap is not None or grad_entropy is not None
+    config = as_readable(launch_of("bwd_dz", hidden, small), head)
+    gradients = HeadGradients(head, rows, needs, config)
     head = with_aligned_update(head)
-    dz_config = launch_of("bwd_dz", hidden, small=transform.softcap is not None or grad_entropy is not None)
     with on_device(hidden):
         for start, size in gradients.chunks():
-            if n:
-                kernels.linear_logps_bwd_dz_kernel[tile_grid(dz_config, n, size)](
+            if config.tma and gradients.gathered is not None:
+                triton_tma.dz(
+                    head,
+                    gradients.gathered,
+                    rows,
+                    transform,
+                    config,
+                    lse,
+                    one_minus_p,
+                    grad_logps,
+                    gradients.dz,
+                    start,
+                    size,
+                )
+            elif n:
+                kernels.linear_logps_bwd_dz_kernel[tile_grid(config, n, size)](
                     *tensors(head),
                     rows.hidden_index,
                     rows.output_index,
@@ -182,12 +199,13 @@ def head_backward(
                     start,
                     size,
                     gradients.chunk,
+                    n,
                     *sizes(head),
                     *strides(head),
                     *scales(transform),
                     HAS_ENTROPY_GRAD=grad_entropy is not None,
-                    **head_options(head, transform, dz_config),
-                    **tile_options(dz_config, "BLOCK_V", hidden.dtype),
+                    **head_options(head, transform, config),
+                    **tile_options(config, "BLOCK_V", hidden.dtype),
                 )
             gradients.add(start, size)
     return gradients.result()

@@ -82,8 +82,8 @@ def kl_backward(
     policy, ref = unit_strides(policy), unit_strides(ref)
     n, vocab_size = rows.targets.numel(), policy.weight.shape[0]
     grad_kl = grad_kl.contiguous()
-    gradients = HeadGradients(policy, rows, needs)
     config = _launch("kl_bwd_dz", policy, ref, transform)
+    gradients = HeadGradients(policy, rows, needs, config)
     with on_device(policy.hidden):
         for start, size in gradients.chunks():
             if n:
@@ -100,6 +100,7 @@ def kl_backward(
                     start,
                     size,
                     gradients.chunk,
+                    n,
                     vocab_size,
                     policy.hidden.shape[1],
                     ref.hidden.shape[1],

@@ -14,7 +14,7 @@ import torch
 import triton
 
 from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, Launch, launch_config
-from focalkern.backends import HeadInputs, LogitTransform
+from focalkern.backends import VOCAB_BLOCK, HeadInputs, LogitTransform
 
 
 def unit_stride(x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +98,20 @@ def launch_of(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
     return launch_config(kernel, arch_of(hidden.device), hidden.element_size() * 8)
 
 
+def as_readable(config: Launch, head: HeadInputs) -> Launch:
+    """The entry, without TMA where the head is not one that TMA can read."""
+    weight = head.weight
+    aligned = not (weight.stride(0) * weight.element_size() % 16 or weight.data_ptr() % 16)
+    whole_blocks = weight.shape[0] % VOCAB_BLOCK == 0
+    return config if aligned and whole_blocks and head.update_weight is None else without_tma(config)
+
+
+def without_tma(config: Launch) -> Launch:
+    # 4 specialised warps stand for 12; unspecialised, a tile for them has 8.
+    warps = 8 if config.warp_specialize else config.num_warps
+    return replace(config, tma=False, warp_specialize=False, num_warps=warps)
+
+
 def product_launch_of(kernel: str, hidden: torch.Tensor) -> Launch:
     """For the product of dz with this hidden, or the weight that belongs to it: an update's is narrow."""
     width = hidden.shape[1]
@@ -113,6 +127,13 @@ def arch_of(device: torch.device) -> str:
         return "interpret"
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # in the interpreter: fewer programs than tiles, and than splits
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tile_grid(config: Launch, m: int, n: int) -> tuple[int]:

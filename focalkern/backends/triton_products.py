@@ -11,33 +11,45 @@ import torch
 import triton
 
 from csrc_triton import linear_logps as kernels
-from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, Needs, gradients_in_order
-from focalkern.backends.triton_launch import product_launch_of, tile_grid, tile_options
+from csrc_triton.launch import Launch
+from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, Needs, gradients_in_order, triton_tma
+from focalkern.backends.triton_launch import (
+    as_readable,
+    multiprocessors,
+    product_launch_of,
+    tile_grid,
+    tile_options,
+    without_tma,
+)
 from focalkern.layout import Rows
 
-# Vocabulary entries per backward chunk: dz takes rows × chunk × 2 bytes (67 MB at 8192 rows), at most
-# `_MAX_DZ_BYTES` for up to a million rows. Each chunk reads and writes the fp32 partial sums of dhidden once:
-# by count of bytes and operations, about 160/chunk of the backward on an A100 or H200.
-_VOCAB_CHUNK = 4096
+# A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, at least `_LEAST_CHUNK` and, for up
+# to a million rows, at most as many as `_MAX_DZ_BYTES` hold. Each chunk reads and writes the fp32 partial sums
+# of dhidden once: by count of bytes and operations, about 160/chunk of the backward on an A100 or H200.
+_LEAST_CHUNK = 4096
+_DZ_BYTES = 64 * 2**20
 _MAX_DZ_BYTES = 256 * 2**20
+_MAX_SPLITS = 8
 
 
 class HeadGradients:
     """Gradients of a head, those that are needed; complete once every chunk of dz has been added."""
 
-    def __init__(self, head: HeadInputs, rows: Rows, needs: Needs) -> None:
-        """Of a head whose tensors have last strides of 1."""
+    def __init__(self, head: HeadInputs, rows: Rows, needs: Needs, dz_config: Launch) -> None:
+        """Of a head whose tensors have last strides of 1; `dz_config` is of the kernel that forms dz."""
         self.rows, self.n, self.vocab_size = rows, rows.targets.numel(), head.weight.shape[0]
         device, dtype = head.hidden.device, head.hidden.dtype
         self.chunk = vocab_chunk(self.n, self.vocab_size, head.hidden.element_size())
         self.dz = torch.empty((self.n, self.chunk), dtype=dtype, device=device)
         self.products = [
-            _ProductGradients(hidden, weight, self.n, needs_hidden, needs_weight)
-            for (hidden, weight), needs_hidden, needs_weight in zip(
+            _ProductGradients(head, product, rows, needs_hidden, needs_weight, dz_config)
+            for product, needs_hidden, needs_weight in zip(
                 head.products, needs[0::3], needs[1::3], strict=False
             )
         ]
         self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs[2] else None
+        by_tma = dz_config.tma or any(product.dweight_config.tma for product in self.products)
+        self.gathered = triton_tma.gather_rows(head.hidden, rows) if self.n and by_tma else None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Start and size of each vocabulary chunk, in the order in which dz is to be added."""
@@ -45,9 +57,10 @@ class HeadGradients:
             yield start, min(self.chunk, self.vocab_size - start)
 
     def add(self, start: int, size: int) -> None:
-        """Take in what `dz` now holds of the chunk."""
+        """Take in what `dz` now holds of the chunk: 0 in the rows past the count that are in a tile with it."""
         for product in self.products:
-            product.add(self.dz, self.rows, start, size)
+            product.add_dweight(self.dz, self.gathered, start, size)
+            product.add_dhidden(self.dz, start, size)
         if self.dbias is not None:
             kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
                 self.dz, self.rows.count, self.dbias, start, size, self.chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
@@ -59,61 +72,98 @@ class HeadGradients:
 
 
 class _ProductGradients:
-    """dhidden and dweight of one hidden @ weightᵀ."""
+    """dhidden and dweight of one hidden @ weightᵀ of a head."""
 
     def __init__(
         self,
-        hidden: torch.Tensor,  # [M, K]
-        weight: torch.Tensor,  # [V, K]
-        n: int,
+        head: HeadInputs,
+        product: tuple[torch.Tensor, torch.Tensor],  # [M, K], [V, K]
+        rows: Rows,
         needs_hidden: bool,
         needs_weight: bool,
+        dz_config: Launch,
     ) -> None:
-        self.hidden, self.weight = hidden, weight
+        (self.hidden, self.weight), self.rows = product, rows
+        n, width, device = rows.targets.numel(), self.hidden.shape[1], self.hidden.device
+        self.dweight_config = as_readable(product_launch_of("bwd_dweight", self.hidden), head)
+        self.dhidden_config = as_readable(product_launch_of("bwd_dhidden", self.hidden), head)
+        if dz_config.block_m % self.dweight_config.block_k:
+            self.dweight_config = without_tma(self.dweight_config)
         self.dhidden = self.partial = self.dweight = None
         if needs_hidden:
-            self.dhidden = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            self.partial = torch.empty((n, hidden.shape[1]), dtype=torch.float32, device=hidden.device)
+            self.dhidden = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=device)
+            # Few rows make few tiles of dhidden: then several programs share the sum of each.
+            tiles = max(tile_grid(self.dhidden_config, n, width)[0], 1)
+            splits = min(max(multiprocessors(device) // tiles, 1), _MAX_SPLITS)
+            self.partial = torch.empty((splits, n, width), dtype=torch.float32, device=device)
         if needs_weight:
-            self.dweight = torch.empty(weight.shape, dtype=hidden.dtype, device=hidden.device)
-        self.dweight_config = product_launch_of("bwd_dweight", hidden)
-        self.dhidden_config = product_launch_of("bwd_dhidden", hidden)
+            self.dweight = torch.empty(self.weight.shape, dtype=self.hidden.dtype, device=device)
 
-    def add(self, dz: torch.Tensor, rows: Rows, start: int, size: int) -> None:
+    def add_dweight(self, dz: torch.Tensor, gathered: torch.Tensor | None, start: int, size: int) -> None:
+        config = self.dweight_config
+        if self.dweight is None:
+            return
+        if config.tma and gathered is not None:
+            triton_tma.dweight(dz, gathered, self.rows, config, self.dweight, start, size)
+            return
+        width = self.hidden.shape[1]
+        kernels.linear_logps_bwd_dweight_kernel[tile_grid(config, size, width)](
+            dz,
+            self.hidden,
+            self.rows.hidden_index,
+            self.rows.count,
+            self.dweight,
+            start,
+            size,
+            dz.shape[1],
+            width,
+            self.hidden.stride(0),
+            **tile_options(config, "BLOCK_N", self.hidden.dtype),
+        )
+
+    def add_dhidden(self, dz: torch.Tensor, start: int, size: int) -> None:
         (n, chunk), (vocab_size, width) = dz.shape, self.weight.shape
-        if self.dweight is not None:
-            kernels.linear_logps_bwd_dweight_kernel[tile_grid(self.dweight_config, size, width)](
-                dz,
-                self.hidden,
-                rows.hidden_index,
-                rows.count,
-                self.dweight,
-                start,
-                size,
-                chunk,
-                width,
-                self.hidden.stride(0),
-                **tile_options(self.dweight_config, "BLOCK_N", self.hidden.dtype),
+        if self.dhidden is None or self.partial is None or not n:
+            return
+        splits = self.partial.shape[0]
+        if self.dhidden_config.tma:
+            triton_tma.dhidden(
+                dz, self.weight, self.rows, self.dhidden_config, self.partial, self.dhidden, start, size
             )
-        if self.dhidden is not None and n:
-            kernels.linear_logps_bwd_dhidden_kernel[tile_grid(self.dhidden_config, n, width)](
+        else:
+            grid = (*tile_grid(self.dhidden_config, n, width), splits)
+            kernels.linear_logps_bwd_dhidden_kernel[grid](
                 dz,
                 self.weight,
-                rows.hidden_index,
-                rows.count,
+                self.rows.hidden_index,
+                self.rows.count,
                 self.partial,
                 self.dhidden,
                 start,
                 size,
                 chunk,
+                n,
                 vocab_size,
                 width,
                 self.weight.stride(0),
                 **tile_options(self.dhidden_config, "BLOCK_N", self.hidden.dtype),
             )
+        if splits > 1 and start + size == vocab_size:
+            kernels.linear_logps_bwd_dhidden_sum_kernel[(n, triton.cdiv(width, 1024))](
+                self.partial,
+                self.rows.hidden_index,
+                self.rows.count,
+                self.dhidden,
+                splits,
+                n,
+                width,
+                BLOCK_N=1024,
+            )
 
 
 def vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
-    fitting = _MAX_DZ_BYTES // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
-    chunk = min(max(fitting, VOCAB_BLOCK), _VOCAB_CHUNK)
+    def fitting(available: int) -> int:
+        return available // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
+
+    chunk = min(max(fitting(_DZ_BYTES), _LEAST_CHUNK), max(fitting(_MAX_DZ_BYTES), VOCAB_BLOCK))
     return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
