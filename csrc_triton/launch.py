@@ -47,7 +47,10 @@ GROUP_M = 8
 # to the next power of two. Such a product is bound by reading dz: small tiles, many at once.
 # `*_small` where the large tile would spill registers: optional outputs, softcap (also in kl_fwd) or entropy
 # gradient in the backward, or a hidden size that is not a multiple of 64.
+# `*_few` where the kept blocks have at most `FEW_ROWS` rows on average: a tile of 128 rows would be mostly
+# padding.
 NARROW_COLUMNS = 128
+FEW_ROWS = 48
 KERNELS = (
     "fwd",
     "fwd_small",
@@ -64,11 +67,13 @@ KERNELS = (
     "kl_bwd_dz",
     "kl_bwd_dz_small",
     "certified_dz",
+    "certified_dz_few",
     "certified_dz_small",
     "certified_dweight",
     "certified_dweight_small",
     "certified_dweight_narrow",
     "certified_product",
+    "certified_product_few",
     "certified_product_small",
     "certified_product_narrow",
 )
@@ -82,6 +87,10 @@ _NARROW = {
     "certified_dweight_narrow": Launch(128, 64, 32, 8, 5),
     "certified_product_narrow": Launch(64, 64, 32, 4, 3),
 }
+_FEW = {
+    "certified_dz_few": Launch(32, 128, 64, 4, 4),
+    "certified_product_few": Launch(32, 128, 32, 4, 3),
+}
 _SMALL = {
     "fwd_small": Launch(64, 128, 64, 8, 3),
     "bwd_dz_small": Launch(64, 128, 64, 8, 3),
@@ -92,6 +101,7 @@ _SMALL = {
     "certified_dz_small": Launch(64, 128, 64, 8, 3),
     "certified_dweight_small": Launch(128, 64, 32, 8, 5),
     "certified_product_small": Launch(64, 128, 32, 8, 3),
+    **_FEW,
     **_NARROW,
 }
 # fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
@@ -115,6 +125,8 @@ _FP32 = {
     "certified_dweight_small": Launch(128, 32, 32, 8, 5),
     "certified_product": Launch(64, 128, 32, 8, 3),
     "certified_product_small": Launch(64, 64, 32, 8, 3),
+    **_FEW,
+    "certified_dz_few": Launch(32, 128, 32, 8, 3),
     **_NARROW,
 }
 # mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.

@@ -17,7 +17,7 @@ import torch
 import triton
 
 from csrc_triton import certified as kernels
-from csrc_triton.launch import Launch
+from csrc_triton.launch import FEW_ROWS, Launch
 from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, LogitTransform, Needs, gradients_in_order
 from focalkern.backends.triton_launch import (
     head_options,
@@ -124,6 +124,8 @@ class _Step:
             head.hidden.dtype,
         )
         self.transform, self.lse, self.one_minus_p, self.g, self.pairs = transform, lse, one_minus_p, g, pairs
+        kept_blocks = int((pairs.counts.per_block_host > 0).sum())
+        self.few_rows = pairs.counts.total <= FEW_ROWS * kept_blocks
         self.block_start = pairs.counts.per_block.cumsum(0) - pairs.counts.per_block
         self.row_start = torch.nn.functional.pad(pairs.counts.per_row.cumsum(0), (1, 0))
         self.dhidden = [
@@ -154,7 +156,7 @@ class _Step:
     def dz(self, part: _Slice) -> torch.Tensor:  # [pairs, 128]
         head, hidden = self.logits_head, self.head.hidden
         dz = torch.empty((part.count, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
-        config = launch_of("certified_dz", hidden, small=self.transform.softcap is not None)
+        config = launch_of("certified_dz", hidden, self.transform.softcap is not None, self.few_rows)
         tile_end, tile_block = part.tiles(config.block_m)
         if part.count:
             kernels.certified_dz_kernel[(len(tile_block),)](
@@ -218,7 +220,7 @@ class _Step:
         row_places = self._row_places(part, rows)
         for (hidden, weight), dhidden in zip(self.head.products, self.dhidden, strict=True):
             if dhidden is not None:
-                config = product_launch_of("certified_product", hidden)
+                config = product_launch_of("certified_product", hidden, self.few_rows)
                 self._sum_products(part, dz, rows, row_places, free_bytes, weight, config, dhidden)
 
     def _sum_products(

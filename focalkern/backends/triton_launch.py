@@ -91,9 +91,12 @@ def scales(transform: LogitTransform) -> tuple[float | None, float]:
     return transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
-def launch_of(kernel: str, hidden: torch.Tensor, small: bool = False) -> Launch:
+def launch_of(kernel: str, hidden: torch.Tensor, small: bool = False, few_rows: bool = False) -> Launch:
     # Where 64 does not divide the hidden size, loads are masked or unvectorised: more registers for them.
-    if small or hidden.shape[1] % 64:
+    odd = hidden.shape[1] % 64 != 0
+    if few_rows and not odd:
+        kernel += "_few"
+    elif small or odd:
         kernel += "_small"
     return launch_config(kernel, arch_of(hidden.device), hidden.element_size() * 8)
 
@@ -112,11 +115,11 @@ def without_tma(config: Launch) -> Launch:
     return replace(config, tma=False, warp_specialize=False, num_warps=warps)
 
 
-def product_launch_of(kernel: str, hidden: torch.Tensor) -> Launch:
+def product_launch_of(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> Launch:
     """For the product of dz with this hidden, or the weight that belongs to it: an update's is narrow."""
     width = hidden.shape[1]
     if width > NARROW_COLUMNS:
-        return launch_of(kernel, hidden)
+        return launch_of(kernel, hidden, few_rows=few_rows)
     config = launch_config(f"{kernel}_narrow", arch_of(hidden.device), hidden.element_size() * 8)
     return replace(config, block_n=min(config.block_n, power_of_two(width)))
 

@@ -23,9 +23,10 @@ from focalkern.backends.triton_launch import (
 )
 from focalkern.layout import Rows
 
-# A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, at least `_LEAST_CHUNK` and, for up
-# to a million rows, at most as many as `_MAX_DZ_BYTES` hold. Each chunk reads and writes the fp32 partial sums
-# of dhidden once: by count of bytes and operations, about 160/chunk of the backward on an A100 or H200.
+# A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, but not more than a quarter of the
+# vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold. Each
+# chunk is three launches, and reads and writes the fp32 partial sums of dhidden once: by count of bytes and
+# operations, about 160/chunk of the backward on an A100 or H200.
 _LEAST_CHUNK = 4096
 _DZ_BYTES = 64 * 2**20
 _MAX_DZ_BYTES = 256 * 2**20
@@ -163,7 +164,8 @@ class _ProductGradients:
 
 def vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:
     def fitting(available: int) -> int:
-        return available // (max(n, 1) * element_size) // VOCAB_BLOCK * VOCAB_BLOCK
+        return max(available // (max(n, 1) * element_size), VOCAB_BLOCK)
 
-    chunk = min(max(fitting(_DZ_BYTES), _LEAST_CHUNK), max(fitting(_MAX_DZ_BYTES), VOCAB_BLOCK))
-    return min(chunk, triton.cdiv(vocab_size, VOCAB_BLOCK) * VOCAB_BLOCK)
+    chunk = max(min(fitting(_DZ_BYTES), triton.cdiv(vocab_size, 4)), min(_LEAST_CHUNK, vocab_size))
+    chunk = min(triton.cdiv(chunk, VOCAB_BLOCK), fitting(_MAX_DZ_BYTES) // VOCAB_BLOCK)
+    return chunk * VOCAB_BLOCK
