@@ -7,12 +7,14 @@ from __future__ import annotations
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 from tolerance import assert_as_accurate, relative_error
 
+from csrc_triton import launch
 from focalkern import (
     CosineGamma,
     FusedFocalPOLoss,
@@ -172,6 +174,62 @@ def test_only_a_certified_backward_waits_for_the_device_and_once(loss, layout, b
     waits = waits_for_the_device(step)
     assert len(waits) == allowed, waits
     assert backward == "exact" or outs[-1].kept_share < 0.4
+
+
+@pytest.fixture
+def by_tma():
+    """The launch table with TMA, as a tuning run may leave it; only Hopper has kernels for it."""
+    major, minor = torch.cuda.get_device_capability()
+    if major != 9:
+        pytest.skip(f"no kernels with TMA for compute capability {major}.{minor}")
+    entries = launch.LAUNCH_TABLE["sm_90"]
+    before = entries[16]
+
+    def switch_on():
+        tile = launch.Launch(128, 256, 64, 8, 3, tma=True)
+        tiles = dict.fromkeys(launch.TMA_KERNELS, tile)
+        launch.replace_entries("sm_90", 16, tiles | {"bwd_dhidden": replace(tile, block_n=128)})
+
+    yield switch_on
+    entries[16] = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pairs", [1, 4], ids=["few rows", "many rows"])
+def test_tiles_by_tma_give_what_tiles_by_pointers_give(pairs, dtype, by_tma):
+    batch = make_batch(dtype, pairs=pairs)
+    loss_fn = FusedFocalPOLoss(backward="exact", backend="triton")
+    plain = [x.clone() for x in loss_and_gradients(loss_fn, *batch)]
+    by_tma()
+    for found, expected in zip(loss_and_gradients(loss_fn, *batch), plain, strict=True):
+        # The same fp32 logits in another order of summation; then dz and the result rounded to the dtype.
+        assert relative_error(found, expected) <= 4 * torch.finfo(dtype).eps + 1e-5
+    again = loss_and_gradients(loss_fn, *batch)
+    assert all(map(torch.equal, again, loss_and_gradients(loss_fn, *batch)))
+
+
+def test_tiles_by_tma_do_not_wait_for_the_device(by_tma):
+    by_tma()
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64)
+    loss_fn = FusedFocalPOLoss(backward="exact")
+
+    def step():
+        loss_fn(hidden, weight, labels, None, *ref_logps, shift=True).loss.backward()
+
+    assert waits_for_the_device(step) == []
+
+
+@pytest.mark.parametrize("length", [12, 40, 150])
+def test_few_rows_are_as_accurate_as_many(length):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=length, sharpness=12.0)
+    for backward in ("exact", "certified"):
+        loss_fn = FusedFocalPOLoss(backward=backward, backend="triton")
+        found = loss_and_gradients(loss_fn, hidden, weight, labels, ref_logps)
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        losses = reference.focalpo_loss(*exact, labels, None, *ref_logps.double(), beta=0.1, gamma=0.05)
+        losses.mean().backward()
+        for name, a, b in zip(("dhidden", "dweight"), found[1:], (x.grad for x in exact), strict=True):
+            assert relative_error(a, b) < 2 * torch.finfo(torch.bfloat16).eps, (backward, name)
 
 
 def test_the_kl_of_two_heads_does_not_wait_for_the_device():
