@@ -89,11 +89,13 @@ def logits_tile(
 @triton.jit
 def take_out_label(b_z, b_y, o_m, o_v, m_own, target_z_ptr, V, EVEN_V: tl.constexpr):
     """Store the labels' logits; give all logits, −inf in place of the labels' and of those past V."""
-    m_out = o_v[None, :] == b_y[:, None]
-    tl.store(target_z_ptr + o_m, tl.sum(tl.where(m_out, b_z, 0.0), axis=1), mask=m_own)
+    m_target = o_v[None, :] == b_y[:, None]
+    tl.store(target_z_ptr + o_m, tl.sum(tl.where(m_target, b_z, 0.0), axis=1), mask=m_own)
+    b_rest = tl.where(m_target, -float("inf"), b_z)
     if not EVEN_V:
-        m_out |= (o_v >= V)[None, :]
-    return tl.where(m_out, -float("inf"), b_z)
+        # A sum takes fewer registers than a second mask. Past V stands the last logit again: NaN for NaN.
+        b_rest += tl.where(o_v < V, 0.0, -float("inf"))[None, :]
+    return b_rest
 
 
 @triton.jit
@@ -201,6 +203,7 @@ def linear_logps_fwd_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_STATS: tl.constexpr,
+    EVEN_V: tl.constexpr,
     EVEN_H: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -259,7 +262,7 @@ def linear_logps_fwd_kernel(
         out_scale,
         HAS_SOFTCAP,
         HAS_STATS,
-        False,  # EVEN_V
+        EVEN_V,
         True,  # BRANCH
         BLOCK_M,
         BLOCK_V,

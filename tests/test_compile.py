@@ -6,6 +6,9 @@ cores used.
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import INTERPRETED
@@ -14,12 +17,18 @@ pytest.importorskip("triton", reason="no triton on this platform: nothing to com
 if INTERPRETED:
     pytest.skip("kernels are decorated for the interpreter in this process", allow_module_level=True)
 
-from aot import compile_launch, float32_matmul_precision, recorded_launches
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.aot import (
+    compile_launch,
+    float32_matmul_precision,
+    launch_head,
+    launch_kl,
+    recorded_launches,
+)
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
-from focalkern.backends import HeadInputs, LogitTransform, PairObjective, triton_backend
-from focalkern.layout import Rows, Sequences
-from focalkern.selection import KeptCounts, KeptPairs
+from focalkern.backends import PairObjective, triton_backend
+from focalkern.layout import Sequences
 
 # CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
 SHARED_LIMIT = {
@@ -52,58 +61,6 @@ VARIANTS = {
 }
 
 
-def launch_head(
-    dtype,
-    softcap=None,
-    bias=False,
-    hidden_size=4096,
-    outputs=False,
-    rank=None,
-    n=8192,
-    vocab_size=128256,
-):
-    """Run forward and backward launches of a Llama-3 head on tensors without storage."""
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    head = HeadInputs(
-        meta(n, hidden_size, dtype=dtype),
-        meta(vocab_size, hidden_size, dtype=dtype),
-        meta(vocab_size, dtype=dtype) if bias else None,
-        *((meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)) if rank else ()),
-    )
-    needs = (True, True, bias, rank is not None, rank is not None)
-    index = meta(n, dtype=torch.int64)
-    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
-    transform = LogitTransform(softcap=softcap)
-    names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs") if outputs else ()
-    forward = triton_backend.head_forward(head, rows, transform, names)
-    triton_backend.head_backward(
-        head,
-        rows,
-        transform,
-        forward.lse,
-        forward.one_minus_p,
-        forward.entropy,
-        meta(n),
-        meta(n) if outputs else None,
-        needs,
-    )
-    triton_backend.head_backward_certified(
-        head,
-        rows,
-        transform,
-        forward.lse,
-        forward.one_minus_p,
-        meta(n),
-        kept_pairs(n, forward.block_lse.shape[1]),
-        2.0**-13,
-        needs,
-        workspace_bytes=256 * 2**20,
-    )
-
-
 KL_VARIANTS = {
     "plain": {},
     "vocabulary not a multiple of 16": {"vocab_size": 50257},
@@ -118,56 +75,6 @@ KL_VARIANTS = {
     },
     "softcap": {"softcap": 30.0},
 }
-
-
-def launch_kl(
-    dtype,
-    softcap=None,
-    bias=False,
-    ref_bias=False,
-    hidden_size=4096,
-    ref_hidden_size=4096,
-    n=8192,
-    vocab_size=128256,
-):
-    """Run forward and backward launches of two heads' KL on tensors without storage."""
-
-    def meta(*shape, dtype=torch.float32):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    def head(hidden_size, bias):
-        return HeadInputs(
-            meta(n, hidden_size, dtype=dtype),
-            meta(vocab_size, hidden_size, dtype=dtype),
-            meta(vocab_size, dtype=dtype) if bias else None,
-        )
-
-    policy, ref = head(hidden_size, bias), head(ref_hidden_size, ref_bias)
-    index = meta(n, dtype=torch.int64)
-    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
-    transform = LogitTransform(softcap=softcap)
-    forward = triton_backend.kl_forward(policy, ref, rows, transform)
-    triton_backend.kl_backward(
-        policy, ref, rows, transform, forward.lse, forward.ref_lse, meta(n), (True, True, bias, False, False)
-    )
-
-
-def kept_pairs(n, blocks, share=0.05):
-    """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
-    per_row, total = int(share * blocks), n * int(share * blocks)
-
-    def meta(size):
-        return torch.empty(size, dtype=torch.int64, device="meta")
-
-    counts = KeptCounts(
-        per_block=meta(blocks),
-        per_row=meta(n),
-        per_block_host=torch.full((blocks,), total // blocks),
-        per_row_host=torch.full((n,), per_row),
-        total=total,
-        share=share,
-    )
-    return KeptPairs(row=meta(total), block=meta(total), counts=counts)
 
 
 def check_head_kernels(arch, dtype, precision="highest", launch=launch_head, at_least=9, **variant):

@@ -139,6 +139,7 @@ def _forward_by_pointers(
         *strides(head),
         *scales(transform),
         HAS_STATS=stats is not None,
+        EVEN_V=vocab_size % VOCAB_BLOCK == 0,
         **head_options(head, transform, config),
         **tile_options(config, "BLOCK_V", head.hidden.dtype),
     )
