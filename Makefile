@@ -11,7 +11,7 @@ KERNEL_TESTS := tests/test_adaptive_margin.py tests/test_certified.py tests/test
 # Where other processes want the cores too, threads that spin at every barrier cost several times the work.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: demo test reproduce lint clean
+.PHONY: demo test gpu reproduce lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/quickstart.py
@@ -28,6 +28,15 @@ test: $(VENV)/ready
 	else \
 		echo "No triton on this platform: the kernels were not tested."; \
 	fi
+
+# On a machine with a CUDA device, with whatever python is active there: 8 minutes, nothing is installed.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
+.PHONY: report
+# The numbers and plots of README.md and docs/performance.md, from benchmarks/results.
+report: $(VENV)/ready
+	$(RUN) benchmarks/publish.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -13,7 +13,9 @@ assert version
 
 # TRL 1.16 itself needs Python 3.11; on 3.10 everything but TRL is there.
 trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("trl>=1.16,<2", "peft>=0.18"))]
-bench = [*trl, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
+# Other fused heads; both need triton. QuACK's, for Hopper GPUs alone, is not installed with them.
+peers = [f'{name}; platform_system == "Linux"' for name in ("liger-kernel>=0.8.5", "cut-cross-entropy>=25.1")]
+bench = [*trl, *peers, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
 test = [*bench, "hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
 
 setup(

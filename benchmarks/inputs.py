@@ -15,13 +15,14 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
-BETA = 0.1  # of the DPO loss, for every peer
+from benchmarks.objectives import BETA, OBJECTIVES, Objective
+
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
 CALIBRATION_ROWS = 128
 # Entries of at least this probability are counted: sharpness as the authors of CCE state it.
 PRESENT = 2.0**-12
 # The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so
-# that u = beta * (score_w - score_l) is of order one and no pair is saturated.
+# that u = beta * (score_w - score_l) of DPO is of order one and no pair is saturated.
 SCORE_STD = 10.0
 SATURATED_U = 20.0  # dL/du = -sigmoid(-20) = -2e-9: next to no gradient
 UNTRAINED_STD = 0.02  # of the weights as transformers initialises them (`initializer_range`)
@@ -190,25 +191,49 @@ class Batch:
     sequences: Sequences
     ref_logps: torch.Tensor  # [2B] fp32
     transform: LogitTransform
+    objective: Objective = OBJECTIVES["dpo"]
+
+    def losses(self, logps: torch.Tensor) -> torch.Tensor:  # [2B] -> [B]
+        """The objective, given the log-probs of the sequences."""
+        return self.objective.losses(logps, self.ref_logps, self.sequences.cu_seqlens.diff())
 
     def requires_grad_(self, frozen_head: bool) -> Batch:
         self.hidden.requires_grad_()
         self.weight.requires_grad_(not frozen_head)
         return self
 
+    def to(self, device: str) -> Batch:
+        bias = None if self.bias is None else self.bias.to(device)
+        return replace(
+            self,
+            hidden=self.hidden.detach().to(device),
+            weight=self.weight.detach().to(device),
+            bias=bias,
+            labels=self.labels.to(device),
+            sequences=Sequences(self.sequences.cu_seqlens.to(device)),
+            ref_logps=self.ref_logps.to(device),
+        )
+
     def differentiated(self) -> list[torch.Tensor]:
         return [x for x in (self.hidden, self.weight) if x.requires_grad]
 
     def sample(self, tokens: int, vocab: int) -> Batch:
-        """A batch of the same kind on a small part of this one, to warm a peer up."""
+        """A batch of the same kind on a small part of this one, to warm a peer up: the first tokens of each
+        sequence, at most this many in all (at least one of each)."""
+        of_each = max(1, tokens // len(self.sequences.lengths))
+        starts = self.sequences.cu_seqlens[:-1]
+        position = torch.arange(len(self.labels), device=starts.device) - self.sequences.per_token(starts)
+        rows = (position < of_each).nonzero()[:, 0]
+        lengths = self.sequences.cu_seqlens.diff().clamp(max=of_each)
         part = Batch(
-            hidden=self.hidden.detach()[:tokens].clone(),
+            hidden=self.hidden.detach()[rows],
             weight=self.weight.detach()[:vocab].clone(),
             bias=None if self.bias is None else self.bias[:vocab].clone(),
-            labels=self.labels[:tokens] % min(vocab, self.weight.shape[0]),
-            sequences=Sequences(self.sequences.cu_seqlens.clamp(max=tokens)),
+            labels=self.labels[rows] % min(vocab, self.weight.shape[0]),
+            sequences=Sequences(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])),
             ref_logps=self.ref_logps,
             transform=self.transform,
+            objective=self.objective,
         )
         return part.requires_grad_(frozen_head=not self.weight.requires_grad)
 
@@ -229,17 +254,44 @@ class Sharpness:
         )
 
 
+@dataclass(frozen=True)
+class Case:
+    """What a comparison is of: input, saturated pairs, which gradients, and the loss. Small, and pickled."""
+
+    source: Source
+    saturated: int
+    frozen_head: bool
+    loss: str
+
+    @property
+    def setting(self) -> str:
+        gradients = "frozen head" if self.frozen_head else "gradients of hidden and weight"
+        return f"{self.loss}, {gradients}"
+
+    def batch(self) -> tuple[Batch, Sharpness]:
+        batch, sharpness = self.source.batch(self.saturated)
+        return self.settled(batch), sharpness
+
+    def settled(self, batch: Batch) -> Batch:
+        batch.objective = OBJECTIVES[self.loss]
+        return batch.requires_grad_(self.frozen_head)
+
+
 def calibrate(recipe: Recipe, entries: float) -> Recipe:
-    """The recipe whose softmax has about this many entries above 2^-12 per row, by bisection of its scale."""
-    sample = replace(
-        recipe, tokens=CALIBRATION_ROWS, pairs=1, dtype=torch.float32, scale=1.0, seed=recipe.seed + 1
-    )
+    """The recipe whose softmax has about this many entries above 2^-12 per row."""
+    return replace(recipe, scale=scale_for(recipe.shape, recipe.device, recipe.seed, entries))
+
+
+@functools.cache
+def scale_for(shape: Shape, device: str, seed: int, entries: float) -> float:
+    """The scale of a recipe of this sharpness, by bisection; it depends on neither tokens nor dtype."""
+    sample = Recipe(shape, CALIBRATION_ROWS, 1, torch.float32, device, seed=seed + 1)
     context, weight, _ = sample.build()
     evidence = (context - 1.0) @ weight.T  # [rows, V]
     frequency = weight.sum(dim=1)  # [V]
 
     def entries_at(scale: float) -> float:
-        logps = recipe.shape.transform(scale * evidence + frequency).log_softmax(-1)
+        logps = shape.transform(scale * evidence + frequency).log_softmax(-1)
         return (logps > math.log(PRESENT)).sum(-1).double().mean().item()
 
     # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
@@ -247,7 +299,7 @@ def calibrate(recipe: Recipe, entries: float) -> Recipe:
     for _ in range(14):
         middle = (low + high) / 2
         low, high = (middle, high) if entries_at(middle) > entries else (low, middle)
-    return replace(recipe, scale=round(low, 3))
+    return round(low, 3)
 
 
 @torch.no_grad()

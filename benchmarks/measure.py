@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import multiprocessing
 import statistics
 import sys
@@ -58,21 +59,36 @@ class StepTimes:
     both: Times
 
 
+def reraise(name: str, error: Exception) -> None:
+    raise error
+
+
 def interleaved_times(
     steps: Mapping[str, Step],
     device: torch.device,
     warmup: int,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
+    on_failure: Callable[[str, Exception], None] = reraise,
 ) -> dict[str, StepTimes]:
-    """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all."""
+    """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
+
+    A step that fails is told to `on_failure` and takes no further part.
+    """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
-        for name, step in steps.items():
-            sample = time_once(step, device)
-            if round_ >= warmup:
-                samples[name].append(sample)
-            tick()
+        for name in list(samples):
+            try:
+                sample = time_once(steps[name], device)
+            except Exception as error:  # whatever it is, the others go on
+                del samples[name]
+                on_failure(name, error)
+            else:
+                if round_ >= warmup:
+                    samples[name].append(sample)
+                tick()
+            if name not in samples:  # what the exception held is free by now
+                release_cached(device)
     return {
         name: StepTimes(
             forward=Times([forward for forward, _ in runs]),
@@ -81,6 +97,13 @@ def interleaved_times(
         )
         for name, runs in samples.items()
     }
+
+
+def release_cached(device: torch.device) -> None:
+    """Give what the allocator holds free back to the device, where a step failed for want of memory."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def time_once(step: Step, device: torch.device) -> tuple[float, float]:
@@ -103,6 +126,11 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
     if step.backward is not None:
         step.backward(result)
     return forward, time.perf_counter() - began
+
+
+def settle_exp() -> None:
+    """On CPUs, torch 2.13 can get the first multi-threaded exp of a process wrong: let it be this one."""
+    torch.exp(torch.randn(100))
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,26 @@
-"""The peers of the benchmark: each computes the DPO loss of a `Batch` its own way.
+"""The peers of the benchmark: each computes the loss of a `Batch` its own way.
 
-A peer is a loader. `throughput.py` calls it once; it imports what the peer needs and returns the loss
-function, or raises `Unavailable` with the reason why the peer cannot run here.
+A peer is a loader. `throughput.py` calls it once for each comparison; it imports what the peer needs and
+returns the loss function. Either raises `Unavailable` with the reason why the peer cannot run here, or not on
+this batch.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import BETA, Batch, LogitTransform, Shape
+from benchmarks.inputs import Batch, LogitTransform, Shape
+from benchmarks.objectives import Objective
+
+LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
+QUACK_ROWS = 4096  # QuACK's default chunk
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,14 @@ class PeerLoss:
     loss: torch.Tensor
     # Of the (token, vocabulary block) pairs, filled in by the backward; None of a peer that drops none.
     kept_share: torch.Tensor | None = None
+    note: str = ""  # what a reader of its times must know
 
 
 LossFn = Callable[[Batch], PeerLoss]
 
 
 class Unavailable(Exception):
-    """The peer cannot run here; the message says why."""
+    """The peer cannot run here, or not on this batch; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -39,18 +47,28 @@ class Peer:
     name: str
     load: Callable[[str], LossFn]  # takes the device type
     held_bytes: Callable[[int, int], int]  # of (tokens, vocab): roughly, as measured on a CPU, rounded up
+    # The backward computes every logit a second time: 8NVH operations in all instead of 6NVH.
+    recomputes: bool = False
+    compiled: bool = False  # what torch.compile needs at the first call is no part of its memory
+    by_pair: bool = False  # holds what it holds for one pair after the other
 
-    def estimated_bytes(self, shape: Shape, tokens: int, dtype: torch.dtype, frozen_head: bool) -> int:
+    def estimated_bytes(
+        self, shape: Shape, tokens: int, pairs: int, dtype: torch.dtype, frozen_head: bool
+    ) -> int:
         """Memory beyond the inputs that a step may need, gradients included; rather too high than too low."""
         gradients = tokens * shape.hidden + (0 if frozen_head else shape.vocab * shape.hidden)
+        held = self.held_bytes(tokens // pairs if self.by_pair else tokens, shape.vocab)
         # A peer may sum a gradient in fp32 and round it afterwards.
-        return self.held_bytes(tokens, shape.vocab) + gradients * (4 + dtype.itemsize)
+        return held + gradients * (4 + dtype.itemsize)
 
 
-def dpo_loss(logps: torch.Tensor, ref_logps: torch.Tensor) -> PeerLoss:
-    """-log sigmoid(beta * ((logps_w - ref_w) - (logps_l - ref_l))), mean over pairs; arguments `[2B]`."""
-    chosen, rejected = (logps - ref_logps).chunk(2)
-    return PeerLoss(-F.logsigmoid(BETA * (chosen - rejected)).mean())
+def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss(batch).loss, batch.differentiated()))
+
+
+def loss_of_tokens(batch: Batch, logps: torch.Tensor) -> PeerLoss:  # [N]
+    """The objective in plain PyTorch, for a peer that gives the log-prob of each token."""
+    return PeerLoss(batch.losses(batch.sequences.sums(logps)).mean())
 
 
 def load_eager(device_type: str) -> LossFn:
@@ -60,9 +78,58 @@ def load_eager(device_type: str) -> LossFn:
         logits = batch.transform(F.linear(batch.hidden, batch.weight, batch.bias).float())  # [N, V]
         target = logits.gather(-1, batch.labels[:, None])[:, 0]
         lse = torch.cat([sequence.logsumexp(-1) for sequence in logits.split(batch.sequences.lengths)])
-        return dpo_loss(batch.sequences.sums(target - lse), batch.ref_logps)
+        return loss_of_tokens(batch, target - lse)
 
     return loss
+
+
+def load_compiled(device_type: str) -> LossFn:
+    """The log-probs of eager PyTorch through torch.compile in its default mode, for exactly the shapes of the
+    batch (`dynamic=False`): it fuses what follows the GEMM of the logits, and keeps them for the backward.
+    """
+    require_compiler(device_type)
+
+    @functools.partial(torch.compile, dynamic=False)
+    def token_logps(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        labels: torch.Tensor,
+        transform: LogitTransform,
+    ) -> torch.Tensor:
+        logits = transform(F.linear(hidden, weight, bias).float())
+        return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+
+    def loss(batch: Batch) -> PeerLoss:
+        logps = token_logps(batch.hidden, batch.weight, batch.bias, batch.labels, batch.transform)
+        return loss_of_tokens(batch, logps)
+
+    return loss
+
+
+def require_compiler(device_type: str) -> None:
+    """Raise `Unavailable` where torch.compile does not work, for want of a C++ compiler for one.
+
+    What was compiled for other batches is forgotten: after 8 recompilations torch would run eagerly.
+    """
+    problem = compiler_problem(device_type)
+    if problem:
+        raise Unavailable(f"torch.compile does not work here: {problem}")
+    torch.compiler.reset()
+
+
+@functools.cache
+def compiler_problem(device_type: str) -> str:
+    """Why torch.compile does not work here, or nothing."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device_type))
+    except Exception as error:  # what it raises depends on what is missing
+        return first_line(error)
+    return ""
+
+
+def first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def load_trl(device_type: str) -> LossFn:
@@ -85,35 +152,198 @@ def load_trl(device_type: str) -> LossFn:
             batch.transform.logit_scale,
             ("log_probs",),
         )[0]
-        return dpo_loss(batch.sequences.sums(logps), batch.ref_logps)
+        return loss_of_tokens(batch, logps)
 
     return loss
 
 
+def load_liger(device_type: str) -> LossFn:
+    """Liger's `LigerFusedLinearDPOLoss` and SimPO's: one pair at a time, gradients already in the forward.
+
+    With its own torch.compile, which its default is, or without where there is no compiler; a chunk is one
+    pair, its default too. Its DPO computes the reference log-probs itself, from the hidden states and head of
+    the reference model: a GEMM over all logits that no other peer has to do. Here it is given them, in the
+    place of these hidden states (`given_reference`). Sequences of different lengths are padded.
+    """
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearSimPOLoss
+        from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
+    except ImportError as error:
+        raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
+    given_reference(LigerFusedLinearPreferenceBase)
+    problem = compiler_problem(device_type)
+    compiled, note = not problem, f"without torch.compile: {problem}" if problem else ""
+    if compiled:
+        torch.compiler.reset()
+
+    def loss(batch: Batch) -> PeerLoss:
+        require_plain_logits("Liger's head", batch.transform)
+        objective = batch.objective
+        hidden, labels = padded(batch)
+        if objective.name == "dpo":
+            dpo = LigerFusedLinearDPOLoss(beta=objective.beta, compiled=compiled)
+            reference = batch.ref_logps[:, None].expand_as(labels)
+            value = dpo(batch.weight, hidden, labels, bias=batch.bias, ref_input=reference)[0]
+            return PeerLoss(value, note=note)
+        if objective.name == "simpo":
+            simpo = LigerFusedLinearSimPOLoss(
+                beta=objective.beta, gamma=objective.margin, compute_nll_loss=False, compiled=compiled
+            )
+            return PeerLoss(simpo(batch.weight, hidden, labels, bias=batch.bias)[0], note=note)
+        raise Unavailable(f"Liger has no {objective.name}")
+
+    return loss
+
+
+def given_reference(base: Any) -> None:
+    """Let Liger's losses take the reference log-probs, `[2B, T]` with equal columns, as `ref_input`.
+
+    They hand each chunk's part of it to `chunk_forward`, together with the reference's head, here None.
+    """
+    if hasattr(base, "chunk_forward_of_hidden"):
+        return
+    base.chunk_forward_of_hidden = staticmethod(base.chunk_forward)
+
+    def chunk_forward(input_chunk, weight, target_chunk, bias=None, **options):
+        if weight is not None:
+            return base.chunk_forward_of_hidden(input_chunk, weight, target_chunk, bias, **options)
+        chosen, rejected = input_chunk[:, 0].chunk(2)
+        return chosen, rejected, None, None, 0.0
+
+    base.chunk_forward = staticmethod(chunk_forward)
+
+
+def padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # [2B, T, H], [2B, T]
+    """Hidden states and labels with -100 at the end of the shorter sequences; no copy if all are as long."""
+    lengths, slots = batch.sequences.lengths, batch.sequences.slots
+    longest = max(lengths)
+    if min(lengths) == longest:
+        return batch.hidden.view(len(lengths), longest, -1), batch.labels.view(len(lengths), longest)
+    hidden = batch.hidden.new_zeros(len(lengths) * longest, batch.hidden.shape[1])
+    labels = batch.labels.new_full((len(lengths) * longest,), -100)
+    hidden, labels = hidden.index_copy(0, slots, batch.hidden), labels.index_copy(0, slots, batch.labels)
+    return hidden.view(len(lengths), longest, -1), labels.view(len(lengths), longest)
+
+
+def load_cce(device_type: str, impl: str) -> LossFn:
+    """Apple's Cut Cross-Entropy, per token: its kernels ("cce"), or its "torch_compile" of plain PyTorch.
+
+    The kernels with their default filter (`filter_eps="high"`): tiles whose softmax is below eps/32 are left
+    out of the backward. It computes dweight also where the head is frozen.
+    """
+    if impl == "cce" and device_type != "cuda":
+        raise Unavailable("CCE's kernels need a CUDA device")
+    if impl == "torch_compile":
+        require_compiler(device_type)
+    try:
+        from cut_cross_entropy import linear_cross_entropy
+    except ImportError as error:
+        raise Unavailable(f"cut-cross-entropy cannot be imported: {error}") from error
+
+    def loss(batch: Batch) -> PeerLoss:
+        if impl == "cce" and batch.hidden.dtype == torch.float32:
+            raise Unavailable("CCE's kernels take bf16 and fp16 alone")
+        if batch.bias is not None:
+            raise Unavailable("CCE has no bias")
+        require_plain_logits("CCE", LogitTransform(logit_scale=batch.transform.logit_scale))
+        nll = linear_cross_entropy(
+            batch.hidden,
+            batch.weight,
+            batch.labels,
+            softcap=batch.transform.softcap,
+            reduction="none",
+            impl=impl,
+        )
+        return loss_of_tokens(batch, -nll)
+
+    return loss
+
+
+def load_torch_lce(device_type: str, rows: int | None) -> LossFn:
+    """`torch.nn.functional.linear_cross_entropy` per token (PyTorch 2.13), chunked over the tokens.
+
+    In two settings: its "auto" chunks, which on CUDA are of few rows and save memory, and chunks of `rows`.
+    Either accumulates in fp32 ("auto"); the log-probs are rounded to the dtype of the inputs, which for large
+    ones exceeds the bound of the loss. (With reduction="sum", gradients of every sequence would be held.)
+    """
+    if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise Unavailable(f"PyTorch {torch.__version__} has no chunked linear_cross_entropy (2.13 has)")
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
+    def loss(batch: Batch) -> PeerLoss:
+        require_plain_logits("linear_cross_entropy", batch.transform)
+        nll = F.linear_cross_entropy(
+            batch.hidden,
+            batch.weight,
+            batch.labels,
+            linear_bias=batch.bias,
+            reduction="none",
+            options=options,
+        )
+        return loss_of_tokens(batch, -nll.float())
+
+    return loss
+
+
+def load_quack(device_type: str, fused: bool) -> LossFn:
+    """QuACK's chunked linear cross-entropy, with the gradients fused into its GEMMs (`fused`) or in steps.
+
+    Its loss is one sum, and the gradients are made in the forward: it is called once for each sequence, whose
+    log-probs' sum the objective needs, and holds the gradients of every sequence until the backward. Default
+    chunk of 4096 tokens, GEMMs tuned at the first call. Written from the source of 0.6.5; not yet run.
+    """
+    if device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+        raise Unavailable("QuACK's linear cross-entropy is for Hopper GPUs")
+    try:
+        from quack.linear_cross_entropy import chunked_linear_cross_entropy, scaled_exp_lce_supported
+    except Exception as error:  # its CuTe DSL raises more than ImportError where it does not fit the machine
+        raise Unavailable(f"quack-kernels (>= 0.6) cannot be imported: {first_line(error)}") from error
+
+    def loss(batch: Batch) -> PeerLoss:
+        require_plain_logits("QuACK", batch.transform)
+        if batch.bias is not None:
+            raise Unavailable("QuACK's chunked linear cross-entropy has no bias")
+        if fused and not scaled_exp_lce_supported(batch.hidden, batch.weight, QUACK_ROWS, "sum"):
+            raise Unavailable("QuACK's fused pipeline takes bf16 and a vocabulary of whole tiles alone")
+        lengths = batch.sequences.lengths
+        if not fused and any(length % 8 for length in lengths):
+            raise Unavailable("QuACK's chunks need sequences of a multiple of 8 tokens")
+        sequences = zip(batch.hidden.split(lengths), batch.labels.split(lengths), strict=True)
+        sums = [
+            chunked_linear_cross_entropy(
+                hidden, batch.weight, labels, QUACK_ROWS, reduction="sum", use_scaled_exp=fused
+            )
+            for hidden, labels in sequences
+        ]
+        return PeerLoss(batch.losses(-torch.stack(sums).float()).mean())
+
+    return loss
+
+
+def require_plain_logits(name: str, transform: LogitTransform) -> None:
+    if transform.softcap is not None:
+        raise Unavailable(f"{name} has no softcap")
+    if not math.isclose(transform.logit_scale, 1.0):
+        raise Unavailable(f"{name} has no logit scale")
+
+
 def load_focalkern(device_type: str, backend: str, backward: str, tau: float | str) -> LossFn:
-    """This library, at gamma = 0, which is DPO."""
+    """This library."""
     if backend == "triton" and device_type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
     try:
-        from focalkern import FusedFocalPOLoss
+        import focalkern
     except ImportError as error:
         raise Unavailable(f"cannot be imported: {error}") from error
 
     @functools.cache
-    def configured(transform: LogitTransform) -> FusedFocalPOLoss:
-        loss = FusedFocalPOLoss.dpo(
-            beta=BETA,
-            softcap=transform.softcap,
-            logit_scale=transform.logit_scale,
-            backward=backward,
-            tau=tau,
-            backend=backend,
-        )
-        return loss.to(device_type)
+    def configured(objective: Objective, transform: LogitTransform) -> focalkern.FusedFocalPOLoss:
+        head: dict[str, Any] = {"softcap": transform.softcap, "logit_scale": transform.logit_scale}
+        return focalkern_loss(objective, **head, backward=backward, tau=tau, backend=backend).to(device_type)
 
     def loss(batch: Batch) -> PeerLoss:
         ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
-        out = configured(batch.transform)(
+        out = configured(batch.objective, batch.transform)(
             batch.hidden,
             batch.weight,
             batch.labels,
@@ -127,21 +357,66 @@ def load_focalkern(device_type: str, backend: str, backward: str, tau: float | s
     return loss
 
 
+def focalkern_loss(objective: Objective, **head: Any) -> Any:
+    """The preset of `FusedFocalPOLoss` that is this objective."""
+    from focalkern import FusedFocalPOLoss
+
+    if objective.name == "dpo":
+        return FusedFocalPOLoss.dpo(objective.beta, **head)
+    if objective.name == "focalpo":
+        return FusedFocalPOLoss(beta=objective.beta, gamma=objective.gamma, **head)
+    if objective.name == "simpo":
+        return FusedFocalPOLoss.simpo(objective.beta, objective.margin, **head)
+    # Without momentum, the running mean and deviation of the margins are those of the batch.
+    return FusedFocalPOLoss.alpha_dpo(
+        objective.beta, objective.margin, objective.alpha, ema_momentum=0.0, **head
+    )
+
+
 def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
     """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
 
     def focalkern(backend: str, backward: str) -> Peer:
+        exact = backward == "exact"
         return Peer(
-            name=f"focalkern ({backend})" if backward == "certified" else f"focalkern ({backend}, exact)",
+            name=f"focalkern ({backend}, exact)" if exact else f"focalkern ({backend})",
             load=lambda device_type: load_focalkern(device_type, backend, backward, tau),
             held_bytes=lambda tokens, vocab: 12 * tokens * min(vocab, 4096),
+            recomputes=exact,
         )
+
+    def logits(bytes_each: int, most_rows: int | float = math.inf) -> Callable[[int, int], int]:
+        return lambda tokens, vocab: bytes_each * int(min(tokens, most_rows)) * vocab
+
+    def torch_lce(name: str, rows: int | None) -> Peer:
+        load = functools.partial(load_torch_lce, rows=rows)
+        return Peer(name, load, logits(16, LCE_ROWS), recomputes=True)
+
+    def cce(name: str, impl: str, held_bytes: Callable[[int, int], int]) -> Peer:
+        load = functools.partial(load_cce, impl=impl)
+        return Peer(name, load, held_bytes, compiled=impl == "torch_compile")
+
+    def quack(name: str, fused: bool) -> Peer:
+        return Peer(name, functools.partial(load_quack, fused=fused), logits(2))
 
     return {
         "triton": focalkern("triton", "certified"),
         "triton-exact": focalkern("triton", "exact"),
         "torch": focalkern("torch", "certified"),
         "torch-exact": focalkern("torch", "exact"),
-        "eager": Peer("eager PyTorch", load_eager, lambda tokens, vocab: 16 * tokens * vocab),
-        "trl": Peer("TRL head", load_trl, lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768)),
+        "eager": Peer("eager PyTorch", load_eager, logits(16)),
+        "compile": Peer("compiled PyTorch", load_compiled, logits(16), compiled=True),
+        "trl": Peer(
+            "TRL head",
+            load_trl,
+            lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768),
+            recomputes=True,
+        ),
+        "liger": Peer("Liger", load_liger, logits(16), compiled=True, by_pair=True),
+        "cce": cce("CCE", "cce", lambda tokens, vocab: 0),
+        "cce-compile": cce("CCE (torch_compile)", "torch_compile", logits(16)),
+        "torch-lce": torch_lce("linear_cross_entropy", None),
+        "torch-lce-rows": torch_lce(f"linear_cross_entropy ({LCE_ROWS} rows)", LCE_ROWS),
+        "quack": quack("QuACK chunked", fused=False),
+        "quack-fused": quack("QuACK fused", fused=True),
     }

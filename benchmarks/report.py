@@ -24,6 +24,7 @@ from benchmarks.measure import PeakMemory, StepTimes, Times
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
 CERTIFIED = ("triton", "torch")  # peers with the certified backward, by short name; beside them "*-exact"
+PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "focalkern")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -32,6 +33,7 @@ class Row:
     """What was found out about one peer."""
 
     peer: str
+    recomputes: bool = False  # every logit, in the backward
     status: str = "ok"  # or "skipped", or "failed"
     note: str = ""
     errors: Errors | None = None
@@ -48,6 +50,7 @@ class Comparison:
     sharpness: Sharpness
     saturated_pairs: int
     frozen_head: bool
+    loss: str  # name of the objective
     plain: Errors  # of plain PyTorch in the same dtype
     bound: Errors
     floor: Times  # of the bare GEMM
@@ -57,13 +60,30 @@ class Comparison:
     def fp32_logits_bytes(self) -> int:
         return 4 * self.source.tokens * self.source.shape.vocab
 
+    def operations(self, *, recomputed: bool = False) -> dict[str, int]:
+        """Floating-point operations of the exact computation: 2NVH for the logits in the forward; in the
+        backward 2NVH for dhidden, for dweight unless the head is frozen, and for the logits if recomputed.
+        """
+        source = self.source
+        one_product = 2 * source.tokens * source.shape.vocab * source.shape.hidden
+        products = (1 if self.frozen_head else 2) + (1 if recomputed else 0)
+        return {
+            part: count * one_product
+            for part, count in (("forward", 1), ("backward", products), ("both", 1 + products))
+        }
 
-def print_input(source: Source, sharpness: Sharpness, saturated_pairs: int, console: Console) -> None:
+
+def print_input(
+    source: Source, sharpness: Sharpness, saturated_pairs: int, setting: str, console: Console
+) -> None:
+    """What is compared; `setting` is the loss and which gradients are taken."""
     about = source.about()
     kind = about["kind"]
     if kind == "captured":
         kind += f" from {about['model']} on {about['data']}, reference {about['reference']}"
-    console.print(f"\n[bold]{short(source.dtype)}[/bold]  input: {kind}; {sharpness}", highlight=False)
+    size = f"{source.tokens} tokens, {source.pairs} pairs, {setting}"
+    console.print(f"\n[bold]{short(source.dtype)}[/bold]  {size}", highlight=False)
+    console.print(f"      input: {kind}; {sharpness}", highlight=False)
     if saturated_pairs:
         saturation = f"{saturated_pairs} of {source.pairs} pairs saturated, at u = {SATURATED_U:g}"
         console.print(f"      {saturation}", highlight=False)
@@ -93,13 +113,14 @@ def print_correctness(
 def print_times(comparison: Comparison, console: Console) -> None:
     source = comparison.source
     table = Table(
-        title=f"{short(source.dtype)}, {source.device.upper()}: {source.tokens} x {source.shape.hidden} x "
-        f"{source.shape.vocab}, milliseconds; bare GEMM {milliseconds(comparison.floor.median)}; "
+        title=f"{comparison.loss}, {short(source.dtype)}, {source.device.upper()}: "
+        f"{source.tokens} x {source.shape.hidden} x {source.shape.vocab}, milliseconds; "
+        f"bare GEMM {milliseconds(comparison.floor.median)}; "
         f"fp32 logits {comparison.fp32_logits_bytes / MIB:.0f} MiB",
         title_justify="left",
     )
     columns = ["peer", "forward", "backward", "both", "range", "x floor", "kept share", "tokens/s"]
-    for column in [*columns, "extra MiB", "of logits"]:
+    for column in [*columns, "TFLOP/s", "extra MiB", "of logits"]:
         table.add_column(column, justify="left" if column == "peer" else "right")
     for row in comparison.rows.values():
         if row.times is None:
@@ -115,6 +136,7 @@ def print_times(comparison: Comparison, console: Console) -> None:
             f"{both.median / comparison.floor.median:.2f}",
             percent(row.kept_share),
             f"{source.tokens / both.median:,.0f}",
+            f"{tera(comparison.operations()['both'], both):.3g}",
             *memory_cells(row.memory, comparison.fp32_logits_bytes),
         )
     console.print(table)
@@ -153,7 +175,7 @@ def print_summary(comparisons: Sequence[Comparison], console: Console) -> None:
             errors = row.errors.multiples_of(comparison.plain)
             others = [comparison.rows.get(f"{name}-exact" if rival == "exact" else rival) for rival in rivals]
             table.add_row(
-                f"{short(source.dtype)}, {source.about()['kind']}",
+                setting_of(comparison, comparisons),
                 f"{comparison.sharpness.entries:.0f}",
                 f"{comparison.saturated_pairs} of {source.pairs}",
                 name,
@@ -168,13 +190,28 @@ def print_summary(comparisons: Sequence[Comparison], console: Console) -> None:
         console.print(table)
 
 
+def setting_of(comparison: Comparison, comparisons: Sequence[Comparison]) -> str:
+    """Dtype and kind of input, and what else is not the same in all comparisons."""
+    source = comparison.source
+    words = [short(source.dtype), source.about()["kind"]]
+    if len({other.source.tokens for other in comparisons}) > 1:
+        words.append(f"{source.tokens} tokens")
+    if len({other.loss for other in comparisons}) > 1:
+        words.append(comparison.loss)
+    if len({other.frozen_head for other in comparisons}) > 1:
+        words.append("frozen head" if comparison.frozen_head else "full")
+    return ", ".join(words)
+
+
 def speed_ratios(comparison: Comparison) -> list[dict[str, Any]]:
-    """How many times faster our certified backward is than TRL's head, eager PyTorch and our exact one."""
+    """How many times faster our certified backward is than each of the others and our exact one."""
     ratios = []
+    ours = {*CERTIFIED, *(f"{name}-exact" for name in CERTIFIED)}
     for name in CERTIFIED:
         mine = comparison.rows.get(name)
-        for other in ("trl", "eager", f"{name}-exact"):
-            theirs = comparison.rows.get(other)
+        for other, theirs in comparison.rows.items():
+            if other in ours and other != f"{name}-exact":
+                continue
             ratio = speed_ratio(mine, theirs)
             if mine and theirs and ratio is not None:
                 ratios.append({"peer": mine.peer, "over": theirs.peer, "ratio": ratio})
@@ -186,6 +223,11 @@ def speed_ratio(row: Row | None, other: Row | None) -> float | None:
     if row is None or other is None or row.times is None or other.times is None:
         return None
     return other.times.both.median / row.times.both.median
+
+
+def tera(operations: int, times: Times) -> float:
+    """TFLOP/s."""
+    return operations / times.median / 1e12
 
 
 def milliseconds(seconds: float) -> str:
@@ -222,18 +264,19 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "saturated_pairs": comparison.saturated_pairs,
         "dtype": short(source.dtype),
         "frozen_head": comparison.frozen_head,
+        "loss": comparison.loss,
         "input": {**source.about(), **asdict(comparison.sharpness)},
         "plain_pytorch_errors": finite(asdict(comparison.plain)),
         "error_bound": finite(asdict(comparison.bound)),
         "bare_gemm_ms": comparison.floor.as_ms(),
         "fp32_logits_bytes": comparison.fp32_logits_bytes,
-        "rows": [row_as_json(row, comparison) for row in comparison.rows.values()],
+        "rows": [row_as_json(name, row, comparison) for name, row in comparison.rows.items()],
         "speed_ratios": speed_ratios(comparison),
     }
 
 
-def row_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
-    result: dict[str, Any] = {"peer": row.peer, "status": row.status, "note": row.note}
+def row_as_json(name: str, row: Row, comparison: Comparison) -> dict[str, Any]:
+    result: dict[str, Any] = {"id": name, "peer": row.peer, "status": row.status, "note": row.note}
     if row.errors is not None:
         result["errors"] = finite(asdict(row.errors))
     if row.kept_share is not None:
@@ -244,11 +287,18 @@ def row_as_json(row: Row, comparison: Comparison) -> dict[str, Any]:
         result["both_ms"] = row.times.both.as_ms()
         result["x_floor"] = row.times.both.median / comparison.floor.median
         result["tokens_per_second"] = comparison.source.tokens / row.times.both.median
+        result["tflops"] = tflops(row.times, comparison.operations())
+        if row.recomputes:
+            result["executed_tflops"] = tflops(row.times, comparison.operations(recomputed=True))
     if row.memory is not None:
         result["extra_bytes"] = row.memory.extra
         result["extra_bytes_is_upper_limit"] = row.memory.upper_limit
         result["share_of_fp32_logits"] = row.memory.extra / comparison.fp32_logits_bytes
     return result
+
+
+def tflops(times: StepTimes, operations: dict[str, int]) -> dict[str, float]:
+    return {part: tera(count, getattr(times, part)) for part, count in operations.items()}
 
 
 def finite(values: dict[str, float | None]) -> dict[str, float | str | None]:
@@ -269,7 +319,7 @@ def environment(device_type: str) -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: version(name) for name in ("torch", "triton", "trl", "focalkern")},
+        "versions": {name: version(name) for name in PACKAGES},
         "python": platform.python_version(),
     }
 

@@ -1,15 +1,23 @@
 """Speed and memory of focalkern beside other ways to the same loss and gradients, on the same input.
 
     python benchmarks/throughput.py                        # a size that suits the machine
+    python benchmarks/throughput.py --quick                # every peer, in a minute
     python benchmarks/throughput.py --shape llama3-8b --tokens 8192 --dtype bf16 --json result.json
+    python benchmarks/throughput.py --loss dpo focalpo alpha-dpo simpo --head full frozen
+    python benchmarks/throughput.py --tokens 1024 4096 16384 65536 --plot plots
     python benchmarks/throughput.py --sharpness 16 50 200 flat --saturated 0 0.75
     python benchmarks/throughput.py --capture capture.pt   # hidden states of a real model, see capture.py
+    python benchmarks/throughput.py --max-tokens 40        # the longest batch in 40 GiB, see max_tokens.py
 
 Each peer's loss and gradients are compared with float64 first; one that is wrong is not timed. The columns:
 
     forward, backward, both   medians of runs that alternate between the peers; `range` is that of `both`
     x floor                   `both` over the time of one bare GEMM `hidden @ weight.T` in the same dtype
     kept share                of the (token, vocabulary block) pairs that the certified backward computed
+    TFLOP/s                   useful operations over the time of `both`: 6NVH, with a frozen head 4NVH, for
+                              every peer; what one computes twice or leaves out changes nothing. (JSON has the
+                              forward's 2NVH too, and as `executed_tflops` what peers that compute the logits
+                              once more in the backward execute: 8NVH, frozen 6NVH)
     extra MiB, of logits      peak memory beyond the inputs and the returned gradients, also as a share of the
                               fp32 logits; on a CPU measured in a process of its own
 """
@@ -17,12 +25,15 @@ Each peer's loss and gradients are compared with float64 first; one that is wron
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,6 +41,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import max_tokens, plots
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import (
     Errors,
@@ -42,7 +54,7 @@ from benchmarks.check import (
     sampled_step,
     ticks,
 )
-from benchmarks.inputs import SHAPES, Batch, Recipe, Sequences, Shape, Source, calibrate
+from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Sequences, Shape, Source, calibrate
 from benchmarks.measure import (
     PeakMemory,
     Step,
@@ -51,8 +63,12 @@ from benchmarks.measure import (
     in_fresh_process,
     interleaved_times,
     peak_extra_bytes,
+    release_cached,
+    return_freed_memory,
+    settle_exp,
 )
-from benchmarks.peers import LossFn, Peer, Unavailable, all_peers
+from benchmarks.objectives import OBJECTIVES
+from benchmarks.peers import LossFn, Peer, Unavailable, all_peers, first_line, gradients_of
 from benchmarks.report import (
     CERTIFIED,
     DTYPES,
@@ -68,6 +84,8 @@ from benchmarks.report import (
 
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
+QUICK_SHAPE, QUICK_TOKENS = Shape("quick", 256, 8192), 256  # on a CPU
+HEADS = {"full": False, "frozen": True}
 GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
 
 
@@ -76,34 +94,64 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(options.threads)
     settle_exp()
     # Not a terminal: a file or a pipe has no width of its own, and 80 columns break the table.
-    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    report = begin(options, console)
+    if options.max_tokens is not None:
+        report["max_tokens"] = []
+        for case in cases(options):
+            report["max_tokens"].append(max_tokens.find(case, options, console))
+            write_json(report, options)
+        return 0
+    comparisons = []
+    for case in cases(options):
+        comparison = compare(options, case, console)
+        print_times(comparison, console)
+        comparisons.append(comparison)
+        report["comparisons"].append(as_json(comparison))
+        write_json(report, options)
+    if len(comparisons) > 1:
+        print_summary(comparisons, console)
+    if options.json:
+        console.print(f"written to {options.json}", highlight=False)
+    if options.plot:
+        for path in plots.write(report, options.plot):
+            console.print(f"written to {path}", highlight=False)
+    names = [*CERTIFIED, *(f"{name}-exact" for name in CERTIFIED)]
+    ours = [comparison.rows.get(name) for comparison in comparisons for name in names]
+    return 1 if any(row is not None and row.status == "failed" for row in ours) else 0
+
+
+def begin(options: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Say where this runs, on a launch table of its own if there is one; the report so far."""
+    if options.launch_table:
+        from benchmarks.tune import load_table  # needs Triton
+
+        try:
+            load_table(options.launch_table)
+        except ValueError as error:
+            raise SystemExit(f"--launch-table: {error}") from None
     about = environment(options.device)
     console.print(
-        f"{about['device']}, {about['threads']} threads, torch {about['versions']['torch']}; "
-        f"{options.shape.name}: {options.tokens} tokens x {options.shape.hidden} x {options.shape.vocab}, "
-        f"{'frozen head' if options.frozen_head else 'gradients of hidden and weight'}",
+        f"{about['device']} ({options.device.upper()}), {about['threads']} threads, "
+        f"torch {about['versions']['torch']}; head {options.shape.name}: "
+        f"{options.shape.hidden} x {options.shape.vocab}",
         highlight=False,
     )
     if about["load_average"] is not None and about["load_average"] > about["cpus"] / 2:
         load = f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs"
         console.print(f"{load}: other work on this machine disturbs the times.", highlight=False)
-    comparisons = []
-    for source in sources(options):
-        for share in options.saturated:
-            comparison = compare(options, source, saturated_pairs(share, source.pairs), console)
-            print_times(comparison, console)
-            comparisons.append(comparison)
-    if len(comparisons) > 1:
-        print_summary(comparisons, console)
+    table = str(options.launch_table) if options.launch_table else "shipped"
+    about |= {"repeats": options.repeats, "tau": options.tau, "launch_table": table}
+    return {**about, "comparisons": []}
+
+
+def write_json(report: dict[str, Any], options: argparse.Namespace) -> None:
+    """After each comparison: a run that is killed leaves what it has measured."""
     if options.json:
-        about |= {"repeats": options.repeats, "tau": options.tau}
-        report = {**about, "comparisons": [as_json(comparison) for comparison in comparisons]}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        console.print(f"written to {options.json}", highlight=False)
-    names = [*CERTIFIED, *(f"{name}-exact" for name in CERTIFIED)]
-    ours = [comparison.rows.get(name) for comparison in comparisons for name in names]
-    return 1 if any(row is not None and row.status == "failed" for row in ours) else 0
+        unfinished = options.json.with_name(options.json.name + ".part")
+        unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+        unfinished.replace(options.json)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -118,12 +166,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     size.add_argument("--hidden", type=positive, metavar="H", help="hidden size, instead of --shape")
     size.add_argument("--vocab", type=positive, metavar="V", help="with --hidden")
     size.add_argument(
-        "--tokens", type=positive, metavar="N",
-        help="completion tokens of the batch in all; of a capture, the first pairs that have no more",
+        "--tokens", type=positive, nargs="+", metavar="N",
+        help="completion tokens of the batch in all; of a capture, the first pairs that have no more; "
+        "several values are so many comparisons",
     )  # fmt: skip
     size.add_argument("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
     size.add_argument("--dtype", nargs="+", choices=DTYPES, help="default: fp32 bf16 on a CPU, bf16 on CUDA")
-    size.add_argument("--frozen-head", action="store_true", help="no gradient of the weight (LoRA)")
+    size.add_argument(
+        "--quick", action="store_true",
+        help="smaller and fewer runs: llama3-8b with 2048 tokens on CUDA; on a CPU, in one thread and bf16, "
+        f"{QUICK_TOKENS} x {QUICK_SHAPE.hidden} x {QUICK_SHAPE.vocab}",
+    )  # fmt: skip
+    what = parser.add_argument_group("what is computed", "each combination of several values is a comparison")
+    what.add_argument("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
+    what.add_argument(
+        "--head", nargs="+", choices=HEADS, default=["full"],
+        help="full: gradients of hidden and weight (default); frozen: of hidden alone, as for LoRA",
+    )  # fmt: skip
     content = parser.add_argument_group("input", "each combination of several values is a comparison")
     content.add_argument(
         "--sharpness", type=sharpness, nargs="+", metavar="K",
@@ -148,9 +207,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="threshold of the certified backward, or auto for that of the dtype (default)",
     )  # fmt: skip
     run.add_argument("--repeats", type=positive, help="timed runs (default: 3 on a CPU, 20 on CUDA)")
-    run.add_argument("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads")
+    run.add_argument("--threads", type=positive, help="CPU threads (default: all; --quick: one)")
     run.add_argument("--no-memory", action="store_true", help="leave the memory out")
-    run.add_argument("--json", type=Path, metavar="PATH", help="write all numbers here")
+    run.add_argument(
+        "--max-tokens", type=gibibytes, metavar="GIB",
+        help="instead of times: the longest batch of each peer in this memory, inputs and gradients included",
+    )  # fmt: skip
+    run.add_argument(
+        "--launch-table", type=Path, metavar="PATH", help="of a tuning run, for the triton peers"
+    )
+    run.add_argument(
+        "--json", type=Path, metavar="PATH", help="write all numbers here, after each comparison"
+    )
+    run.add_argument("--plot", type=Path, metavar="DIR", help="draw the times over tokens and over sharpness")
     options = parser.parse_args(argv)
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -161,26 +230,50 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         settle_capture(parser, options)
     else:
         settle_size(parser, options, on_cuda)
-    if any(options.saturated) and options.pairs < 2:
-        parser.error("--saturated: of one pair, none can be saturated beside another that is not")
-    options.dtype = options.dtype or (["bf16"] if on_cuda else ["fp32", "bf16"])
-    options.repeats = options.repeats or (20 if on_cuda else 3)
+    settle_run(parser, options, on_cuda)
     return options
 
 
+def settle_run(parser: argparse.ArgumentParser, options: argparse.Namespace, on_cuda: bool) -> None:
+    """What is measured, and how often."""
+    if any(options.saturated):
+        if min(pairs for _, pairs in options.sizes) < 2:
+            parser.error("--saturated: of one pair, none can be saturated beside another that is not")
+        free = [name for name in options.loss if OBJECTIVES[name].reference_free]
+        if free:
+            parser.error(f"--saturated is by the reference, which the score of {free[0]} does not have")
+    if options.max_tokens is not None and options.capture is not None:
+        parser.error("--max-tokens makes batches of any length, a capture has its own: give one of them")
+    if options.launch_table and not options.launch_table.is_file():
+        parser.error(f"--launch-table: there is no file {options.launch_table}")
+    if options.launch_table and not on_cuda:
+        parser.error("--launch-table is for the triton peers, which need a CUDA device")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which the extra `bench` of this package installs")
+    options.dtype = options.dtype or (["bf16"] if on_cuda or options.quick else ["fp32", "bf16"])
+    # At such a size, threads that wait for one another measure what else the machine does.
+    options.threads = options.threads or (1 if options.quick else torch.get_num_threads())
+    options.repeats = options.repeats or (20 if on_cuda and not options.quick else 5 if on_cuda else 3)
+
+
 def settle_capture(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Shape, tokens and pairs of the capture, or of as many of its first pairs as --tokens has room for."""
-    given = [name for name in ("sharpness", "shape", "hidden", "vocab", "pairs") if getattr(options, name)]
+    """Shape and sizes of the capture, or of as many of its first pairs as --tokens has room for."""
+    given = [
+        name for name in ("sharpness", "shape", "hidden", "vocab", "pairs", "quick") if getattr(options, name)
+    ]
     if given:
         parser.error(f"--capture brings its own hidden states and pairs: leave out --{' and --'.join(given)}")
     try:
         capture = Capture.load(options.capture)
     except CaptureError as error:
         parser.error(f"--capture: {error}")
-    options.pairs = capture.pairs if options.tokens is None else capture.pairs_within(options.tokens)
-    if not options.pairs:
-        parser.error(f"--tokens {options.tokens}: the first pair of {options.capture} has more")
-    options.shape, options.tokens = capture.shape, len(capture.first(options.pairs).labels)
+    options.sizes = []
+    for tokens in options.tokens or [len(capture.labels)]:
+        pairs = capture.pairs_within(tokens)
+        if not pairs:
+            parser.error(f"--tokens {tokens}: the first pair of {options.capture} has more")
+        options.sizes.append((len(capture.first(pairs).labels), pairs))
+    options.shape = capture.shape
 
 
 def settle_size(parser: argparse.ArgumentParser, options: argparse.Namespace, on_cuda: bool) -> None:
@@ -193,21 +286,31 @@ def settle_size(parser: argparse.ArgumentParser, options: argparse.Namespace, on
         options.shape = Shape("explicit size", options.hidden, options.vocab)
     elif options.shape is not None:
         options.shape = SHAPES[options.shape]
+    elif on_cuda:
+        options.shape = SHAPES["llama3-8b"]
     else:
-        options.shape = SHAPES["llama3-8b"] if on_cuda else CPU_SHAPE
-    options.tokens = options.tokens or (8192 if on_cuda else 2048)
-    options.pairs = options.pairs or 4
+        options.shape = QUICK_SHAPE if options.quick else CPU_SHAPE
     options.sharpness = options.sharpness or [50]
-    if options.tokens % (2 * options.pairs):
-        parser.error(
-            f"--tokens {options.tokens} is not a multiple of 2 x {options.pairs} sequences (--pairs)"
-        )
+    options.pairs = options.pairs or 4
+    options.sizes = []
+    usual = (2048 if options.quick else 8192) if on_cuda else (QUICK_TOKENS if options.quick else 2048)
+    for tokens in options.tokens or [usual]:
+        if tokens % (2 * options.pairs):
+            parser.error(f"--tokens {tokens} is not a multiple of 2 x {options.pairs} sequences (--pairs)")
+        options.sizes.append((tokens, options.pairs))
 
 
 def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return value
+
+
+def gibibytes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of GiB above 0, got {text}")
     return value
 
 
@@ -229,21 +332,26 @@ def threshold(text: str) -> float | str:
     return value
 
 
-def settle_exp() -> None:
-    """On CPUs, torch 2.13 can get the first multi-threaded exp of a process wrong: let it be this one."""
-    torch.exp(torch.randn(100))
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    """Every combination of what was asked for."""
+    for source in sources(options):
+        for saturated in options.saturated:
+            for head in options.head:
+                for loss in options.loss:
+                    yield Case(source, saturated_pairs(saturated, source.pairs), HEADS[head], loss)
 
 
 def sources(options: argparse.Namespace) -> Iterator[Source]:
-    """Every input asked for, in every dtype."""
+    """Every input asked for, in every dtype and number of tokens."""
     for dtype in (DTYPES[name] for name in options.dtype):
-        size = options.shape, options.tokens, options.pairs, dtype, options.device
-        if options.capture is not None:
-            yield CapturedInput(options.capture, *size)
-            continue
-        recipe = Recipe(*size, seed=options.seed)
-        for entries in options.sharpness:
-            yield replace(recipe, scale=None) if entries == FLAT else calibrate(recipe, entries)
+        for tokens, pairs in options.sizes:
+            size = options.shape, tokens, pairs, dtype, options.device
+            if options.capture is not None:
+                yield CapturedInput(options.capture, *size)
+                continue
+            recipe = Recipe(*size, seed=options.seed)
+            for entries in options.sharpness:
+                yield replace(recipe, scale=None) if entries == FLAT else calibrate(recipe, entries)
 
 
 def saturated_pairs(share: float, pairs: int) -> int:
@@ -251,58 +359,77 @@ def saturated_pairs(share: float, pairs: int) -> int:
     return min(max(1, round(share * pairs)), pairs - 1) if share else 0
 
 
-def compare(options: argparse.Namespace, source: Source, saturated: int, console: Console) -> Comparison:
+def compare(options: argparse.Namespace, case: Case, console: Console) -> Comparison:
     """Correctness, times and memory of every peer on one input."""
-    batch, sharpness = source.batch(saturated)
-    batch.requires_grad_(options.frozen_head)
-    print_input(source, sharpness, saturated, console)
+    source = case.source
+    batch, sharpness = case.batch()
+    print_input(source, sharpness, case.saturated, case.setting, console)
 
-    rows, losses = load_peers(options, batch, source)
+    rows, losses = load_peers(options, batch, case)
     sample = choose_sample(batch, options.seed)
     truth, plain = reference(batch, sample, source.dtype)
     bound = error_bound(plain, source.dtype)
     certified_bound = bound if options.tau == "auto" else bound.at_tau(options.tau)
-    for name, loss in losses.items():
+    for name, loss in tqdm(losses.items(), desc="correctness", leave=False, disable=None):
         own_bound = certified_bound if name in CERTIFIED else bound
         check_peer(rows[name], loss, batch, sample, truth, own_bound)
+        if rows[name].status != "ok":
+            release_cached(batch.hidden.device)
     print_correctness(list(rows.values()), plain, bound, sample, source.dtype, console)
 
-    losses = {name: loss for name, loss in losses.items() if rows[name].status == "ok"}
-    floor = measure_times(rows, losses, batch, options.repeats)
+    floor = measure_times(rows, still_ok(rows, losses), batch, options.repeats)
     if not options.no_memory:
-        for name in tqdm(losses, desc="memory", leave=False, disable=None):
-            measure_memory(rows[name], name, losses[name], batch, source, options)
-    return Comparison(source, sharpness, saturated, options.frozen_head, plain, bound, floor, rows)
+        measure_memory(rows, still_ok(rows, losses), batch, case, options)
+    return Comparison(
+        source, sharpness, case.saturated, case.frozen_head, case.loss, plain, bound, floor, rows
+    )
+
+
+def still_ok(rows: dict[str, Row], losses: dict[str, LossFn]) -> dict[str, LossFn]:
+    return {name: loss for name, loss in losses.items() if rows[name].status == "ok"}
 
 
 def load_peers(
-    options: argparse.Namespace, batch: Batch, source: Source
+    options: argparse.Namespace, batch: Batch, case: Case
 ) -> tuple[dict[str, Row], dict[str, LossFn]]:
     """A row for every peer, and the loss functions of those that can run."""
     rows, losses = {}, {}
     for name, peer in all_peers(options.tau).items():
         if name not in options.only:
             continue
-        rows[name] = Row(peer.name)
+        rows[name] = Row(peer.name, recomputes=peer.recomputes)
+        shortage = memory_shortage(peer, case.frozen_head, batch, case.source)
         try:
-            losses[name] = peer.load(options.device)
-        except Unavailable as reason:
-            rows[name].status, rows[name].note = "skipped", str(reason)
+            loss = peer.load(options.device)
+        except Exception as error:  # the others are still to be measured
+            set_aside(rows[name], error)
             continue
-        shortage = memory_shortage(peer, options.frozen_head, batch, source)
         if shortage:
             rows[name].status, rows[name].note = "skipped", shortage
-            del losses[name]
+        else:
+            losses[name] = loss
     return rows, losses
 
 
+def set_aside(row: Row, error: Exception) -> None:
+    """Why the peer is measured no further."""
+    if isinstance(error, Unavailable):
+        row.status, row.note = "skipped", str(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        row.status, row.note = "skipped", "ran out of memory"
+    else:
+        row.status, row.note = "failed", first_line(error)
+
+
 def memory_shortage(peer: Peer, frozen_head: bool, batch: Batch, source: Source) -> str:
-    """Why the peer is not tried, or nothing. A peer that does run out may take the whole process with it."""
-    needed = peer.estimated_bytes(source.shape, source.tokens, source.dtype, frozen_head)
+    """Why the peer is not tried, or nothing. One that runs out may take the whole process with it, on a CPU;
+    on CUDA it raises an exception."""
+    if source.device == "cuda":
+        return ""
+    needed = peer.estimated_bytes(source.shape, source.tokens, source.pairs, source.dtype, frozen_head)
     needed += min(GEMM_OUTPUT_BYTES, source.tokens * source.shape.vocab * source.dtype.itemsize)
-    if source.device == "cpu":
-        # The process that measures the memory has inputs of its own.
-        needed += (batch.hidden.numel() + batch.weight.numel()) * source.dtype.itemsize
+    # The process that measures the memory has inputs of its own.
+    needed += (batch.hidden.numel() + batch.weight.numel()) * source.dtype.itemsize
     available = available_bytes(torch.device(source.device))
     if needed <= 0.9 * available:
         return ""
@@ -326,10 +453,9 @@ def check_peer(
         gradients = torch.autograd.grad(out.loss, batch.differentiated())
         row.errors = errors_of(out.loss.detach(), list(gradients), sample, truth)
         row.kept_share = None if out.kept_share is None else out.kept_share.item()
-    except torch.OutOfMemoryError:
-        row.status, row.note = "skipped", "ran out of memory"
+        row.note = out.note
     except Exception as error:  # whatever a peer raises, the others are still to be measured
-        row.status, row.note = "failed", f"{type(error).__name__}: {error}".splitlines()[0]
+        set_aside(row, error)
     else:
         exceeded = row.errors.exceeded(bound)
         if exceeded:
@@ -349,9 +475,15 @@ def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch,
     device = batch.hidden.device
     # On a CPU, where a run may take minutes, the run that was compared with float64 is warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
+
+    def on_failure(name: str, error: Exception) -> None:
+        if name in gemms:
+            raise error
+        set_aside(rows[name], error)
+
     with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = interleaved_times(steps, device, warmup, repeats, bar.update)
-    for name in losses:
+        times = interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
+    for name in times.keys() & losses.keys():
         rows[name].times = times[name]
     return min((times[name].both for name in gemms), key=lambda found: found.median)
 
@@ -382,32 +514,44 @@ def bare_gemms(batch: Batch) -> list[Callable[[], None]]:
 
 
 def measure_memory(
-    row: Row, name: str, loss: LossFn, batch: Batch, source: Source, options: argparse.Namespace
+    rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch, case: Case, options: argparse.Namespace
 ) -> None:
+    """Memory of the peers, into their rows."""
+
+    def of_one(name: str) -> None:
+        try:
+            rows[name].memory = peak_memory(name, losses[name], batch, case, options)
+        except Exception as error:  # out of memory: refused by the allocator, or the process was killed
+            rows[name].note = f"its memory could not be measured: {first_line(error)}"
+        if rows[name].memory is None:
+            release_cached(batch.hidden.device)
+
+    # Most of the time of a small process is its start: two at once, where two fit for certain.
+    workers = 2 if options.quick and options.device == "cpu" else 1
+    with ThreadPoolExecutor(workers) as pool:
+        done = pool.map(of_one, losses)
+        list(tqdm(done, total=len(losses), desc="memory", leave=False, disable=None))
+
+
+def peak_memory(name: str, loss: LossFn, batch: Batch, case: Case, options: argparse.Namespace) -> PeakMemory:
     if options.device == "cuda":
-        row.memory = peak_extra_bytes(lambda: gradients_of(loss, batch), batch.hidden.device)
-        return
-    try:
-        row.memory = in_fresh_process(
-            cpu_memory,
-            name,
-            options.tau,
-            source,
-            options.frozen_head,
-            batch.labels.tolist(),
-            batch.sequences.cu_seqlens.tolist(),
-            batch.ref_logps.tolist(),
-            options.threads,
-        )
-    except RuntimeError as error:  # out of memory: refused by the allocator, or the process was killed
-        row.note = f"its memory could not be measured: {error}".splitlines()[0]
+        return peak_extra_bytes(lambda: gradients_of(loss, batch), batch.hidden.device)
+    return in_fresh_process(
+        cpu_memory,
+        name,
+        options.tau,
+        case,
+        batch.labels.tolist(),
+        batch.sequences.cu_seqlens.tolist(),
+        batch.ref_logps.tolist(),
+        options.threads,
+    )
 
 
 def cpu_memory(
     name: str,
     tau: float | str,
-    source: Source,
-    frozen_head: bool,
+    case: Case,
     labels: list[int],
     cu_seqlens: list[int],
     ref_logps: list[float],
@@ -416,19 +560,18 @@ def cpu_memory(
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
     torch.set_num_threads(threads)
     settle_exp()
-    loss = all_peers(tau)[name].load("cpu")
-    sequences = Sequences(torch.tensor(cu_seqlens))
-    batch = Batch(
-        *source.build(), torch.tensor(labels), sequences, torch.tensor(ref_logps), source.shape.transform
-    )
-    batch.requires_grad_(frozen_head)
+    peer = all_peers(tau)[name]
+    loss = peer.load("cpu")
+    sequences, transform = Sequences(torch.tensor(cu_seqlens)), case.source.shape.transform
+    inputs = *case.source.build(), torch.tensor(labels), sequences, torch.tensor(ref_logps), transform
+    batch = case.settled(Batch(*inputs))
     # Libraries and thread stacks come with the first step, whatever its size.
-    gradients_of(loss, batch.sample(tokens=64, vocab=1024))
+    if peer.compiled:  # for this size alone
+        return_freed_memory()
+        gradients_of(loss, batch)
+    else:
+        gradients_of(loss, batch.sample(tokens=64, vocab=1024))
     return peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
-
-
-def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss(batch).loss, batch.differentiated()))
 
 
 if __name__ == "__main__":

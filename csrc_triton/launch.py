@@ -150,8 +150,8 @@ _CONSUMER = {
     "certified_dz": Launch(128, 128, 64, 8, 3),
     "certified_dweight": Launch(128, 64, 64, 8, 5),
 }
-# wgmma reads its operands from shared memory: fewer registers, deeper tiles. certified_dz with 3 stages leaves
-# room for a second program, which multiplies while the first gathers its rows.
+# wgmma reads its operands from shared memory: fewer registers, deeper tiles. certified_dz with 3 stages
+# leaves room for a second program, which multiplies while the first gathers its rows.
 _HOPPER = {
     "fwd": Launch(128, 256, 64, 8, 3),
     "bwd_dz": Launch(128, 256, 64, 8, 3),

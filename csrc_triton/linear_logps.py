@@ -591,9 +591,10 @@ def linear_logps_bwd_dhidden_kernel(
     m_m = o_m < count
     m_h = o_h < H
     o_k = tl.arange(0, BLOCK_K)
-    first_k, end_k = split_range(chunk_size, tl.program_id(1), tl.num_programs(1), BLOCK_K)
+    i_split = tl.program_id(1)
+    first_k, end_k = split_range(chunk_size, i_split, tl.num_programs(1), BLOCK_K)
 
-    b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    b_acc = sum_so_far(partial_ptr, o_m, o_h, i_split, count, chunk_start, n, H)
     for i_k in range(first_k, end_k, BLOCK_K):
         m_k = i_k + o_k < end_k
         o_dz = o_m[:, None].to(tl.int64) * C + (i_k + o_k)[None, :]
@@ -602,17 +603,16 @@ def linear_logps_bwd_dhidden_kernel(
         b_weight = tl.load(weight_ptr + o_weight, mask=m_k[:, None] & m_h[None, :], other=0.0)
         b_acc = tl.dot(b_dz, b_weight, b_acc, input_precision=PRECISION)
 
-    add_to_dhidden(
+    store_sum(
         b_acc,
         o_m,
         o_h,
-        tl.program_id(1),
+        i_split,
         tl.num_programs(1),
         hidden_index_ptr,
         count,
         partial_ptr,
         dhidden_ptr,
-        chunk_start > 0,
         chunk_start + chunk_size == V,
         n,
         H,
@@ -628,8 +628,19 @@ def split_range(chunk_size, i_split, splits, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def add_to_dhidden(
-    b_acc,  # [BLOCK_M, BLOCK_N], of this chunk
+def sum_so_far(partial_ptr, o_m, o_h, i_split, count, chunk_start, n, H):
+    """A tile of a split's sum over the chunks, 0 before the first.
+
+    The product goes on from it: added afterwards, it would take as many registers as the product.
+    """
+    m_out = (o_m < count)[:, None] & (o_h < H)[None, :]
+    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
+    return tl.load(p_partial, mask=m_out & (chunk_start > 0), other=0.0)
+
+
+@triton.jit
+def store_sum(
+    b_acc,  # [BLOCK_M, BLOCK_N], of all chunks so far
     o_m,
     o_h,
     i_split,
@@ -638,22 +649,19 @@ def add_to_dhidden(
     count,
     partial_ptr,
     dhidden_ptr,
-    has_partial,
     is_last,
     n,
     H,
 ):
-    """Add a tile to the split's sum over the chunks; of a single split, the last goes to dhidden."""
+    """The sum of a single split over all chunks is dhidden; any other waits in `partial`."""
     m_m = o_m < count
     m_out = m_m[:, None] & (o_h < H)[None, :]
-    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
-    if has_partial:
-        b_acc += tl.load(p_partial, mask=m_out, other=0.0)
     if is_last & (splits == 1):
         o_row = tl.load(hidden_index_ptr + o_m, mask=m_m, other=0)
         p_out = dhidden_ptr + o_row[:, None] * H + o_h[None, :]
         tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_out)
     else:
+        p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
         tl.store(p_partial, b_acc, mask=m_out)
 
 

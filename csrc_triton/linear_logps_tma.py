@@ -9,7 +9,14 @@ product, hence one program per multiprocessor, which makes them once. What each 
 import triton
 import triton.language as tl
 
-from csrc_triton.linear_logps import add_to_dhidden, split_range, store_block_statistics, store_dz, tile_order
+from csrc_triton.linear_logps import (
+    split_range,
+    store_block_statistics,
+    store_dz,
+    store_sum,
+    sum_so_far,
+    tile_order,
+)
 
 
 @triton.jit
@@ -293,24 +300,25 @@ def linear_logps_bwd_dhidden_tma_kernel(
     for i_tile in range(tl.program_id(0), num_m * num_n * splits, tl.num_programs(0)):
         i_split = i_tile // (num_m * num_n)
         i_m, i_n = tile_order(i_tile % (num_m * num_n), num_m, num_n, GROUP_M)
+        o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        o_h = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
         first_k, end_k = split_range(chunk_size, i_split, splits, BLOCK_K)
-        b_acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        b_acc = sum_so_far(partial_ptr, o_m, o_h, i_split, count, chunk_start, n, H)
         for i_k in range(first_k, end_k, BLOCK_K):
             b_dz = dz.load([i_m * BLOCK_M, i_k])
             b_weight = weight.load([chunk_start + i_k, i_n * BLOCK_N])
             b_acc = tl.dot(b_dz, b_weight, b_acc, input_precision=PRECISION)
 
-        add_to_dhidden(
+        store_sum(
             b_acc,
-            i_m * BLOCK_M + tl.arange(0, BLOCK_M),
-            i_n * BLOCK_N + tl.arange(0, BLOCK_N),
+            o_m,
+            o_h,
             i_split,
             splits,
             hidden_index_ptr,
             count,
             partial_ptr,
             dhidden_ptr,
-            chunk_start > 0,
             chunk_start + chunk_size == V,
             n,
             H,

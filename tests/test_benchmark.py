@@ -28,7 +28,7 @@ from benchmarks.inputs import (
     calibrate,
 )
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.peers import Peer, PeerLoss, all_peers, dpo_loss, load_eager
+from benchmarks.peers import Peer, PeerLoss, all_peers, load_eager
 
 SCRIPT = Path(throughput.__file__)
 TINY = ["--device", "cpu", "--hidden", "48", "--vocab", "1000", "--tokens", "64", "--pairs", "2"]
@@ -116,7 +116,7 @@ def test_ratio_to_a_peer_is_printed_and_follows_from_the_medians(name, over, own
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_frozen_head_has_no_weight_gradient(dtype, tmp_path):
     run_options = ["--dtype", dtype, "--repeats", "1", "--no-memory", "--only", "torch", "eager"]
-    status, result = run([*TINY, *run_options, "--frozen-head"], tmp_path)
+    status, result = run([*TINY, *run_options, "--head", "frozen"], tmp_path)
     assert status == 0
     for row in result["comparisons"][0]["rows"]:
         assert row["status"] == "ok" and row["errors"]["dweight"] is None and row["errors"]["dhidden"] > 0
@@ -245,6 +245,12 @@ def test_peer_that_does_not_fit_into_memory_is_skipped_with_a_note(tmp_path, mon
         (["--saturated", "1"], "at least 0 and below 1"),
         (["--saturated", "0.5", "--pairs", "1"], "none can be saturated"),
         (["--tau", "-0.1"], "auto or a number of at least 0"),
+        (["--saturated", "0.5", "--loss", "dpo", "simpo"], "the score of simpo does not have"),
+        (["--loss", "ipo"], "invalid choice"),
+        (["--head", "warm"], "invalid choice"),
+        (["--max-tokens", "0"], "a number of GiB above 0"),
+        (["--launch-table", "missing.json"], "there is no file missing.json"),
+        (["--launch-table", __file__], "the triton peers, which need a CUDA device"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
@@ -453,12 +459,6 @@ def test_eager_peer_is_charged_for_its_logits(tmp_path):
     # The logits, their gradient, and the softmax it is made of.
     assert 2.5 < row["share_of_fp32_logits"] < 3.5
     assert row["share_of_fp32_logits"] == row["extra_bytes"] / (4 * 512 * 20000)
-
-
-def test_dpo_loss_is_the_one_of_the_paper():
-    logps, ref_logps = torch.tensor([-1.0, -2.0, -4.0, -3.0]), torch.tensor([-1.5, -2.0, -3.0, -3.5])
-    u = BETA * torch.tensor([0.5 + 1.0, 0.0 - 0.5])
-    torch.testing.assert_close(dpo_loss(logps, ref_logps).loss, torch.log1p(torch.exp(-u)).mean())
 
 
 def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():

@@ -23,8 +23,8 @@ from focalkern.backends.triton_launch import (
 )
 from focalkern.layout import Rows
 
-# A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, but not more than a quarter of the
-# vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold. Each
+# A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, but not more than a quarter of
+# the vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold. Each
 # chunk is three launches, and reads and writes the fp32 partial sums of dhidden once: by count of bytes and
 # operations, about 160/chunk of the backward on an A100 or H200.
 _LEAST_CHUNK = 4096
@@ -58,7 +58,7 @@ class HeadGradients:
             yield start, min(self.chunk, self.vocab_size - start)
 
     def add(self, start: int, size: int) -> None:
-        """Take in what `dz` now holds of the chunk: 0 in the rows past the count that are in a tile with it."""
+        """Take in what `dz` now holds of the chunk; 0 in rows past the count, as far as a tile has them."""
         for product in self.products:
             product.add_dweight(self.dz, self.gathered, start, size)
             product.add_dhidden(self.dz, start, size)

@@ -165,7 +165,7 @@ def dhidden(
 
 
 def with_scratch_memory(launch: Callable[[], object], device: torch.device) -> None:
-    """Launch a kernel that makes descriptors, each program in memory of its own; the user's allocator stays."""
+    """Launch a kernel whose programs make descriptors in memory of their own; the user's allocator stays."""
 
     def allocate(size: int, _alignment: int, _stream: int | None) -> torch.Tensor:
         return torch.empty(size, dtype=torch.int8, device=device)

@@ -1,0 +1,75 @@
+"""The losses that the benchmark compares: one plain definition, the same for the peers and for float64.
+
+`peers.py` calls an `Objective` on the log-probs of those peers that give no more than these, `check.py` in
+float64 for the truth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+BETA = 0.1  # of DPO and FocalPO
+# Averages over tokens differ from pair to pair by this much through fp32 rounding alone, in units of their
+# size: then M* is 0, as in `focalkern.adaptive_margin`.
+ROUNDING = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A preference loss: the objective of `FusedFocalPOLoss` with the settings of one of its presets.
+
+    score   s = logps - ref_logps (logps alone: `reference_free`), by |s| if `length_normalize`
+    margin  M = beta * [(logps_w - ref_w) - (logps_l - ref_l)], as s by |s|;  M* = (M - mean) / std over
+            this batch (unbiased), a constant
+    logit   u = beta * (s_w - s_l) - margin - alpha * M*,  p = sigmoid(u)
+    loss    -p^gamma * log p
+    """
+
+    name: str
+    beta: float
+    gamma: float = 0.0
+    margin: float = 0.0
+    alpha: float = 0.0
+    reference_free: bool = False
+    length_normalize: bool = False
+
+    def losses(
+        self,
+        logps: torch.Tensor,  # [2B] sums over the tokens of a sequence, chosen first; fp32 or float64
+        ref_logps: torch.Tensor,  # [2B]
+        lengths: torch.Tensor,  # [2B]
+    ) -> torch.Tensor:  # [B]
+        ref_logps = ref_logps.to(logps.dtype)
+        if self.length_normalize:
+            logps, ref_logps = logps / lengths, ref_logps / lengths
+        chosen, rejected = (logps if self.reference_free else logps - ref_logps).chunk(2)
+        u = self.beta * (chosen - rejected) - self.margin
+        if self.alpha:
+            u = u - self.alpha * self._adaptive_margin(logps.detach(), ref_logps)
+        log_p = F.logsigmoid(u)
+        return -(self.gamma * log_p).exp() * log_p
+
+    def _adaptive_margin(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:  # [B]
+        """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
+        chosen, rejected = (logps - ref_logps).chunk(2)
+        margin = self.beta * (chosen - rejected)
+        if len(margin) == 1:
+            return torch.zeros_like(margin)
+        rounding = ROUNDING * self.beta * (logps.abs().max() + ref_logps.abs().max())
+        std = margin.std()
+        return torch.where(std > rounding, (margin - margin.mean()) / std, 0.0)
+
+
+# The defaults of `FusedFocalPOLoss` and its presets, which are the papers'.
+OBJECTIVES = {
+    objective.name: objective
+    for objective in (
+        Objective("dpo", BETA),
+        Objective("focalpo", BETA, gamma=0.05),
+        Objective("alpha-dpo", 10.0, margin=4.0, alpha=0.5, reference_free=True, length_normalize=True),
+        Objective("simpo", 2.0, margin=1.0, reference_free=True, length_normalize=True),
+    )
+}

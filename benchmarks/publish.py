@@ -1,0 +1,720 @@
+"""Writes what `benchmarks/results/` holds into README.md and docs/performance.md, and draws their plots.
+
+    python benchmarks/publish.py            # make report
+    python benchmarks/publish.py --check    # exit status 1, and which part it is, where a page says otherwise
+
+Only what stands between `<!-- measured: begin NAME (make report) -->` and `<!-- measured: end NAME -->` is
+rewritten. A plot carries the hash of its data and is drawn again only when they changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import plots
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path("benchmarks/results")
+FIGURES = Path("docs/figures")
+HASH = "focalkern data"  # key of the hash in a plot's metadata
+MIB = 2**20
+
+# README: results of GPUs first, then these files and dtypes, in this order, as far as there is room.
+README_TABLES = 3
+README_GPU_TABLES = 2
+README_CPU = (
+    ("cpu-2048x512x32768.json", "bf16"),
+    ("cpu-4096x512x128256-bf16.json", "bf16"),
+    ("cpu-2048x512x32768.json", "fp32"),
+)
+STEP_FILE = "cpu-trl-step-128256.json"
+
+OURS = ("triton", "torch")  # the certified backward, by short name; beside them "*-exact"
+FIRST = ("triton", "triton-exact", "torch", "torch-exact", "trl", "eager")  # the others follow as in the file
+SHORT_NAMES = {  # of files that were written before rows had an "id"
+    "focalkern (triton)": "triton",
+    "focalkern (triton, exact)": "triton-exact",
+    "focalkern (torch)": "torch",
+    "focalkern (torch, exact)": "torch-exact",
+    "eager PyTorch": "eager",
+    "TRL head": "trl",
+}
+DPO = "DPO"
+SOME_ENTRIES = (40, 60)  # softmax entries above 2^-12 per token of what is asked for as --sharpness 50
+
+
+class ResultError(Exception):
+    """A result file, or a page, is not as it should be; the message names it."""
+
+
+class Record(dict):
+    """An object of a result file; a key that it lacks is an error that names the file."""
+
+    def __init__(self, pairs: dict[str, Any], file: str) -> None:
+        super().__init__(pairs)
+        self.file = file
+
+    def __missing__(self, key: str) -> Any:
+        raise ResultError(f"{self.file}: no {key!r} beside {', '.join(map(repr, self))}")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of throughput.py or trl_step.py wrote; a GPU's file holds several."""
+
+    file: str  # name of the file
+    name: str  # of the report within a GPU's file
+    data: Record
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.data["device_type"] != "cpu"
+
+    @property
+    def comparisons(self) -> list[Record]:
+        return self.data["comparisons"]
+
+    @property
+    def of_steps(self) -> bool:
+        return any("setup" in comparison for comparison in self.comparisons)
+
+    @property
+    def title(self) -> str:
+        return f"`{self.file}`" + (f", {self.name}" if self.name else "")
+
+
+@dataclass(frozen=True)
+class Results:
+    reports: list[Report]  # those of GPUs first
+    gpu_files: list[Record]
+
+    def heads(self) -> list[Report]:
+        return [report for report in self.reports if not report.of_steps]
+
+    def steps(self) -> list[Report]:
+        return [report for report in self.reports if report.of_steps]
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if anything is stale")
+    options = parser.parse_args(arguments)
+    try:
+        results = load_results(root / RESULTS)
+        stale = [*update_plots(root, results, options.check), *update_pages(root, results, options.check)]
+    except ResultError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for what in stale:
+        print(f"{what} is stale: make report" if options.check else f"{what}: written")
+    return 1 if options.check and stale else 0
+
+
+def load_results(folder: Path) -> Results:
+    reports, gpu_files = [], []
+    for path in sorted(folder.glob("*.json")):
+        data = load(path)
+        if "reports" in data or "steps" in data:  # of `make gpu`
+            gpu_files.append(data)
+            reports += reports_of_gpu(data)
+        else:
+            reports.append(Report(path.name, "", data))
+    return Results(sorted(reports, key=lambda report: not report.on_gpu), gpu_files)
+
+
+def load(path: Path) -> Record:
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_hook=lambda pairs: Record(pairs, path.name)
+        )
+    except json.JSONDecodeError as error:
+        raise ResultError(f"{path.name}: not JSON: {error}") from error
+
+
+def reports_of_gpu(data: Record) -> Iterator[Report]:
+    """The reports of a file of `make gpu`: without those of steps that failed."""
+    for name, report in data.get("reports", {}).items():
+        if isinstance(report, Record) and "comparisons" in report:
+            yield Report(data.file, name, report)
+
+
+# Pages
+
+
+def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
+    """Who writes the generated parts of each page, by the name in their markers."""
+    return {
+        "README.md": {"results": readme_results, "trl-step": readme_step},
+        "docs/performance.md": {"tables": all_tables, "plots": plots_section, "targets": targets_table},
+    }
+
+
+def update_pages(root: Path, results: Results, check: bool) -> list[str]:
+    """Writes the parts that differ, unless only a check is asked for, and tells which they are."""
+    stale, texts = [], {}
+    for page, generated in pages().items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, generate in generated.items():
+            updated = replace_part(text, name, generate(results), page)
+            stale += [f'{page}, part "{name}"'] if updated != text else []
+            text = updated
+        texts[page] = text
+    for page, text in texts.items():
+        if not check:
+            (root / page).write_text(text, encoding="utf-8")
+    return stale
+
+
+def replace_part(text: str, name: str, content: str, page: str) -> str:
+    begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ResultError(f"{page}: needs one {begin} and after it one {end}")
+    before, rest = text.split(begin)
+    after = rest.split(end)[1]
+    return f"{before}{begin}\n\n{wrapped(content)}\n\n{end}{after}"
+
+
+def wrapped(content: str) -> str:
+    """Paragraphs in lines of a readable length; tables, headings and pictures as they are."""
+    return "\n\n".join(
+        block
+        if block.startswith(("|", "#", "!"))
+        else textwrap.fill(block, 115, break_long_words=False, break_on_hyphens=False)
+        for block in content.strip().split("\n\n")
+    )
+
+
+def readme_results(results: Results) -> str:
+    blocks = [] if results.gpu_files else [NO_GPU]
+    blocks += [gpu_steps(file) for file in results.gpu_files]
+    for report, comparison in readme_choice(results):
+        blocks.append(heading(report, comparison))
+        blocks.append(head_table(comparison, full=False))
+        blocks.append(notes(comparison))
+        blocks.append(provenance(report))
+    blocks += [plot.as_markdown("docs/figures") for plot in all_plots(results)[:1]]
+    return "\n\n".join(block for block in blocks if block)
+
+
+NO_GPU = (
+    "Nothing has been measured on a GPU yet: the `gpu` tests and the GPU benchmark are written and have not "
+    "run, and the launch table says `estimated` throughout."
+)
+
+
+def gpu_steps(file: Record) -> str:
+    """What the tests that need a GPU came to, and the steps of `make gpu` that failed."""
+    tests = file.get("gpu_tests") or {}
+    counts = [f"{tests['passed']} passed"] if tests else ["no result"]
+    counts += [
+        f"{len(tests[kind])} {kind}" for kind in ("failed", "unfinished", "skipped") if tests.get(kind)
+    ]
+    sentence = f"{file['device']}, tests that need a GPU: {', '.join(counts)}."
+    steps = file.get("steps") or []
+    wrong = [f"{step['name']}: {step['status']}" for step in steps if step["status"] != "ok"]
+    return f"{sentence} Steps of `make gpu`: {'; '.join(wrong)}." if wrong else sentence
+
+
+def readme_choice(results: Results) -> list[tuple[Report, Record]]:
+    """At most README_TABLES of the results, each of another device, size or dtype."""
+    usual = [
+        (report, comparison)
+        for report in results.heads()
+        for comparison in report.comparisons
+        if is_usual(report, comparison)
+    ]
+    # The size of the targets first, and DPO's loss, which all peers have.
+    on_gpu = sorted(
+        (pair for pair in usual if pair[0].on_gpu),
+        key=lambda pair: (size_of(pair[1]) != GPU_SIZE, loss_of(pair[1]) != DPO),
+    )
+    distinct: dict[tuple, tuple[Report, Record]] = {}
+    for report, comparison in on_gpu:
+        key = report.data["device"], size_of(comparison), comparison["dtype"]
+        distinct.setdefault(key, (report, comparison))
+    chosen = list(distinct.values())[:README_GPU_TABLES]
+    for file, dtype in README_CPU:
+        found = [pair for pair in usual if pair[0].file == file and pair[1]["dtype"] == dtype]
+        if not found:
+            raise ResultError(f"{file}: README.md is to show it in {dtype}, and {RESULTS} has no such result")
+        chosen.append(min(found, key=lambda pair: loss_of(pair[1]) != DPO))
+    return chosen[:README_TABLES]
+
+
+def readme_step(results: Results) -> str:
+    """The sentence about a step of TRL's trainer."""
+    report = next((report for report in results.steps() if report.file == STEP_FILE), None)
+    if report is None:
+        raise ResultError(f"{STEP_FILE}: README.md is to tell of it, and it is not in {RESULTS}")
+    sentences: list[str] = []
+    for comparison in report.comparisons:
+        trl, patched = comparison["rows"]["TRL"], comparison["rows"]["TRL under patch()"]
+        speed = trl["ms"]["median"] / patched["ms"]["median"]
+        sentences.append(
+            f"{significant(speed, 3)} times as fast under `patch()` in {comparison['setup']['dtype']}, with "
+            f"{step_memory(patched)} in place of {step_memory(trl)} beyond model and gradients"
+        )
+    vocab = report.comparisons[0]["setup"]["vocab"]
+    return (
+        f"A DPO step of TRL's own trainer at V = {vocab}, on a tiny model and real text, is "
+        f"{', and '.join(sentences)} ({report.data['device']}, {report.data['threads']} threads; "
+        f"{report.title}, commit {commit_of(report)})."
+    )
+
+
+def all_tables(results: Results) -> str:
+    blocks = []
+    for report in [*results.heads(), *results.steps()]:
+        blocks.append(f"### {report.title}")
+        blocks.append(provenance(report))
+        for comparison in report.comparisons:
+            if report.of_steps:
+                blocks += [step_heading(comparison), step_table(comparison)]
+            else:
+                blocks += [heading(report, comparison), head_table(comparison, full=True), notes(comparison)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def plots_section(results: Results) -> str:
+    drawn = [plot.as_markdown("figures") for plot in all_plots(results)]
+    return "\n\n".join(drawn) or "No sweep over tokens or sharpness is among the results."
+
+
+# Tables
+
+
+def heading(report: Report, comparison: Record) -> str:
+    """What was computed, on what input."""
+    given, logits = comparison["input"], comparison["fp32_logits_bytes"] / MIB
+    model = f" from {Path(given['model']).name}" if given["kind"] == "captured" else ""
+    kind = "random weights" if given["kind"] == "untrained" else f"{given['kind']} input{model}"
+    entries = f"{given['entries']:.0f} softmax entries above 2^-12 per token"
+    about = [f"{loss_of(comparison)} loss", f"{kind}, {entries}"]
+    if comparison["saturated_pairs"]:
+        about.append(f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs saturated")
+    if report.data["tau"] != "auto":
+        about.append(f"`tau={significant(report.data['tau'], 3)}`")
+    about.append(
+        "gradient of hidden alone" if comparison["frozen_head"] else "gradients of hidden and weight"
+    )
+    about.append(f"bare GEMM {duration(comparison['bare_gemm_ms']['median'])}")
+    about.append(f"fp32 logits {logits:,.0f} MiB")
+    tokens, hidden, vocab = size_of(comparison)
+    size = f"{tokens} tokens × {hidden} × {vocab}, {comparison['dtype']}"
+    return f"**{report.data['device']}, {size}** ({'; '.join(about)})"
+
+
+def provenance(report: Report) -> str:
+    """With what, when and from which tree the numbers were measured."""
+    data = report.data
+    versions = ", ".join(
+        f"{'TRL' if name == 'trl' else name} {number}" for name, number in data["versions"].items() if number
+    )
+    cores = f"{data['cpus']} cores, {data['threads']} threads"
+    machine = data["device"] if report.on_gpu else f"{data['device']}, {cores}"
+    return (
+        f"{machine}; {versions}, Python {data['python']}; {data['date'][:10]}, commit {commit_of(report)}; "
+        f"medians of {data['repeats']} interleaved runs; {report.title}."
+    )
+
+
+def commit_of(report: Report) -> str:
+    commit = report.data["commit"]
+    if not commit:
+        return "unknown"
+    dirty = commit.endswith("-dirty")
+    return f"{commit.removesuffix('-dirty')[:10]} {'with changes (dirty tree)' if dirty else '(clean tree)'}"
+
+
+def head_table(comparison: Record, full: bool) -> str:
+    """One line for each peer that ran; the full table has the kept share and the rates as well."""
+    rows = [row for row in ordered(comparison) if row["status"] == "ok"]
+    if not rows:
+        return "No method ran."
+    ours = focalkern_row(comparison)
+    unit = "s" if max(row["both_ms"]["median"] for row in rows) >= 1000 else "ms"
+    rates = full and any("tflops" in row for row in rows)
+    memory = any("extra_bytes" in row for row in rows)
+    columns = ["method", f"forward, {unit}", f"backward, {unit}", f"both, {unit} (range)", "× bare GEMM"]
+    columns += ["TFLOP/s: forward, backward, both"] if rates else []
+    columns += ["tokens/s"] + (["extra memory"] if memory else []) + (["kept share"] if full else [])
+    columns += ["error of dhidden", "of dweight", "speed of focalkern against it"]
+    lines = []
+    for row in rows:
+        both = row["both_ms"]
+        span = "–".join(in_unit(limit(both["samples"]), unit) for limit in (min, max))
+        cells = [
+            f"**{row['peer']}**" if row is ours else row["peer"],
+            in_unit(row["forward_ms"]["median"], unit),
+            in_unit(row["backward_ms"]["median"], unit),
+            f"{in_unit(both['median'], unit)} ({span})",
+            significant(row["x_floor"], 3),
+        ]
+        cells += [rates_of(row)] if rates else []
+        cells += [significant(row["tokens_per_second"], 3)] + ([memory_of(row)] if memory else [])
+        cells += [kept_of(row)] if full else []
+        errors = row["errors"]
+        cells += [scientific(errors["dhidden"]), scientific(errors["dweight"])]
+        faster = ours and ours is not row and both["median"] / ours["both_ms"]["median"]
+        cells.append(f"{significant(faster, 3)}×" if faster else "")
+        lines.append(cells)
+    return markdown_table(columns, lines)
+
+
+def notes(comparison: Record) -> str:
+    """What the certified backward computed, and the peers without a time, with the reason."""
+    said = []
+    for row in ordered(comparison):
+        if short_name(row) in OURS and row.get("kept_share") is not None:
+            exact = row["kept_share"] == 1
+            share = f"computed {kept_of(row)} of the vocabulary blocks"
+            said.append(f"{row['peer']} {'took the exact path' if exact else share}.")
+    reasons: dict[str, list[str]] = {}
+    for row in ordered(comparison):
+        if row["status"] != "ok":
+            reason = f"{row['status']}: {row['note']}" if row["note"] else row["status"]
+            reasons.setdefault(reason, []).append(row["peer"])
+        elif row["note"]:
+            said.append(f"{row['peer']}: {row['note']}.")
+    return " ".join([*said, *(f"{', '.join(peers)}: {reason}." for reason, peers in reasons.items())])
+
+
+def step_heading(comparison: Record) -> str:
+    setup = comparison["setup"]
+    return (
+        f"**A step of TRL's trainer, {setup['dtype']}** ({setup['layers']} layers of {setup['hidden']}, V = "
+        f"{setup['vocab']}; {setup['pairs']} pairs, {comparison['tokens']} tokens of which "
+        f"{comparison['completion_tokens']} of completions, {comparison['padded_positions']} positions when "
+        f"padded; errors against TRL's step in fp32)"
+    )
+
+
+def step_table(comparison: Record) -> str:
+    rows = comparison["rows"]
+    trl = rows["TRL"]["ms"]["median"]
+    lines = []
+    for name, row in rows.items():
+        times = row["ms"]
+        span = "–".join(in_unit(times[limit], "s") for limit in ("min", "max"))
+        kept = row["kept_share"]
+        lines.append(
+            [
+                name.replace("patch()", "`patch()`"),
+                f"{in_unit(times['median'], 's')} ({span})",
+                significant(row["tokens_per_s"], 3),
+                step_memory(row),
+                "" if kept is None else percent(kept),
+                scientific(row["gradient_error"]),
+                "" if name == "TRL" else f"{significant(trl / times['median'], 3)}×",
+            ]
+        )
+    columns = [
+        "trainer",
+        "step, s (range)",
+        "tokens/s",
+        "extra memory",
+        "kept share",
+        "error of the gradient",
+    ]
+    return markdown_table([*columns, "speed against TRL"], lines)
+
+
+def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["---:"] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *lines])
+
+
+def ordered(comparison: Record) -> list[Record]:
+    def rank(row: Record) -> int:
+        name = short_name(row)
+        return FIRST.index(name) if name in FIRST else len(FIRST)
+
+    return sorted(comparison["rows"], key=rank)
+
+
+def focalkern_row(comparison: Record) -> Record | None:
+    """The one that the others are compared with: certified, on Triton where that was timed."""
+    return peer_row(comparison, *OURS)
+
+
+def peer_row(comparison: Record, *names: str) -> Record | None:
+    """The first of these peers that was timed."""
+    timed = {short_name(row): row for row in comparison["rows"] if "both_ms" in row}
+    return next((timed[name] for name in names if name in timed), None)
+
+
+def short_name(row: Record) -> str:
+    return row.get("id") or SHORT_NAMES.get(row["peer"], row["peer"])
+
+
+def loss_of(comparison: Record) -> str:
+    """As people write it; files from before comparisons had a "loss" are all of DPO's."""
+    loss = comparison.get("loss", DPO)
+    return {"dpo": DPO, "focalpo": "FocalPO", "alpha-dpo": "α-DPO", "simpo": "SimPO"}.get(loss, loss)
+
+
+def size_of(comparison: Record) -> tuple[int, int, int]:
+    shape = comparison["shape"]
+    return comparison["tokens"], shape["hidden"], shape["vocab"]
+
+
+def is_usual(report: Report, comparison: Record) -> bool:
+    """The input of the targets: default threshold and sharpness, no saturated pairs, a head that trains."""
+    lowest, highest = SOME_ENTRIES
+    usual = report.data["tau"] == "auto" and lowest <= comparison["input"]["entries"] <= highest
+    return usual and not comparison["saturated_pairs"] and not comparison["frozen_head"]
+
+
+# Numbers
+
+
+def significant(value: float, digits: int) -> str:
+    """3 digits: 0.0123, 1.23, 12.3, 123, 1,230."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def in_unit(ms: float, unit: str) -> str:
+    return significant(ms / 1000 if unit == "s" else ms, 3)
+
+
+def duration(ms: float) -> str:
+    unit = "s" if ms >= 1000 else "ms"
+    return f"{in_unit(ms, unit)} {unit}"
+
+
+def scientific(value: float | str | None) -> str:
+    """2 digits; NaN and infinity are words in the files."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
+def percent(share: float) -> str:
+    return f"{significant(100 * share, 3)} %"
+
+
+def kept_of(row: Record) -> str:
+    return "" if row.get("kept_share") is None else percent(row["kept_share"])
+
+
+def memory_of(row: Record) -> str:
+    if "extra_bytes" not in row:
+        return ""
+    limit = "≤ " if row["extra_bytes_is_upper_limit"] else ""
+    return f"{limit}{row['extra_bytes'] / MIB:,.0f} MiB"
+
+
+def step_memory(row: Record) -> str:
+    limit = "≤ " if row["extra_is_upper_limit"] else ""
+    return f"{limit}{row['extra_mib']:,.0f} MiB"
+
+
+def rates_of(row: Record) -> str:
+    rates = row.get("executed_tflops") or row.get("tflops", {})  # the first: of peers that recompute logits
+    return ", ".join(
+        significant(rates[part], 3) if part in rates else "" for part in ("forward", "backward", "both")
+    )
+
+
+# Targets
+
+GPU_SIZE = (8192, 4096, 128256)
+Measure = Callable[[Record], float | None]
+
+
+@dataclass(frozen=True)
+class Target:
+    what: str
+    limit: float
+    at_most: bool
+    measure: Measure  # None where the peers that it takes were not timed
+    size: tuple[int, int, int]
+    gpus: tuple[str, ...] = ()  # parts of the GPU's name; none: a CPU
+    unit: str = "×"
+
+    def found(self, results: Results) -> dict[str, tuple[Report, float]]:
+        """The newest measurement on each device, by the device's name."""
+        newest = {}
+        for report in sorted(results.heads(), key=lambda report: report.data["date"]):
+            device = report.data["device"]
+            right_device = any(name in device for name in self.gpus) if report.on_gpu else not self.gpus
+            for comparison in report.comparisons if right_device else []:
+                right_size = size_of(comparison) == self.size and comparison["dtype"] == "bf16"
+                if right_size and is_usual(report, comparison) and loss_of(comparison) == DPO:
+                    value = self.measure(comparison)
+                    if value is not None:
+                        newest[device] = report, value
+        return newest
+
+    @property
+    def bound(self) -> str:
+        return f"{'≤' if self.at_most else '≥'} {self.limit:g}{self.unit}"
+
+    def is_met(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+    def missing(self, results: Results) -> str:
+        """Why nothing was found."""
+        if self.gpus and not results.gpu_files:
+            return "not measured: no GPU"
+        names = " or ".join(name for name in self.gpus if name)
+        tried = [file["device"] for file in results.gpu_files]
+        if names and not any(name in device for name in self.gpus for device in tried):
+            return f"not measured: no {names}"
+        return "not measured"
+
+
+def speed_against(*names: str) -> Measure:
+    """How many times faster focalkern's forward and backward are."""
+
+    def measure(comparison: Record) -> float | None:
+        ours, theirs = focalkern_row(comparison), peer_row(comparison, *names)
+        return theirs["both_ms"]["median"] / ours["both_ms"]["median"] if ours and theirs else None
+
+    return measure
+
+
+def forward_over_gemm(comparison: Record) -> float | None:
+    ours = focalkern_row(comparison)
+    return ours and ours["forward_ms"]["median"] / comparison["bare_gemm_ms"]["median"]
+
+
+def exact_backward(comparison: Record) -> float | None:
+    exact, trl = peer_row(comparison, "triton-exact"), peer_row(comparison, "trl")
+    return exact["backward_ms"]["median"] / trl["backward_ms"]["median"] if exact and trl else None
+
+
+def both_over_gemm(comparison: Record) -> float | None:
+    ours = focalkern_row(comparison)
+    return ours and ours["x_floor"]
+
+
+def extra_mib(comparison: Record) -> float | None:
+    ours = focalkern_row(comparison)
+    return ours["extra_bytes"] / MIB if ours and "extra_bytes" in ours else None
+
+
+SMALL, LARGE = (2048, 512, 32768), (4096, 512, 128256)
+ANY_GPU = ("",)
+HOPPER, AMPERE = ("H100", "H200"), ("A100",)
+TARGETS = (
+    Target("forward and backward, speed against TRL's head", 4, False, speed_against("trl"), SMALL),
+    Target("forward and backward, speed against TRL's head", 5, False, speed_against("trl"), LARGE),
+    Target("forward, over one bare GEMM", 1.15, True, forward_over_gemm, GPU_SIZE, HOPPER),
+    Target("forward, over one bare GEMM", 1.1, True, forward_over_gemm, GPU_SIZE, AMPERE),
+    Target("exact backward, over the backward of TRL's head", 1.1, True, exact_backward, GPU_SIZE, ANY_GPU),
+    Target("forward and backward, over one bare GEMM", 1.5, True, both_over_gemm, GPU_SIZE, ANY_GPU),
+    Target(
+        "forward and backward, speed against TRL's head", 2.5, False, speed_against("trl"), GPU_SIZE, ANY_GPU
+    ),
+    Target("forward and backward, speed against CCE", 2, False, speed_against("cce"), GPU_SIZE, ANY_GPU),
+    Target("extra memory", 300, True, extra_mib, GPU_SIZE, ANY_GPU, unit=" MiB"),
+)
+
+
+def targets_table(results: Results) -> str:
+    lines = []
+    for target in TARGETS:
+        where = (" or ".join(target.gpus) or "GPU") if target.gpus else "CPU"
+        asked = f"{where}, {' × '.join(map(str, target.size))}: {target.what}: {target.bound}"
+        for report, value in target.found(results).values():
+            measured = f"{significant(value, 3)}{target.unit} ({report.title})"
+            lines.append([asked, measured, "yes" if target.is_met(value) else "**no**"])
+        if not target.found(results):
+            lines.append([asked, target.missing(results), ""])
+    return markdown_table(["target, bf16, about 50 entries", "measured", "met"], lines)
+
+
+# Plots
+
+SWEEPS = {  # over what: how it is drawn, and its axis
+    "tokens": (plots.plot_tokens, plots.tokens_of),
+    "sharpness": (plots.plot_sharpness, plots.entries_of),
+}
+
+
+@dataclass(frozen=True)
+class Plot:
+    """What a report with several inputs is drawn as."""
+
+    report: Report
+    over: str  # "tokens" or "sharpness"
+
+    @property
+    def file(self) -> str:
+        names = ["measured", Path(self.report.file).stem, self.report.name.replace(" ", "-")]
+        if not any(self.over in name for name in names):
+            names.append(self.over)
+        return "-".join(filter(None, names)) + ".png"
+
+    @property
+    def data_hash(self) -> str:
+        data = {key: self.report.data[key] for key in ("device", "date", "commit", "comparisons")}
+        return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+    def as_markdown(self, folder: str) -> str:
+        over = {"tokens": "the number of tokens", "sharpness": "the sharpness of the softmax"}[self.over]
+        title = f"Forward and backward on {self.report.data['device']} over {over}, from {self.report.title}"
+        return f"![{title.replace('`', '')}]({folder}/{self.file})"
+
+    def draw(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        plot, _ = SWEEPS[self.over]
+        plot(self.report.data, path)
+        with Image.open(path) as picture:
+            picture.load()
+        about = PngInfo()
+        about.add_text(HASH, self.data_hash)
+        picture.save(path, pnginfo=about, optimize=True)
+
+
+def all_plots(results: Results) -> list[Plot]:
+    """One for each sweep over tokens or sharpness."""
+    return [
+        Plot(report, over)
+        for report in results.heads()
+        for over, (_, axis) in SWEEPS.items()
+        if any(len(points) > 1 for points in plots.curves_over(axis, report.data).values())
+    ]
+
+
+def update_plots(root: Path, results: Results, check: bool) -> list[str]:
+    stale = []
+    for plot in all_plots(results):
+        path = root / FIGURES / plot.file
+        if drawn_from(path) != plot.data_hash:
+            stale.append(str(FIGURES / plot.file))
+            if not check:
+                plot.draw(path)
+    return stale
+
+
+def drawn_from(path: Path) -> str | None:
+    """Hash of the data that a plot shows."""
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get(HASH)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

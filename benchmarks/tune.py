@@ -1,0 +1,895 @@
+"""Tuning sweep of the launch table on the GPU of this machine; `gpu.py` and `throughput.py` call it.
+
+    python benchmarks/tune.py --seconds 110 --json tuned.json
+    python benchmarks/throughput.py --launch-table tuned.json
+
+Every candidate is run by the public function in the place of the shipped entry, on input as sharp as a
+trained LM's; its results are compared with the shipped entry's, and only its own kernel is timed. Nothing
+that a candidate does can end the sweep: it is compiled in a process of its own, without the GPU, into
+triton's cache on disk, and measured in a process that is started anew when a candidate has taken it down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import contextvars
+import dataclasses
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.inputs import Recipe, Shape, calibrate
+from benchmarks.report import DTYPES
+from csrc_triton import launch as table
+from csrc_triton.launch import Launch, launch_config, replace_entries
+from focalkern import linear_logps
+from focalkern.backends import HeadInputs, LogitTransform, triton_backend, triton_launch
+from focalkern.layout import Rows
+from focalkern.selection import KeptCounts, KeptPairs
+
+TAU = 2.0**-13  # of the certified backward, that of bf16 whatever the dtype
+SOFTCAP = 30.0
+FEW_TOKENS = 512  # of which the kept blocks have about 20 rows each
+GAIN = 0.99  # an entry gives way to one that takes at most this share of its time
+FINALISTS = 3  # of each kernel, measured again side by side with the shipped entry
+START_SECONDS = 90.0  # for a measuring process to come up: imports, input, first launches
+CANDIDATE_SECONDS = 25.0  # to compile a candidate, or to measure it
+MOST_STARTS = 5
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A kernel of the launch table: how its function's name begins, and the step that launches it."""
+
+    prefix: str
+    mode: str  # "forward", or the backward: "exact", "certified"
+    softcap: float | None = None
+    outputs: tuple[str, ...] = ()
+    tokens: int | None = None  # where it is not all of them
+
+
+# Those that the certified step of a trained model takes first.
+TUNED = {
+    "fwd": Tuned("linear_logps_fwd", "forward"),
+    "certified_dz": Tuned("certified_dz", "certified"),
+    "certified_dweight": Tuned("certified_dweight", "certified"),
+    "certified_product": Tuned("certified_product", "certified"),
+    "bwd_dz": Tuned("linear_logps_bwd_dz", "exact"),
+    "bwd_dweight": Tuned("linear_logps_bwd_dweight", "exact"),
+    "bwd_dhidden": Tuned("linear_logps_bwd_dhidden", "exact"),
+    "bwd_dz_small": Tuned("linear_logps_bwd_dz", "exact", softcap=SOFTCAP),
+    "certified_dz_small": Tuned("certified_dz", "certified", softcap=SOFTCAP),
+    "fwd_small": Tuned("linear_logps_fwd", "forward", outputs=("entropy",)),
+    "certified_dz_few": Tuned("certified_dz", "certified", tokens=FEW_TOKENS),
+    "certified_product_few": Tuned("certified_product", "certified", tokens=FEW_TOKENS),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is tuned for: sent to the processes that compile and measure."""
+
+    arch: str
+    dtype: str
+    tokens: int
+    hidden: int
+    vocab: int
+    sharpness: int = 50  # softmax entries above 2^-12 per row, as throughput.py's default
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def element_bits(self) -> int:
+        return 8 * self.torch_dtype.itemsize
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.arch == "interpret" else "cuda")
+
+    def shipped(self, kernel: str) -> Launch:
+        return launch_config(kernel, self.arch, self.element_bits)
+
+
+# Candidates: block_m, block_n, block_k, warps, stages; the likely ones first. Those for 16 bits compile for
+# sm_80 (mma.sync) or sm_90 (wgmma) without spilled registers: tests/test_benchmark_gpu.py holds it.
+Tile = tuple[int, int, int, int, int]
+# fmt: off
+_MMA: dict[str, list[Tile]] = {
+    "fwd": [
+        (128, 256, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 4),
+        (128, 128, 32, 4, 4), (64, 256, 32, 8, 4), (128, 256, 32, 8, 5), (64, 128, 64, 4, 4),
+    ],
+    "bwd_dweight": [
+        (128, 256, 32, 8, 5), (128, 128, 64, 8, 5), (128, 128, 32, 8, 7), (128, 128, 32, 4, 7),
+        (128, 256, 64, 8, 5), (64, 256, 32, 8, 7),
+    ],
+    "bwd_dhidden": [
+        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 256, 32, 8, 4), (128, 128, 32, 8, 5),
+    ],
+    "certified_dz": [
+        (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4),
+        (64, 128, 64, 8, 4), (64, 128, 32, 4, 5),
+    ],
+    "certified_dweight": [
+        (128, 128, 32, 8, 7), (128, 256, 32, 8, 5), (128, 128, 32, 4, 7), (128, 128, 64, 8, 3),
+    ],
+    "certified_product": [
+        (128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (64, 128, 64, 4, 3), (128, 128, 32, 4, 4),
+        (64, 256, 32, 8, 4),
+    ],
+    # Softcap and optional outputs want registers of their own.
+    "small": [(64, 128, 64, 8, 4), (64, 128, 32, 8, 5), (64, 128, 32, 8, 4), (64, 128, 128, 8, 2)],
+}
+_FEW: dict[str, list[Tile]] = {
+    "certified_dz_few": [
+        (16, 128, 64, 4, 4), (32, 128, 64, 4, 3), (32, 128, 128, 4, 3), (64, 128, 64, 4, 4),
+        (16, 128, 128, 4, 3), (32, 128, 32, 4, 5),
+    ],
+    "certified_product_few": [
+        (32, 128, 64, 4, 2), (16, 128, 64, 4, 2), (32, 256, 32, 4, 3), (64, 128, 64, 4, 2),
+        (32, 64, 64, 4, 2), (32, 128, 128, 4, 1),
+    ],
+}
+_WGMMA: dict[str, list[Tile]] = {
+    "fwd": [
+        (128, 256, 64, 8, 4), (256, 128, 64, 8, 3), (256, 128, 64, 8, 4), (128, 128, 64, 4, 4),
+        (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 32, 8, 6), (64, 256, 64, 4, 4),
+        (128, 128, 64, 4, 3), (128, 256, 128, 8, 2), (128, 256, 64, 16, 4),
+    ],
+    "bwd_dweight": [
+        (128, 256, 64, 8, 7), (128, 256, 64, 8, 3), (256, 128, 64, 8, 5), (128, 128, 64, 8, 5),
+        (128, 128, 64, 4, 5), (128, 256, 32, 8, 7), (64, 256, 64, 4, 5), (128, 128, 64, 8, 7),
+    ],
+    "bwd_dhidden": [
+        (128, 128, 64, 8, 3), (128, 128, 128, 8, 3), (64, 256, 64, 8, 4), (128, 128, 32, 8, 6),
+        (64, 128, 64, 4, 4),
+    ],
+    "certified_dz": [
+        (128, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 128, 4, 3),
+        (128, 128, 128, 8, 3), (64, 128, 64, 8, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
+    ],
+    "certified_dweight": [
+        (128, 128, 64, 8, 5), (128, 128, 64, 4, 5), (128, 256, 64, 8, 7), (128, 256, 32, 8, 7),
+        (128, 256, 64, 8, 3), (128, 128, 32, 4, 7), (128, 256, 32, 8, 5), (128, 128, 64, 8, 7),
+    ],
+    "certified_product": [
+        (128, 256, 64, 8, 3), (128, 128, 128, 8, 1), (128, 128, 64, 4, 3), (64, 256, 64, 4, 3),
+        (128, 128, 64, 8, 2), (64, 128, 64, 4, 3), (128, 256, 64, 8, 2), (128, 128, 32, 8, 4),
+    ],
+    "small": [
+        (64, 128, 64, 4, 4), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 128, 64, 8, 4),
+        (64, 128, 32, 8, 5), (64, 128, 128, 8, 3),
+    ],
+}
+# Of kernels with a form that takes its tiles by TMA; and, in those of logits, by warps that do nothing else.
+_TMA: list[Tile] = [
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 4),
+    (128, 128, 128, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 128, 8, 2),
+]
+_SPECIALIZED: list[Tile] = [(128, 256, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3)]
+_FP32: list[Tile] = [(64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 16, 8, 4), (128, 128, 16, 8, 4)]
+_INTERPRET: list[Tile] = [(16, 128, 16, 1, 1), (32, 128, 32, 1, 1)]
+# fmt: on
+
+# CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
+_SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_120": 99, "sm_121": 99}
+_SHARED_KIB_FROM_HOPPER_ON = 227
+_SPECIALIZES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
+
+
+def candidates(kernel: str, setting: Setting) -> list[Launch]:
+    """The shipped entry, then what else may be faster and fits into shared memory."""
+    found = dict.fromkeys([setting.shipped(kernel)])
+    found |= dict.fromkeys(x for x in _proposed(kernel, setting) if fits(kernel, x, setting))
+    return list(found)
+
+
+def _proposed(kernel: str, setting: Setting) -> Iterator[Launch]:
+    if setting.arch == "interpret":
+        yield from (Launch(*tile) for tile in _INTERPRET)
+        return
+    if setting.element_bits == 32:
+        for m, n, *rest in _FP32:
+            # Of dweight, m is the vocabulary: a block of it.
+            yield Launch(*((n, m) if kernel == "certified_dweight" else (m, n)), *rest)
+        return
+    wgmma = _number(setting.arch) in range(90, 120)
+    tiles = (_FEW | (_WGMMA if wgmma else _MMA))[_family(kernel)]
+    plain = [Launch(*tile) for tile in tiles]
+    yield from plain[:2]
+    # Ahead of the less likely ones.
+    if wgmma and kernel in table.TMA_KERNELS:
+        yield from (Launch(*tile, tma=True) for tile in _TMA)
+        if _SPECIALIZES and kernel in ("fwd", "bwd_dz"):
+            yield from (Launch(*tile, tma=True, warp_specialize=True) for tile in _SPECIALIZED)
+    yield from plain[2:]
+
+
+def _family(kernel: str) -> str:
+    if kernel.endswith("_small"):
+        return "small"
+    return "fwd" if kernel == "bwd_dz" else kernel
+
+
+def fits(kernel: str, entry: Launch, setting: Setting) -> bool:
+    """Whether the tiles in flight fit into shared memory, as triton's pipeliner allots them, or nearly so."""
+    if setting.arch == "interpret":
+        return True
+    buffers = entry.num_stages
+    if "dweight" in kernel and not entry.tma:  # the other half of the stages is the gathered index's
+        buffers = (buffers + 1) // 2
+    elif _number(setting.arch) not in range(90, 120):  # mma.sync has the tile in use in registers
+        buffers = max(buffers - 1, 1)
+    tile = (entry.block_m + entry.block_n) * entry.block_k * setting.element_bits // 8
+    limit = _SHARED_KIB.get(setting.arch, _SHARED_KIB_FROM_HOPPER_ON)
+    return buffers * tile <= 1024 * limit
+
+
+def _number(arch: str) -> int:
+    return int(arch.removeprefix("sm_"))
+
+
+@contextlib.contextmanager
+def installed(setting: Setting, kernel: str, entry: Launch) -> Iterator[None]:
+    """This entry in the place of the shipped one."""
+    shipped = setting.shipped(kernel)
+    _install(setting, {kernel: entry})
+    try:
+        yield
+    finally:
+        _install(setting, {kernel: shipped})
+
+
+def _install(setting: Setting, entries: Mapping[str, Launch]) -> None:
+    if setting.arch == "interpret":
+        # The interpreter, which shows the sweep itself on a CPU, has a table outside of the one for GPUs.
+        table._INTERPRET.update(entries)
+    else:
+        replace_entries(setting.arch, setting.element_bits, entries)
+
+
+def load_table(path: Path) -> None:
+    """Take the entries of a tuning run, or those in a report of `gpu.py`, instead of the shipped ones.
+
+    Raises ValueError where they are for another architecture than the present device's.
+    """
+    found = json.loads(path.read_text(encoding="utf-8"))
+    found = found.get("tuning", found)
+    present = triton_launch.arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if found["arch"] != present:
+        raise ValueError(f"{path} has launch entries for {found['arch']}; the device here is {present}")
+    entries = {kernel: Launch(**fields) for kernel, fields in found["entries"].items()}
+    replace_entries(present, found["element_bits"], entries)
+
+
+# Kernels, as their launchers find them.
+
+
+@contextlib.contextmanager
+def wrapped_kernels(wrap: Callable[[Any], Any]) -> Iterator[None]:
+    """Every kernel in the modules of `csrc_triton`, and wherever a backend has imported it, wrapped."""
+    before = []
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("csrc_triton.", "focalkern.backends")):
+            for attribute, value in list(vars(module).items()):
+                if attribute.endswith("_kernel") and hasattr(value, "fn"):
+                    before.append((module, attribute, value))
+    try:
+        for module, attribute, value in before:
+            setattr(module, attribute, wrap(value))
+        yield
+    finally:
+        for module, attribute, value in before:
+            setattr(module, attribute, value)
+
+
+class _Watched:
+    """A kernel that is launched as ever, and whose launches can be repeated."""
+
+    def __init__(self, kernel: Any, prefix: str, launches: list[Callable[[], Any]]) -> None:
+        self.kernel, self.launches = kernel, launches
+        self.wanted = kernel.fn.__name__.startswith(prefix)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.wanted:
+                # In the context of the launch: triton finds its allocator there.
+                context = contextvars.copy_context()
+                self.launches.append(lambda: context.run(lambda: self.kernel[grid](*args, **kwargs)))
+            return self.kernel[grid](*args, **kwargs)
+
+        return run
+
+
+class _CompiledOnly:
+    """A kernel that is compiled where it would be launched, if it is the one wanted."""
+
+    def __init__(self, kernel: Any, prefix: str) -> None:
+        self.kernel, self.wanted = kernel, kernel.fn.__name__.startswith(prefix)
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return self.kernel.warmup(*args, grid=grid, **kwargs) if self.wanted else None
+
+        return run
+
+
+# Compiling: without a GPU, on tensors without storage.
+
+
+class _AbsentDevice:
+    """Stands for the driver in a process that only compiles; the cache on disk knows no difference."""
+
+    def __init__(self, arch: str) -> None:
+        self.target = GPUTarget("cuda", _number(arch), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def compile_candidate(setting: Setting, kernel: str, entry: Launch) -> None:
+    """Compile what a step would launch into triton's cache on disk. Runs in a process of its own."""
+    mute(1, 2)
+    triton.runtime.driver.set_active(_AbsentDevice(setting.arch))
+    _pretend(setting.arch)
+    with installed(setting, kernel, entry), wrapped_kernels(lambda x: _CompiledOnly(x, TUNED[kernel].prefix)):
+        step_without_storage(setting, kernel)
+
+
+def mute(*descriptors: int) -> None:
+    """Triton prints the whole of a kernel that ptxas refuses."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+
+
+def _pretend(arch: str) -> None:
+    for name, module in list(sys.modules.items()):
+        if name.startswith("focalkern.") and hasattr(module, "arch_of"):
+            module.arch_of = lambda device: arch
+
+
+def step_without_storage(setting: Setting, kernel: str, kept_share: float = 0.05) -> None:
+    """The launches of the step that has this kernel, on meta tensors."""
+    tuned, dtype = TUNED[kernel], setting.torch_dtype
+    n, blocks = tuned.tokens or setting.tokens, triton.cdiv(setting.vocab, triton_backend.VOCAB_BLOCK)
+
+    def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    head = HeadInputs(meta(n, setting.hidden, dtype=dtype), meta(setting.vocab, setting.hidden, dtype=dtype))
+    index = meta(n, dtype=torch.int64)
+    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
+    transform, needs = LogitTransform(softcap=tuned.softcap), (True, True, False, False, False)
+    if tuned.mode == "forward":
+        triton_backend.head_forward(head, rows, transform, tuned.outputs)
+    elif tuned.mode == "exact":
+        triton_backend.head_backward(head, rows, transform, meta(n), meta(n), None, meta(n), None, needs)
+    else:
+        per_row = max(int(kept_share * blocks), 1)
+        counts = KeptCounts(
+            per_block=meta(blocks, dtype=torch.int64),
+            per_row=meta(n, dtype=torch.int64),
+            per_block_host=torch.full((blocks,), n * per_row // blocks),
+            per_row_host=torch.full((n,), per_row),
+            total=n * per_row,
+            share=kept_share,
+        )
+        pairs = KeptPairs(meta(n * per_row, dtype=torch.int64), meta(n * per_row, dtype=torch.int64), counts)
+        triton_backend.head_backward_certified(
+            head, rows, transform, meta(n), meta(n), meta(n), pairs, TAU, needs, 2**28
+        )
+
+
+# Measuring: in a process of its own, which answers one job after the other.
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came of a candidate. `ms`: all launches of its kernel in one step."""
+
+    kernel: str
+    entry: Launch
+    status: str  # "ok", "wrong", "failed", "hung" or "crashed"
+    ms: float | None = None
+    note: str = ""
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        rest = {"ms": self.ms, "status": self.status, "note": self.note, "seconds": round(self.seconds, 2)}
+        return {"kernel": self.kernel, **asdict(self.entry), **rest}
+
+
+class Bench:
+    """The step that every candidate is measured in, and what the shipped entries make of it."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.device = setting, setting.device
+        shape = Shape("tuned", setting.hidden, setting.vocab)
+        recipe = Recipe(shape, setting.tokens, 4, setting.torch_dtype, self.device.type)
+        recipe = calibrate(recipe, setting.sharpness)
+        self.scale = recipe.scale
+        batch, _ = recipe.batch()
+        self.hidden, self.weight = batch.hidden.requires_grad_(), batch.weight.requires_grad_()
+        self.labels = batch.labels
+        # As of a preference loss: chosen up, rejected down.
+        self.g = torch.full((setting.tokens,), 0.01, device=self.device)
+        self.g[: setting.tokens // 2] *= -1
+        self.shipped_results: tuple[str, list[torch.Tensor]] | None = None
+
+    def step(self, kernel: str) -> list[torch.Tensor]:
+        """The log-probs, or the gradients of a step with a backward."""
+        tuned = TUNED[kernel]
+        rows = slice(tuned.tokens)
+        with torch.set_grad_enabled(tuned.mode != "forward"):
+            logps = linear_logps(
+                self.hidden[rows],
+                self.weight,
+                self.labels[rows],
+                softcap=tuned.softcap,
+                outputs=tuned.outputs,
+                backward="certified" if tuned.mode == "certified" else "exact",
+                tau=TAU,
+                backend="triton",
+            ).logps
+        if tuned.mode == "forward":
+            return [logps]
+        return list(torch.autograd.grad(logps, (self.hidden, self.weight), self.g[rows]))
+
+    def launches(self, kernel: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable[[], Any]]]:
+        """What a step with this entry gives, and the launches of its kernel."""
+        launches: list[Callable[[], Any]] = []
+        prefix = TUNED[kernel].prefix
+        with (
+            installed(self.setting, kernel, entry),
+            wrapped_kernels(lambda x: _Watched(x, prefix, launches)),
+        ):
+            results = self.step(kernel)
+        self.wait()
+        return results, launches
+
+    def measure(self, kernel: str, entry: Launch) -> Measured:
+        began = time.perf_counter()
+        try:
+            expected = self.expected(kernel)
+            results, launches = self.launches(kernel, entry)
+            if not launches:
+                return Measured(kernel, entry, "failed", note=f"{TUNED[kernel].prefix}* was not launched")
+            error = max(map(excess, results, expected))
+            ms = self.time(launches)
+            note = f"{len(launches)} launches" + _resources(launches[0]())
+            if not error <= 1:
+                note += f"; {error:.3g} times the difference that rounding may make"
+            self.wait()
+            return Measured(
+                kernel, entry, "ok" if error <= 1 else "wrong", ms, note, time.perf_counter() - began
+            )
+        except Exception as error:  # whatever a candidate raises, the others are still to be measured
+            note = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            return Measured(kernel, entry, "failed", None, note, time.perf_counter() - began)
+
+    def expected(self, kernel: str) -> list[torch.Tensor]:
+        if self.shipped_results is None or self.shipped_results[0] != kernel:
+            self.shipped_results = None  # before the next ones, which may be as large
+            results, _ = self.launches(kernel, self.setting.shipped(kernel))
+            self.shipped_results = kernel, results
+        return self.shipped_results[1]
+
+    def compare(self, kernel: str, entries: Sequence[Launch]) -> list[float] | str:
+        """Milliseconds of each, measured in turns: a slow moment of the device meets them all. Or why not."""
+        try:
+            runs = [self.launches(kernel, entry)[1] for entry in entries]
+            samples = [[self.time(launches, most=3) for launches in runs] for _ in range(5)]
+        except Exception as error:  # together they may need more memory than one by one
+            return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        return [statistics.median(times) for times in zip(*samples, strict=True)]
+
+    def time(self, launches: list[Callable[[], Any]], most: int = 15) -> float:
+        """Milliseconds of all these launches, one behind the other: the median of 3 to `most` runs."""
+        first = self.time_once(launches)
+        repeats = min(max(int(60 / max(first, 1e-3)), 3), most)
+        return statistics.median(self.time_once(launches) for _ in range(repeats))
+
+    def time_once(self, launches: list[Callable[[], Any]]) -> float:
+        if self.device.type == "cpu":
+            began = time.perf_counter()
+            for launch in launches:
+                launch()
+            return 1e3 * (time.perf_counter() - began)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        launches[0]()  # the device is busy while the host enqueues the others
+        start.record()
+        for launch in launches:
+            launch()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    def is_sound(self) -> bool:
+        """After an illegal access every call raises: another process is to take over."""
+        try:
+            self.wait()
+        except RuntimeError:
+            return False
+        return True
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def excess(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 difference, as a multiple of what another order of summation may change."""
+    difference, size = (
+        torch.linalg.vector_norm(x, dtype=torch.float64).item() for x in (result - expected, expected)
+    )
+    return difference / (size or 1.0) / max(torch.finfo(result.dtype).eps, 1e-4)
+
+
+def _resources(compiled: Any) -> str:
+    names = ("n_regs", "n_spills")
+    return "".join(f", {name} {getattr(compiled, name)}" for name in names if hasattr(compiled, name))
+
+
+def serve(setting: Setting, connection: multiprocessing.connection.Connection) -> None:
+    """Body of the measuring process: answers until it is sent None, or its CUDA context is lost."""
+    mute(1)
+    bench = Bench(setting)
+    connection.send(bench.scale)
+    sound = True
+    while sound and (job := connection.recv()) is not None:
+        kernel, entries = job
+        if isinstance(entries, Launch):
+            answer: Any = bench.measure(kernel, entries)
+        else:
+            answer = bench.compare(kernel, entries)
+        sound = bench.is_sound()
+        connection.send((answer, sound))
+
+
+class Lost(Exception):
+    """The measuring process gave no answer; the message says why."""
+
+
+class Measurer:
+    """The measuring process, started when it is needed and again when it is lost."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        body: Callable[..., None] = serve,
+        candidate_seconds: float = CANDIDATE_SECONDS,
+    ) -> None:
+        self.setting, self.body, self.candidate_seconds = setting, body, candidate_seconds
+        self.context = multiprocessing.get_context("spawn")
+        self.process: multiprocessing.process.BaseProcess | None = None
+        self.starts = 0
+        self.scale: float | None = None
+
+    def measure(self, kernel: str, entry: Launch, until: float) -> Measured:
+        began = time.monotonic()
+        try:
+            found = self.ask((kernel, entry), until)
+            return found if self.process is not None else replace(found, status="crashed")
+        except Lost as lost:
+            status = "hung" if "no answer" in str(lost) else "crashed"
+            return Measured(kernel, entry, status, note=str(lost), seconds=time.monotonic() - began)
+
+    def ask(self, job: Any, until: float) -> Any:
+        """The answer to a job. Raises Lost where the process died or took too long."""
+        self.start(until)
+        self.connection.send(job)
+        answer, sound = self.receive(min(self.candidate_seconds, until - time.monotonic()))
+        if not sound:
+            self.stop()
+        return answer
+
+    def start(self, until: float) -> None:
+        if self.process is not None and self.process.is_alive():
+            return
+        self.stop()
+        if self.starts == MOST_STARTS:
+            raise RuntimeError(f"the measuring process was lost {MOST_STARTS} times")
+        self.starts += 1
+        self.connection, theirs = self.context.Pipe()
+        self.process = self.context.Process(target=self.body, args=(self.setting, theirs), daemon=True)
+        self.process.start()
+        theirs.close()
+        try:
+            self.scale = self.receive(min(START_SECONDS, until - time.monotonic()))
+        except Lost as lost:
+            raise RuntimeError(f"the measuring process did not come up: {lost}") from lost
+
+    def receive(self, seconds: float) -> Any:
+        try:
+            if self.connection.poll(max(seconds, 0.0)):
+                return self.connection.recv()
+        except (EOFError, OSError):
+            assert self.process is not None
+            self.process.join(5)
+            code = self.process.exitcode
+            self.stop()
+            raise Lost(f"took the measuring process with it (exit status {code})") from None
+        self.stop()
+        raise Lost(f"no answer in {seconds:.0f} s")
+
+    def stop(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join(10)
+            self.connection.close()
+            self.process = None
+
+
+Job = tuple[str, Launch]
+
+
+class Compilers:
+    """A process per candidate, some at a time, in the order of the candidates."""
+
+    def __init__(self, setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
+        self.setting, self.waiting, self.at_once = setting, list(jobs), at_once
+        self.running: dict[Job, tuple[multiprocessing.process.BaseProcess, float]] = {}
+        self.exit_codes: dict[Job, int | None] = {}  # None: took too long
+        methods = multiprocessing.get_all_start_methods()
+        # Forked from a process that has the imports done, which takes each of them seconds.
+        self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+        if "forkserver" in methods:
+            self.context.set_forkserver_preload(["benchmarks.tune"])
+
+    def advance(self) -> None:
+        """Take in what has ended, and start what there is room for."""
+        for job, (process, since) in list(self.running.items()):
+            late = time.monotonic() - since > CANDIDATE_SECONDS
+            if late:
+                process.kill()
+            if late or not process.is_alive():
+                process.join()
+                self.exit_codes[job] = None if late else process.exitcode
+                del self.running[job]
+        while self.waiting and len(self.running) < self.at_once:
+            job = self.waiting.pop(0)
+            process = self.context.Process(target=compile_candidate, args=(self.setting, *job), daemon=True)
+            try:
+                process.start()
+            except OSError:
+                self.waiting = []  # each is then compiled where it is measured
+                return
+            self.running[job] = process, time.monotonic()
+
+    def wait(self, seconds: float) -> None:
+        sentinels = [process.sentinel for process, _ in self.running.values()]
+        multiprocessing.connection.wait(sentinels, timeout=seconds)
+
+    def verdict(self, job: Job) -> str:
+        """Why not to measure a candidate: its compilation died, where others' came to its end."""
+        code = self.exit_codes.get(job, 0)
+        if 0 not in self.exit_codes.values() or (code is not None and code >= 0):
+            return ""
+        return "took too long to compile" if code is None else f"the compiler died of signal {-code}"
+
+    def stop(self) -> None:
+        for process, _ in self.running.values():
+            process.kill()
+            process.join()
+        self.running, self.waiting = {}, []
+
+
+# The sweep.
+
+
+@dataclass
+class Sweep:
+    """What has been found so far, and where it is written."""
+
+    setting: Setting
+    jobs: list[Job]
+    path: Path | None
+    measured: list[Measured] = dataclasses.field(default_factory=list)
+    confirmed: dict[str, dict[Launch, float]] = dataclasses.field(default_factory=dict)
+    scale: float | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, found: Measured) -> None:
+        self.measured.append(found)
+        self.write()
+
+    def verdict(self, job: Job) -> str:
+        """Why not to measure a candidate: one of the same form took the measuring process down."""
+        lost = {form(x.kernel, x.entry) for x in self.measured if x.status in ("hung", "crashed")}
+        is_special = form(*job) != form(job[0], self.setting.shipped(job[0]))
+        return "not tried: one of this form was lost" if is_special and form(*job) in lost else ""
+
+    def times(self, kernel: str) -> dict[Launch, float]:
+        """Of the candidates that gave the right result, as last measured, the fastest first."""
+        own = [x for x in self.measured if x.kernel == kernel and x.status == "ok" and x.ms is not None]
+        found = self.confirmed.get(kernel) or {x.entry: x.ms for x in own}
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def best(self, kernel: str) -> Launch | None:
+        """The fastest candidate, or the shipped entry where none is clearly faster; None before any run."""
+        times, shipped = self.times(kernel), self.setting.shipped(kernel)
+        fastest = next(iter(times), None)
+        if fastest is not None and shipped in times and times[fastest] > GAIN * times[shipped]:
+            return shipped
+        return fastest
+
+    def as_json(self) -> dict[str, Any]:
+        kernels = dict.fromkeys(kernel for kernel, _ in self.jobs)
+        best = {kernel: entry for kernel in kernels if (entry := self.best(kernel)) is not None}
+        return {
+            "arch": self.setting.arch,
+            "element_bits": self.setting.element_bits,
+            "shape": {name: getattr(self.setting, name) for name in ("tokens", "hidden", "vocab", "dtype")},
+            "input": {"kind": "LM-like", "entries": self.setting.sharpness, "scale": self.scale},
+            "entries": {kernel: asdict(replace(entry, source="measured")) for kernel, entry in best.items()},
+            "gains": {kernel: self.gain(kernel, entry) for kernel, entry in best.items()},
+            "candidates": [found.as_json() for found in self.measured],
+            "not_tried": len(self.jobs) - len(self.measured),
+            "notes": self.notes,
+        }
+
+    def gain(self, kernel: str, entry: Launch) -> dict[str, Any]:
+        times = self.times(kernel)
+        shipped = times.get(self.setting.shipped(kernel))
+        speedup = None if shipped is None else shipped / times[entry]
+        shipped_entry = asdict(self.setting.shipped(kernel))
+        return {"shipped": shipped_entry, "shipped_ms": shipped, "ms": times[entry], "speedup": speedup}
+
+    def write(self) -> None:
+        if self.path is not None:
+            text = json.dumps(self.as_json(), indent=2, allow_nan=False) + "\n"
+            partial = self.path.with_suffix(".partial")
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path)
+
+
+def form(kernel: str, entry: Launch) -> tuple[str, bool, bool]:
+    return kernel, entry.tma, entry.warp_specialize
+
+
+def in_order(kernels: Sequence[str], setting: Setting) -> list[Job]:
+    """Each kernel's likely candidates before the unlikely ones of any."""
+    lists = {kernel: candidates(kernel, setting) for kernel in kernels}
+    rounds = [slice(0, 5), slice(5, 10), slice(10, None)]
+    return [(kernel, entry) for part in rounds for kernel in kernels for entry in lists[kernel][part]]
+
+
+def run(sweep: Sweep, measurer: Measurer, compilers: Compilers, deadline: float) -> None:
+    """Measure what there is time for, then the best of each kernel once more."""
+    left = list(sweep.jobs)
+    last = deadline - 0.12 * (deadline - time.monotonic())  # the rest is for `confirm`
+    try:
+        while left and time.monotonic() < last:
+            compilers.advance()
+            ready = next((job for job in left if job in compilers.exit_codes), None)
+            if ready is None:
+                # With nothing under way there is nothing to wait for: it is compiled where it is measured.
+                if compilers.running:
+                    compilers.wait(min(1.0, max(last - time.monotonic(), 0.0)))
+                    continue
+                ready = left[0]
+            left.remove(ready)
+            why_not = compilers.verdict(ready) or sweep.verdict(ready)
+            if why_not:
+                sweep.add(Measured(*ready, "failed", note=why_not))
+            else:
+                # It may take what is left: cut at `last`, it would leave `confirm` without a process.
+                sweep.add(measurer.measure(*ready, deadline))
+                sweep.scale = measurer.scale
+    except RuntimeError as error:
+        sweep.notes.append(str(error))
+    finally:
+        compilers.stop()
+    confirm(sweep, measurer, deadline)
+    sweep.write()
+
+
+def confirm(sweep: Sweep, measurer: Measurer, deadline: float) -> None:
+    """Time the best few of each kernel against the shipped entry once more, in turns."""
+    for kernel in dict.fromkeys(kernel for kernel, _ in sweep.jobs):
+        shipped, times = sweep.setting.shipped(kernel), sweep.times(kernel)
+        finalists = [entry for entry in list(times)[:FINALISTS] if entry != shipped]
+        if shipped not in times or not finalists or time.monotonic() > deadline:
+            continue
+        try:
+            again = measurer.ask((kernel, [shipped, *finalists]), deadline)
+            if isinstance(again, str):
+                raise Lost(again)
+        except (Lost, RuntimeError) as error:
+            sweep.notes.append(f"{kernel} was timed only once: {error}")
+            continue
+        sweep.confirmed[kernel] = dict(zip([shipped, *finalists], again, strict=True))
+
+
+def print_entries(found: Mapping[str, Any]) -> None:
+    """Lines for the launch table, each with what it gains over the shipped entry."""
+    print(f"{found['arch']}, {found['element_bits']} bits; {found['not_tried']} candidates not tried")
+    statuses = [row["status"] for row in found["candidates"]]
+    print(", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)))
+    for note in found["notes"]:
+        print(note)
+    for kernel, fields in found["entries"].items():
+        gain = found["gains"][kernel]
+        speedup = "" if gain["speedup"] is None else f", {gain['speedup']:.2f}x the shipped entry's speed"
+        print(f'    "{kernel}": {as_python(fields)},  # {gain["ms"]:.3f} ms{speedup}')
+
+
+def as_python(fields: Mapping[str, Any]) -> str:
+    """`Launch(...)` as one would write it, without what is a default."""
+    positional = [str(fields[name]) for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages")]
+    defaults = {field.name: field.default for field in dataclasses.fields(Launch)}
+    named = [
+        f"{name}={value!r}"
+        for name, value in list(fields.items())[5:]
+        if defaults.get(name, dataclasses.MISSING) != value
+    ]
+    return f"Launch({', '.join(positional + named)})"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--seconds", type=float, default=110.0, help="time for all (default: 110)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="written after every candidate")
+    parser.add_argument("--kernels", nargs="+", choices=TUNED, default=list(TUNED))
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16")
+    sizes = (("tokens", 8192), ("hidden", 4096), ("vocab", 128256), ("sharpness", 50))
+    for name, size in sizes:
+        parser.add_argument(f"--{name}", type=int, default=size, help=f"default: {size}")
+    processes = max(1, min(12, (os.cpu_count() or 1) - 2))
+    parser.add_argument(
+        "--processes", type=int, default=processes, metavar="N",
+        help=f"candidates compiled at a time; 0: where they are measured (default: {processes})",
+    )  # fmt: skip
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    began = time.monotonic()
+    options = parse(argv)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpreted:
+        print(f"torch {torch.__version__} sees no CUDA device: nothing to tune", file=sys.stderr)
+        return 2
+    arch = "interpret" if interpreted else triton_launch.arch_of(torch.device("cuda"))
+    size = options.tokens, options.hidden, options.vocab, options.sharpness
+    setting = Setting(arch, options.dtype, *size)
+    jobs = in_order(options.kernels, setting)
+    sweep, measurer = Sweep(setting, jobs, options.json), Measurer(setting)
+    at_once = 0 if interpreted else options.processes
+    compilers = Compilers(setting, jobs if at_once else [], at_once)
+    try:
+        run(sweep, measurer, compilers, began + options.seconds)
+    finally:
+        measurer.stop()
+    print_entries(sweep.as_json())
+    return 0 if sweep.as_json()["entries"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
