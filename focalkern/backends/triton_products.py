@@ -24,9 +24,9 @@ from focalkern.backends.triton_launch import (
 from focalkern.layout import Rows
 
 # A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, but not more than a quarter of
-# the vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold. Each
-# chunk is three launches, and reads and writes the fp32 partial sums of dhidden once: by count of bytes and
-# operations, about 160/chunk of the backward on an A100 or H200.
+# the vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold.
+# Each chunk is three launches, and reads and writes the fp32 partial sums of dhidden once: by count of bytes
+# and operations, about 160/chunk of the backward on an A100 or H200.
 _LEAST_CHUNK = 4096
 _DZ_BYTES = 64 * 2**20
 _MAX_DZ_BYTES = 256 * 2**20
