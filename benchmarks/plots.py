@@ -13,6 +13,7 @@ MIB = 2**20
 TOKENS_FILE = "time-memory-against-tokens.png"
 SHARPNESS_FILE = "speed-against-sharpness.png"
 OURS = "focalkern"  # drawn thicker
+MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
 
 Comparison = dict[str, Any]
 Setting = tuple[Any, ...]
@@ -51,18 +52,29 @@ def plot_tokens(report: dict[str, Any], path: Path) -> None:
 
 
 def plot_sharpness(report: dict[str, Any], path: Path) -> None:
-    """Tokens per second over the sharpness of the softmax; a panel for each setting."""
+    """Time of forward and backward over the sharpness of the softmax, and the share of the vocabulary blocks
+    that the certified backward computed. A row of panels for each setting; random weights stand apart.
+    """
     settings = curves_over(entries_of, report)
-    figure, panels = new_figure(report, len(settings), 1)
-    for (setting, comparisons), (panel,) in zip(settings.items(), panels, strict=True):
-        draw(panel, comparisons, entries_of, lambda row: row.get("tokens_per_second"))
-        panel.set(
-            title=title_of(setting),
-            xlabel="softmax entries above 2^-12 per token",
-            ylabel="tokens per second, forward and backward",
+    figure, panels = new_figure(report, len(settings), 2)
+    for (setting, comparisons), row_of_panels in zip(settings.items(), panels, strict=True):
+        ordered = sorted(
+            comparisons, key=lambda comparison: (is_untrained(comparison), entries_of(comparison))
         )
-        panel.set_xscale("symlog", linthresh=1)  # of random weights there may be none
-        panel.set_ylim(bottom=0)
+        places = {id(comparison): place for place, comparison in enumerate(ordered)}
+        names = [
+            "random\nweights" if is_untrained(comparison) else f"{entries_of(comparison):.0f}"
+            for comparison in ordered
+        ]
+        quantities = ("forward and backward, ms", both_ms), ("kept share, %", kept_percent)
+        for panel, (label, value_of) in zip(row_of_panels, quantities, strict=True):
+            for group in ([x for x in ordered if is_untrained(x) == apart] for apart in (False, True)):
+                draw(
+                    panel, group, lambda comparison, places=places: places[id(comparison)], value_of, ordered
+                )
+            panel.set(title=title_of(setting), ylabel=label, xlabel="softmax entries above 2^-12 per token")
+            panel.set_xticks(range(len(names)), names)
+            panel.set_ylim(bottom=0)
     save(figure, panels, path)
 
 
@@ -76,6 +88,14 @@ def entries_of(comparison: Comparison) -> float:
 
 def both_ms(row: dict[str, Any]) -> float | None:
     return row["both_ms"]["median"] if "both_ms" in row else None
+
+
+def kept_percent(row: dict[str, Any]) -> float | None:
+    return 100 * row["kept_share"] if "kept_share" in row else None
+
+
+def is_untrained(comparison: Comparison) -> bool:
+    return comparison["input"]["kind"] == "untrained"
 
 
 def extra_mib(row: dict[str, Any]) -> float | None:
@@ -138,10 +158,12 @@ def draw(
     comparisons: list[Comparison],
     axis: Callable[[Comparison], float],
     value_of: Callable[[dict[str, Any]], float | None],
+    peers_of: list[Comparison] | None = None,
 ) -> None:
-    """One line for each peer that has values."""
-    peers = dict.fromkeys(row["peer"] for comparison in comparisons for row in comparison["rows"])
-    for number, peer in enumerate(peers):  # numbers, and colours, are the same in every panel
+    """One line for each peer that has values, in the colours that it has among those of `peers_of`."""
+    named = peers_of or comparisons
+    peers = dict.fromkeys(row["peer"] for comparison in named for row in comparison["rows"])
+    for number, peer in enumerate(peers):  # numbers, colours and markers are the same in every panel
         points = [
             (axis(comparison), value)
             for comparison in comparisons
@@ -150,7 +172,8 @@ def draw(
         ]
         if points:
             width = 2.4 if peer.startswith(OURS) else 1.2
-            panel.plot(*zip(*points, strict=True), "o-", color=colour(number), linewidth=width, label=peer)
+            style = {"color": colour(number), "marker": MARKERS[number % len(MARKERS)], "linewidth": width}
+            panel.plot(*zip(*points, strict=True), label=peer, **style)
     panel.grid(alpha=0.3)
 
 

@@ -58,7 +58,7 @@ def logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP: tl.constexpr):
     b_z = b_y
     if HAS_SOFTCAP:
         # 1 − tanh² = 4e/(1 + e)² with e = exp(−2|y|): no cancellation where the cap saturates.
-        b_e = tl.exp(-2.0 * tl.abs(b_y))
+        b_e = fast_exp(-2.0 * tl.abs(b_y))
         b_t = (1.0 - b_e) / (1.0 + b_e)
         b_z = out_scale * tl.where(b_y < 0.0, -b_t, b_t)
         b_slope = b_slope * out_scale * 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
