@@ -29,6 +29,7 @@ from benchmarks import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
+COMPILED = Path("benchmarks/compiled.json")
 FIGURES = Path("docs/figures")
 HASH = "focalkern data"  # key of the hash in a plot's metadata
 MIB = 2**20
@@ -101,6 +102,7 @@ class Report:
 class Results:
     reports: list[Report]  # those of GPUs first
     gpu_files: list[Record]
+    compiled: Record  # what resources.py wrote
 
     def heads(self) -> list[Report]:
         return [report for report in self.reports if not report.of_steps]
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if anything is stale")
     options = parser.parse_args(arguments)
     try:
-        results = load_results(root / RESULTS)
+        results = load_results(root)
         stale = [*update_plots(root, results, options.check), *update_pages(root, results, options.check)]
     except ResultError as error:
         print(error, file=sys.stderr)
@@ -126,16 +128,17 @@ def main(arguments: Sequence[str] | None = None, root: Path = ROOT) -> int:
     return 1 if options.check and stale else 0
 
 
-def load_results(folder: Path) -> Results:
+def load_results(root: Path) -> Results:
     reports, gpu_files = [], []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted((root / RESULTS).glob("*.json")):
         data = load(path)
         if "reports" in data or "steps" in data:  # of `make gpu`
             gpu_files.append(data)
             reports += reports_of_gpu(data)
         else:
             reports.append(Report(path.name, "", data))
-    return Results(sorted(reports, key=lambda report: not report.on_gpu), gpu_files)
+    reports.sort(key=lambda report: not report.on_gpu)
+    return Results(reports, gpu_files, load(root / COMPILED))
 
 
 def load(path: Path) -> Record:
@@ -161,7 +164,12 @@ def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
     """Who writes the generated parts of each page, by the name in their markers."""
     return {
         "README.md": {"results": readme_results, "trl-step": readme_step},
-        "docs/performance.md": {"tables": all_tables, "plots": plots_section, "targets": targets_table},
+        "docs/performance.md": {
+            "tables": all_tables,
+            "plots": plots_section,
+            "targets": targets_table,
+            "compiled": compiled_tables,
+        },
     }
 
 
@@ -395,6 +403,27 @@ def notes(comparison: Record) -> str:
     return " ".join([*said, *(f"{', '.join(peers)}: {reason}." for reason, peers in reasons.items())])
 
 
+def compiled_tables(results: Results) -> str:
+    blocks = [f"By triton {results.compiled['triton']}:"]
+    for arch, kernels in results.compiled["kernels"].items():
+        lines = [
+            [
+                f"`{kernel['kernel']}`" + (f", {kernel['variant']}" if kernel["variant"] != "plain" else ""),
+                kernel["tile"],
+                f"{kernel['warps']}, {kernel['stages']}",
+                f"{kernel['registers']}, {kernel['spilled_bytes']}",
+                f"{kernel['shared_bytes'] / 1024:.0f}",
+                f"{kernel['programs']}",
+                percent(kernel["occupancy"]),
+                f"{kernel['main_loop']}, {kernel['tensor_core']}",
+                f"{kernel['others']}",
+            ]
+            for kernel in kernels
+        ]
+        blocks += [f"**{arch}**", markdown_table(COMPILED_COLUMNS, lines)]
+    return "\n\n".join(blocks)
+
+
 def step_heading(comparison: Record) -> str:
     setup = comparison["setup"]
     return (
@@ -433,6 +462,19 @@ def step_table(comparison: Record) -> str:
         "error of the gradient",
     ]
     return markdown_table([*columns, "speed against TRL"], lines)
+
+
+COMPILED_COLUMNS = [
+    "kernel",
+    "tile",
+    "warps, stages",
+    "registers, spilled bytes",
+    "shared memory, KiB",
+    "programs per multiprocessor",
+    "occupancy",
+    "instructions in the main loop, of them tensor-core",
+    "outside it",
+]
 
 
 def markdown_table(columns: list[str], lines: list[list[str]]) -> str:

@@ -45,8 +45,15 @@ print(precision(torch.float32), precision(torch.bfloat16))
 def test_gradient_workspace_is_bounded(n, element_size):
     chunk = triton_products.vocab_chunk(n, 128256, element_size)
     assert chunk % 128 == 0
-    assert 128 <= chunk <= 4096
+    assert 128 <= chunk <= 128256 / 4 + 128
     assert n * chunk * element_size <= 256 * 2**20
+    # Beyond 64 MiB a chunk is not made larger than it must be.
+    assert chunk <= 4096 or n * chunk * element_size <= 64 * 2**20 + n * 128 * element_size
+
+
+def test_few_rows_take_large_chunks_of_the_vocabulary():
+    assert triton_products.vocab_chunk(256, 128256, 2) == 128 * -(-128256 // 4 // 128)
+    assert triton_products.vocab_chunk(8192, 128256, 2) == 4096
 
 
 def test_small_vocabulary_takes_one_chunk():
