@@ -339,11 +339,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Commit of the tree that this file is in, marked when the tree differs from it."""
+    """Commit of the tree that this file is in, marked "-dirty" when the tree differs from it: what runs, that
+    is, not the results that an earlier run has written, nor the pages made of them."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=ROOT, capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
+        others = [":!benchmarks/results", ":!*.md", ":!*.png"]
+        changed = git("status", "--porcelain", "--untracked-files=no", ".", *others)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
