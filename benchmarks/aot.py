@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
+from focalkern.autograd import WORKSPACE_BYTES
 from focalkern.backends import (
     HeadInputs,
     LogitTransform,
@@ -216,7 +217,7 @@ def launch_head(
         kept_pairs(n, forward.block_lse.shape[1]),
         2.0**-13,
         needs,
-        workspace_bytes=256 * 2**20,
+        workspace_bytes=WORKSPACE_BYTES,
     )
 
 

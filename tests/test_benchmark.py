@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import focalkern
-from benchmarks import check, throughput
+from benchmarks import check, report, throughput
 from benchmarks.inputs import (
     BETA,
     PRESENT,
@@ -467,3 +467,25 @@ def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():
     assert loosened == check.Errors(1e-6, check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps, 5e-2)
     assert bound.at_tau(0.0) == bound
     assert check.Errors(1e-6, 6e-6, None).at_tau(2.0**-13).dweight is None
+
+
+def test_commit_is_marked_when_what_runs_has_changed_and_only_then(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=tests", "-c", "user.email=tests@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    assert report.commit() is None  # not a repository
+    result, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+    for file in (result, code):
+        file.write_text("1")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "one")
+    clean = report.commit()
+    assert len(clean) == 40
+    result.write_text("2")
+    assert report.commit() == clean
+    code.write_text("2")
+    assert report.commit() == f"{clean}-dirty"
