@@ -86,6 +86,11 @@ class Report:
         return self.data["device_type"] != "cpu"
 
     @property
+    def has_shipped_table(self) -> bool:
+        """With the launch table that users have, not one that a tuning run has just found."""
+        return self.data.get("launch_table", "shipped") == "shipped"
+
+    @property
     def comparisons(self) -> list[Record]:
         return self.data["comparisons"]
 
@@ -164,6 +169,11 @@ def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
     """Who writes the generated parts of each page, by the name in their markers."""
     return {
         "README.md": {"results": readme_results, "trl-step": readme_step},
+        "docs/certified-backward.md": {
+            "errors": certified_errors,
+            "times": certified_times,
+            "saturated": certified_saturated,
+        },
         "docs/performance.md": {
             "tables": all_tables,
             "plots": plots_section,
@@ -338,8 +348,14 @@ def provenance(report: Report) -> str:
     machine = data["device"] if report.on_gpu else f"{data['device']}, {cores}"
     return (
         f"{machine}; {versions}, Python {data['python']}; {data['date'][:10]}, commit {commit_of(report)}; "
-        f"medians of {data['repeats']} interleaved runs; {report.title}."
+        f"medians of {data['repeats']} interleaved runs{launch_table_of(report)}; {report.title}."
     )
+
+
+def launch_table_of(report: Report) -> str:
+    if not report.on_gpu:
+        return ""
+    return ", shipped launch table" if report.has_shipped_table else ", launch table of the tuning run"
 
 
 def commit_of(report: Report) -> str:
@@ -422,6 +438,73 @@ def compiled_tables(results: Results) -> str:
         ]
         blocks += [f"**{arch}**", markdown_table(COMPILED_COLUMNS, lines)]
     return "\n\n".join(blocks)
+
+
+# docs/certified-backward.md
+
+SHARPNESS_FILE = "cpu-sharpness-bf16.json"
+TAU_FILE = "cpu-fp32-tau-0.000122.json"
+SATURATED_FILE = "cpu-saturated-bf16.json"
+
+
+def named(results: Results, file: str) -> Report:
+    for report in results.reports:
+        if report.file == file:
+            return report
+    raise ResultError(f"{RESULTS / file} is missing")
+
+
+def certified_errors(results: Results) -> str:
+    report, lines = named(results, SHARPNESS_FILE), []
+    for comparison in report.comparisons:
+        rows = [peer_row(comparison, name) for name in ("torch", "torch-exact", "trl")]
+        errors = [
+            scientific(row["errors"][gradient]) if row else ""
+            for gradient in ("dhidden", "dweight")
+            for row in rows
+        ]
+        lines.append([input_of(comparison, nll=True), kept_of(focalkern_row(comparison)), *errors])
+    columns = ["entries (NLL)", "kept share", "dhidden: certified", "exact", "TRL", "dweight: certified"]
+    return markdown_table([*columns, "exact", "TRL"], lines) + f"\n\n{provenance(report)}"
+
+
+def certified_times(results: Results) -> str:
+    reports, lines = [named(results, file) for file in (SHARPNESS_FILE, TAU_FILE)], []
+    for comparison in (found for report in reports for found in report.comparisons):
+        ours = focalkern_row(comparison)
+        rivals = [peer_row(comparison, name) for name in ("torch-exact", "trl", "eager")]
+        both = [row and row["both_ms"]["median"] for row in (ours, *rivals)]
+        parts = [ours[f"{part}_ms"]["median"] for part in ("forward", "backward")]
+        ratios = ", ".join(f"{significant(other / both[0], 3)}×" if other else "–" for other in both[1:])
+        times = [f"{ms:.0f} ms" if ms else "" for ms in (*parts, *both)]
+        lines.append([f"{input_of(comparison)}, {comparison['dtype']}", kept_of(ours), *times, ratios])
+    columns = ["entries, dtype", "kept share", "forward", "backward", "both", "exact", "TRL", "eager"]
+    table = markdown_table([*columns, "speed against exact, TRL, eager"], lines)
+    return "\n\n".join([table, *(provenance(report) for report in reports)])
+
+
+def certified_saturated(results: Results) -> str:
+    report, lines = named(results, SATURATED_FILE), []
+    for comparison in report.comparisons:
+        ours, exact, trl = (peer_row(comparison, name) for name in ("torch", "torch-exact", "trl"))
+        both = [row["both_ms"]["median"] for row in (ours, exact, trl)]
+        lines.append(
+            [
+                f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
+                kept_of(ours),
+                *(f"{row['backward_ms']['median']:.0f} ms" for row in (ours, exact)),
+                f"{both[0]:.0f} ms",
+                ", ".join(f"{significant(other / both[0], 3)}×" for other in both[1:]),
+            ]
+        )
+    columns = ["saturated", "kept share", "backward", "exact backward", "both", "speed against exact, TRL"]
+    return markdown_table(columns, lines) + f"\n\n{provenance(report)}"
+
+
+def input_of(comparison: Record, nll: bool = False) -> str:
+    about = comparison["input"]
+    name = "random weights" if about["kind"] == "untrained" else f"{about['entries']:.0f}"
+    return f"{name} ({about['nll']:.2f})" if nll else name
 
 
 def step_heading(comparison: Record) -> str:
@@ -571,9 +654,9 @@ def step_memory(row: Record) -> str:
 
 
 def rates_of(row: Record) -> str:
-    rates = row.get("executed_tflops") or row.get("tflops", {})  # the first: of peers that recompute logits
+    rates = row.get("tflops", {})  # none for a part that does the work of another
     return ", ".join(
-        significant(rates[part], 3) if part in rates else "" for part in ("forward", "backward", "both")
+        significant(rates[part], 3) if rates.get(part) else "–" for part in ("forward", "backward", "both")
     )
 
 
@@ -596,7 +679,8 @@ class Target:
     def found(self, results: Results) -> dict[str, tuple[Report, float]]:
         """The newest measurement on each device, by the device's name."""
         newest = {}
-        for report in sorted(results.heads(), key=lambda report: report.data["date"]):
+        shipped = (report for report in results.heads() if report.has_shipped_table)
+        for report in sorted(shipped, key=lambda report: report.data["date"]):
             device = report.data["device"]
             right_device = any(name in device for name in self.gpus) if report.on_gpu else not self.gpus
             for comparison in report.comparisons if right_device else []:

@@ -31,6 +31,7 @@ class Launch:
     warp_specialize: bool = False
 
 
+VOCAB_BLOCK = 128  # as in `linear_logps`
 # Row tiles in flight together: their hidden states and one head tile stay in L2.
 GROUP_M = 8
 
@@ -78,8 +79,9 @@ KERNELS = (
     "certified_product_narrow",
 )
 
-# Those with a second form that takes its tiles by TMA.
+# Those with a second form that takes its tiles by TMA; and of these, those that can specialise their warps.
 TMA_KERNELS = ("fwd", "bwd_dz", "bwd_dweight", "bwd_dhidden")
+WARP_SPECIALIZED_KERNELS = ("fwd", "bwd_dz")
 
 _NARROW = {
     "bwd_dweight_narrow": Launch(64, 64, 32, 4, 5),
@@ -186,6 +188,15 @@ _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
 
 def replace_entries(arch: str, element_bits: int, entries: Mapping[str, Launch]) -> None:
     """Take these entries instead of the shipped ones in this process: what a tuning run found."""
+    for kernel, entry in entries.items():
+        if kernel not in KERNELS:
+            raise ValueError(f"entries: expected kernels of the launch table, got {kernel!r}")
+        if entry.tma and kernel not in TMA_KERNELS:
+            raise ValueError(f"entries: {kernel} has no form with TMA, got {entry}")
+        if entry.tma and kernel == "bwd_dhidden" and VOCAB_BLOCK % entry.block_k:
+            raise ValueError(f"entries: block_k of {kernel} with TMA must divide {VOCAB_BLOCK}, got {entry}")
+        if entry.warp_specialize and not (entry.tma and kernel in WARP_SPECIALIZED_KERNELS):
+            raise ValueError(f"entries: {kernel} cannot specialise its warps, got {entry}")
     LAUNCH_TABLE[_nearest(arch)][element_bits] = LAUNCH_TABLE[_nearest(arch)][element_bits] | entries
 
 

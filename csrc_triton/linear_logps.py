@@ -25,6 +25,17 @@ def tile_order(i_tile, num_m, num_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def with_bias(b_acc, bias_ptr, o_v, HAS_BIAS: tl.constexpr):
+    """The logits; and per row NaN if the products are not finite, else 0."""
+    # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is
+    # meant.
+    b_poison = tl.sum(b_acc * 0.0, axis=1)
+    if HAS_BIAS:
+        b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
+    return b_acc, b_poison
+
+
+@triton.jit
 def logits_tile(
     hidden_ptr,
     weight_ptr,
@@ -78,12 +89,7 @@ def logits_tile(
             p_hidden += BLOCK_R
             p_weight += BLOCK_R
 
-    # A softmax would turn an infinite logit into a finite loss, and so would the softcap; a −inf in bias is
-    # meant.
-    b_poison = tl.sum(b_acc * 0.0, axis=1)
-    if HAS_BIAS:
-        b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
-    return b_acc, b_poison
+    return with_bias(b_acc, bias_ptr, o_v, HAS_BIAS)
 
 
 @triton.jit
@@ -93,7 +99,7 @@ def take_out_label(b_z, b_y, o_m, o_v, m_own, target_z_ptr, V, EVEN_V: tl.conste
     tl.store(target_z_ptr + o_m, tl.sum(tl.where(m_target, b_z, 0.0), axis=1), mask=m_own)
     b_rest = tl.where(m_target, -float("inf"), b_z)
     if not EVEN_V:
-        # A sum takes fewer registers than a second mask. Past V stands the last logit again: NaN for NaN.
+        # Columns past V repeat the last one. Adding −inf removes them in fewer registers than a second mask.
         b_rest += tl.where(o_v < V, 0.0, -float("inf"))[None, :]
     return b_rest
 
@@ -559,6 +565,52 @@ def linear_logps_bwd_dbias_kernel(
 
 
 @triton.jit
+def split_range(chunk_size, i_split, splits, BLOCK_K: tl.constexpr):
+    """The part of a chunk that a split sums over: as many blocks of BLOCK_K each, fewer in the last."""
+    per_split = tl.cdiv(tl.cdiv(chunk_size, BLOCK_K), splits) * BLOCK_K
+    first = i_split * per_split
+    return first, tl.minimum(first + per_split, chunk_size)
+
+
+@triton.jit
+def sum_so_far(partial_ptr, o_m, o_h, i_split, count, chunk_start, n, H):
+    """A tile of a split's sum over the chunks, 0 before the first.
+
+    The product goes on from it: added afterwards, it would take as many registers as the product.
+    """
+    m_out = (o_m < count)[:, None] & (o_h < H)[None, :]
+    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
+    return tl.load(p_partial, mask=m_out & (chunk_start > 0), other=0.0)
+
+
+@triton.jit
+def store_sum(
+    b_acc,  # [BLOCK_M, BLOCK_N], of all chunks so far
+    o_m,
+    o_h,
+    i_split,
+    splits,
+    hidden_index_ptr,
+    count,
+    partial_ptr,
+    dhidden_ptr,
+    is_last,
+    n,
+    H,
+):
+    """The sum of a single split over all chunks is dhidden; any other waits in `partial`."""
+    m_m = o_m < count
+    m_out = m_m[:, None] & (o_h < H)[None, :]
+    if is_last & (splits == 1):
+        o_row = tl.load(hidden_index_ptr + o_m, mask=m_m, other=0)
+        p_out = dhidden_ptr + o_row[:, None] * H + o_h[None, :]
+        tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_out)
+    else:
+        p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
+        tl.store(p_partial, b_acc, mask=m_out)
+
+
+@triton.jit
 def linear_logps_bwd_dhidden_kernel(
     dz_ptr,  # [n, C]
     weight_ptr,  # [V, H]
@@ -617,52 +669,6 @@ def linear_logps_bwd_dhidden_kernel(
         n,
         H,
     )
-
-
-@triton.jit
-def split_range(chunk_size, i_split, splits, BLOCK_K: tl.constexpr):
-    """The part of a chunk that a split sums over: as many blocks of BLOCK_K each, fewer in the last."""
-    per_split = tl.cdiv(tl.cdiv(chunk_size, BLOCK_K), splits) * BLOCK_K
-    first = i_split * per_split
-    return first, tl.minimum(first + per_split, chunk_size)
-
-
-@triton.jit
-def sum_so_far(partial_ptr, o_m, o_h, i_split, count, chunk_start, n, H):
-    """A tile of a split's sum over the chunks, 0 before the first.
-
-    The product goes on from it: added afterwards, it would take as many registers as the product.
-    """
-    m_out = (o_m < count)[:, None] & (o_h < H)[None, :]
-    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
-    return tl.load(p_partial, mask=m_out & (chunk_start > 0), other=0.0)
-
-
-@triton.jit
-def store_sum(
-    b_acc,  # [BLOCK_M, BLOCK_N], of all chunks so far
-    o_m,
-    o_h,
-    i_split,
-    splits,
-    hidden_index_ptr,
-    count,
-    partial_ptr,
-    dhidden_ptr,
-    is_last,
-    n,
-    H,
-):
-    """The sum of a single split over all chunks is dhidden; any other waits in `partial`."""
-    m_m = o_m < count
-    m_out = m_m[:, None] & (o_h < H)[None, :]
-    if is_last & (splits == 1):
-        o_row = tl.load(hidden_index_ptr + o_m, mask=m_m, other=0)
-        p_out = dhidden_ptr + o_row[:, None] * H + o_h[None, :]
-        tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_out)
-    else:
-        p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
-        tl.store(p_partial, b_acc, mask=m_out)
 
 
 @triton.jit

@@ -16,6 +16,7 @@ from csrc_triton.linear_logps import (
     store_sum,
     sum_so_far,
     tile_order,
+    with_bias,
 )
 
 
@@ -75,11 +76,7 @@ def logits_tile_tma(
         b_rows = rows.load([first_row, i_k])
         b_weight = weight.load([first_v, i_k])
         b_acc = tl.dot(b_rows, tl.trans(b_weight), b_acc, input_precision=PRECISION)
-    b_poison = tl.sum(b_acc * 0.0, axis=1)
-    if HAS_BIAS:
-        o_v = tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1)
-        b_acc += tl.load(bias_ptr + o_v).to(tl.float32)[None, :]
-    return b_acc, b_poison
+    return with_bias(b_acc, bias_ptr, tl.minimum(first_v + tl.arange(0, BLOCK_V), V - 1), HAS_BIAS)
 
 
 @triton.jit
@@ -138,7 +135,7 @@ def linear_logps_fwd_tma_kernel(
             count,
             target_z_ptr,
             block_lse_ptr,
-            None,
+            None,  # statistics
             0,
             V,
             NB,

@@ -26,6 +26,7 @@ from benchmarks.aot import (
     launch_kl,
     recorded_launches,
 )
+from benchmarks.resources import TMA_TILES
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern.backends import PairObjective, triton_backend
 from focalkern.layout import Sequences
@@ -39,6 +40,7 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
 }
+BF16 = torch.bfloat16
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
 GEMM_KERNELS = ("fwd", "dz", "dweight", "bwd_dhidden", "certified_product")
 
@@ -46,6 +48,8 @@ VARIANTS = {
     "plain": {},
     "vocabulary not a multiple of 16": {"vocab_size": 50257},
     "softcap, bias, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100},
+    "few rows": {"n": 200},
+    "few rows, softcap, bias": {"n": 200, "softcap": 30.0, "bias": True},
     "outputs and entropy gradient": {"outputs": True},
     "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": True},
     "update of rank 16": {"rank": 16},
@@ -88,7 +92,10 @@ def check_head_kernels(arch, dtype, precision="highest", launch=launch_head, at_
         assert resources.shared_bytes <= SHARED_LIMIT[arch], str(launch)
         is_gemm = launch.name.removesuffix("_kernel").endswith(GEMM_KERNELS)
         if is_gemm and has_tensor_cores:
-            assert TENSOR_CORE.get(arch, "mma.sync") in resources.ptx, f"{launch} does not use tensor cores"
+            # wgmma takes tiles of 64 rows; smaller ones have the instruction of older architectures.
+            small = dict(launch.constants).get("BLOCK_M", 64) < 64
+            instruction = "mma.sync" if small else TENSOR_CORE.get(arch, "mma.sync")
+            assert instruction in resources.ptx, f"{launch} does not use tensor cores"
     assert len(launches) >= at_least
 
 
@@ -101,6 +108,33 @@ def check_kl_kernels(arch, dtype, precision="highest", **variant):
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_head_kernels_compile_without_spills(arch, dtype, variant):
     check_head_kernels(arch, dtype, **VARIANTS[variant])
+
+
+def test_few_rows_have_small_tiles_for_kept_blocks_and_several_programs_per_sum_of_dhidden():
+    launches = {
+        launch.name: launch for launch in recorded_launches("sm_80", lambda: launch_head(BF16, n=200))
+    }
+    assert dict(launches["certified_dz_kernel"].constants)["BLOCK_M"] == 32
+    assert dict(launches["certified_product_kernel"].constants)["BLOCK_M"] == 32
+    assert "linear_logps_bwd_dhidden_sum_kernel" in launches
+    many = {launch.name for launch in recorded_launches("sm_80", lambda: launch_head(BF16))}
+    assert "linear_logps_bwd_dhidden_sum_kernel" not in many
+
+
+@pytest.mark.parametrize("variant", ["plain", "few rows", "softcap, bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_kernels_with_tma_compile_for_hopper_without_spills(dtype, variant, monkeypatch):
+    entries = LAUNCH_TABLE["sm_90"][16]
+    monkeypatch.setitem(LAUNCH_TABLE["sm_90"], 16, entries | TMA_TILES)
+    options = {"plain": {}, "few rows": {"n": 200}, "softcap, bias": {"softcap": 30.0, "bias": True}}[variant]
+    launches = recorded_launches("sm_90", lambda: launch_head(dtype, **options))
+    by_tma = [launch for launch in launches if "_tma_" in launch.name]
+    assert len(by_tma) == (3 if "softcap" in options else 4)
+    for launch in by_tma:
+        resources = compile_launch(launch, "sm_90")
+        assert resources.spilled_bytes == 0, f"{launch} spills {resources.spilled_bytes} bytes"
+        assert resources.shared_bytes <= SHARED_LIMIT["sm_90"]
+        assert "wgmma" in resources.ptx and "cp.async.bulk.tensor" in resources.ptx
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

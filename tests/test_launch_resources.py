@@ -40,7 +40,9 @@ def test_the_shipped_tiles_take_no_more_than_before(arch):
     for name, kernel in found.items():
         for resource in ("registers", "spilled_bytes", "shared_bytes"):
             assert kernel[resource] <= before[name][resource], f"{resource} of {name}: {UPDATE}"
-        assert kernel["occupancy"] >= before[name]["occupancy"], f"occupancy of {name}: {UPDATE}"
+            # A baseline far above the kernel would hold nothing.
+            assert kernel[resource] >= 0.9 * before[name][resource], f"{resource} of {name}: {UPDATE}"
+        assert kernel["occupancy"] == before[name]["occupancy"], f"occupancy of {name}: {UPDATE}"
         # Of the code, what the compiler may move about for reasons of its own.
         instructions = kernel["main_loop"] + kernel["others"]
         assert instructions <= 1.05 * (before[name]["main_loop"] + before[name]["others"]), (

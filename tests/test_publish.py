@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import publish
 
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/certified-backward.md", "docs/performance.md")
 CPU_FILE = "cpu-4096x512x128256-bf16.json"
 GPU = "NVIDIA H200"
 
@@ -26,6 +27,7 @@ def copy(tmp_path) -> Path:
         shutil.copy(publish.ROOT / page, tmp_path / page)
     for folder in (publish.RESULTS, publish.FIGURES):
         shutil.copytree(publish.ROOT / folder, tmp_path / folder)
+    shutil.copy(publish.ROOT / publish.COMPILED, tmp_path / publish.COMPILED)
     assert publish.main([], tmp_path) == 0
     return tmp_path
 
@@ -84,16 +86,26 @@ def test_a_second_run_changes_nothing(copy):
     assert publish.main(["--check"], copy) == 0
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_check_names_the_part_in_which_a_number_was_changed(page, copy, capsys):
+@pytest.mark.parametrize(
+    ("page", "part"),
+    [
+        ("README.md", "results"),
+        ("docs/certified-backward.md", "times"),
+        ("docs/performance.md", "tables"),
+        ("docs/performance.md", "compiled"),
+    ],
+)
+def test_check_names_the_part_in_which_a_number_was_changed(page, part, copy, capsys):
     path = copy / page
     text = path.read_text()
-    assert "| TRL head | 2.63 |" in text
-    path.write_text(text.replace("| TRL head | 2.63 |", "| TRL head | 3.63 |"))
+    begin = text.index(f"<!-- measured: begin {part} ")
+    # The last cell of the part's first table that ends in a digit.
+    place = begin + re.search(r"\d(?=[^\d|]* \|$)", text[begin:], re.M).start()
+    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+    path.write_text(changed)
     assert publish.main(["--check"], copy) == 1
-    part = {"README.md": "results", "docs/performance.md": "tables"}[page]
     assert capsys.readouterr().out == f'{page}, part "{part}" is stale: make report\n'
-    assert "| TRL head | 3.63 |" in path.read_text()
+    assert path.read_text() == changed
     assert publish.main([], copy) == 0
     assert path.read_text() == text
 
@@ -108,9 +120,8 @@ def test_text_outside_the_markers_stays(copy):
 
 def test_new_results_reach_the_tables_the_targets_and_the_plots(copy, capsys):
     data = result(copy)
-    next(row for row in data["comparisons"][0]["rows"] if row["peer"] == "TRL head")["both_ms"]["median"] = (
-        9000.0
-    )
+    rows = {row["id"]: row for row in data["comparisons"][0]["rows"]}
+    rows["trl"]["both_ms"]["median"] = 3.9 * rows["torch"]["both_ms"]["median"]
     write(copy, CPU_FILE, data)
     sweep = result(copy, "cpu-sharpness-bf16.json")
     sweep["comparisons"][0]["rows"][2]["both_ms"]["median"] *= 2
@@ -136,7 +147,7 @@ def test_without_a_gpu_the_pages_say_so(copy):
 def test_results_of_a_gpu_come_first(copy):
     write_gpu(copy)
     assert publish.main([], copy) == 0
-    readme, page = ((copy / name).read_text() for name in PAGES)
+    readme, _, page = ((copy / name).read_text() for name in PAGES)
     assert "Nothing has been measured on a GPU" not in readme
     assert "61 passed, 1 failed. Steps of `make gpu`: tuning: took too long." in " ".join(readme.split())
     assert readme.count("| method |") == publish.README_TABLES
@@ -145,11 +156,26 @@ def test_results_of_a_gpu_come_first(copy):
     )
     assert page.index("### `nvidia-h200.json`, llama3-8b") < page.index("### `cpu-")
     assert "612, 512, 412" in page
-    # Certified 2306 ms over TRL's 16514; the forward's 1781 over the bare GEMM's 752.
-    assert "TRL's head: ≥ 2.5× | 7.16× (`nvidia-h200.json`, llama3-8b) | yes |" in page
-    assert "one bare GEMM: ≤ 1.15× | 2.37× (`nvidia-h200.json`, llama3-8b) | **no** |" in page
-    assert "extra memory: ≤ 300 MiB | 114 MiB" in page
+    comparison = result(copy)["comparisons"][0]
+    rows = {row["id"]: row for row in comparison["rows"]}
+    ours = rows["torch"]
+    ratio = rows["trl"]["both_ms"]["median"] / ours["both_ms"]["median"]
+    forward = ours["forward_ms"]["median"] / comparison["bare_gemm_ms"]["median"]
+    where = "(`nvidia-h200.json`, llama3-8b)"
+    assert f"TRL's head: ≥ 2.5× | {ratio:.2f}× {where} | yes |" in page
+    assert f"one bare GEMM: ≤ 1.15× | {forward:.2f}× {where} | **no** |" in page
+    assert f"extra memory: ≤ 300 MiB | {ours['extra_bytes'] / 2**20:.0f} MiB" in page
     assert "not measured: no A100 |" in page and "against CCE: ≥ 2× | not measured |" in page
+
+
+def test_a_launch_table_that_is_not_shipped_meets_no_target_and_is_named(copy):
+    data = write_gpu(copy)
+    data["reports"]["llama3-8b"]["launch_table"] = "launch-table.json"
+    write(copy, "nvidia-h200.json", data)
+    assert publish.main([], copy) == 0
+    page = " ".join((copy / "docs/performance.md").read_text().split())
+    assert "extra memory: ≤ 300 MiB | not measured" in page
+    assert "launch table of the tuning run; `nvidia-h200.json`" in page
 
 
 def test_rows_without_a_time_are_named_with_the_reason(copy):

@@ -56,6 +56,22 @@ def test_few_rows_take_large_chunks_of_the_vocabulary():
     assert triton_products.vocab_chunk(8192, 128256, 2) == 4096
 
 
+@pytest.mark.parametrize(
+    ("tiles", "programs", "splits"),
+    [
+        (0, 132, 1),
+        (64, 132, 2),  # one round of halves
+        (64, 108, 5),  # three rounds of fifths, where one split leaves 44 programs without work
+        (32, 132, 4),
+        (1, 132, 8),
+        (132, 132, 1),
+        (256, 132, 1),
+    ],
+)
+def test_few_tiles_of_dhidden_are_shared_by_several_programs(tiles, programs, splits):
+    assert triton_products.splits_of_sum(tiles, programs) == splits
+
+
 def test_small_vocabulary_takes_one_chunk():
     assert triton_products.vocab_chunk(1000, 300, 2) == 384
 

@@ -27,7 +27,6 @@ from focalkern.backends.triton_certified import head_backward_certified as head_
 from focalkern.backends.triton_kl import kl_backward as kl_backward
 from focalkern.backends.triton_kl import kl_forward as kl_forward
 from focalkern.backends.triton_launch import (
-    as_readable,
     head_options,
     launch_of,
     on_device,
@@ -37,6 +36,7 @@ from focalkern.backends.triton_launch import (
     tensors,
     tile_grid,
     tile_options,
+    tma_if_readable,
     unit_strides,
     with_aligned_update,
 )
@@ -74,7 +74,7 @@ def head_forward(
 
     if n:
         with on_device(head.hidden):
-            config = as_readable(launch_of("fwd", head.hidden, small=bool(outputs)), head)
+            config = tma_if_readable(launch_of("fwd", head.hidden, small=bool(outputs)), head)
             if config.tma:
                 triton_tma.forward(head, rows, transform, config, target_z, block_lse)
             else:
@@ -165,7 +165,7 @@ def head_backward(
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
 
     small = transform.softcap is not None or grad_entropy is not None
-    config = as_readable(launch_of("bwd_dz", hidden, small), head)
+    config = tma_if_readable(launch_of("bwd_dz", hidden, small), head)
     gradients = HeadGradients(head, rows, needs, config)
     head = with_aligned_update(head)
     with on_device(hidden):

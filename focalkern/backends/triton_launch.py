@@ -101,18 +101,30 @@ def launch_of(kernel: str, hidden: torch.Tensor, small: bool = False, few_rows: 
     return launch_config(kernel, arch_of(hidden.device), hidden.element_size() * 8)
 
 
-def as_readable(config: Launch, head: HeadInputs) -> Launch:
-    """The entry, without TMA where the head is not one that TMA can read."""
+def tma_if_readable(config: Launch, head: HeadInputs) -> Launch:
+    """The entry, without TMA where this head is not one that TMA can read."""
+    if not config.tma:
+        return config
     weight = head.weight
     aligned = not (weight.stride(0) * weight.element_size() % 16 or weight.data_ptr() % 16)
     whole_blocks = weight.shape[0] % VOCAB_BLOCK == 0
-    return config if aligned and whole_blocks and head.update_weight is None else without_tma(config)
+    if not aligned or not whole_blocks or head.update_weight is not None:
+        return without_tma(config)
+    return config if _SPECIALIZES_WARPS else unspecialised(config)
 
 
 def without_tma(config: Launch) -> Launch:
+    return replace(unspecialised(config), tma=False)
+
+
+def unspecialised(config: Launch) -> Launch:
     # 4 specialised warps stand for 12; unspecialised, a tile for them has 8.
     warps = 8 if config.warp_specialize else config.num_warps
-    return replace(config, tma=False, warp_specialize=False, num_warps=warps)
+    return replace(config, warp_specialize=False, num_warps=warps)
+
+
+# Triton 3.6 cannot specialise the warps of a loop with these kernels' reductions in it.
+_SPECIALIZES_WARPS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 
 
 def product_launch_of(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> Launch:

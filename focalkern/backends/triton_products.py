@@ -14,11 +14,12 @@ from csrc_triton import linear_logps as kernels
 from csrc_triton.launch import Launch
 from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, Needs, gradients_in_order, triton_tma
 from focalkern.backends.triton_launch import (
-    as_readable,
     multiprocessors,
+    on_device,
     product_launch_of,
     tile_grid,
     tile_options,
+    tma_if_readable,
     without_tma,
 )
 from focalkern.layout import Rows
@@ -49,8 +50,9 @@ class HeadGradients:
             )
         ]
         self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs[2] else None
-        by_tma = dz_config.tma or any(product.dweight_config.tma for product in self.products)
-        self.gathered = triton_tma.gather_rows(head.hidden, rows) if self.n and by_tma else None
+        by_tma = dz_config.tma or any(product.dweight_by_tma for product in self.products)
+        with on_device(head.hidden):
+            self.gathered = triton_tma.gather_rows(head.hidden, rows) if self.n and by_tma else None
 
     def chunks(self) -> Iterator[tuple[int, int]]:
         """Start and size of each vocabulary chunk, in the order in which dz is to be added."""
@@ -86,25 +88,28 @@ class _ProductGradients:
     ) -> None:
         (self.hidden, self.weight), self.rows = product, rows
         n, width, device = rows.targets.numel(), self.hidden.shape[1], self.hidden.device
-        self.dweight_config = as_readable(product_launch_of("bwd_dweight", self.hidden), head)
-        self.dhidden_config = as_readable(product_launch_of("bwd_dhidden", self.hidden), head)
+        self.dweight_config = tma_if_readable(product_launch_of("bwd_dweight", self.hidden), head)
+        self.dhidden_config = tma_if_readable(product_launch_of("bwd_dhidden", self.hidden), head)
         if dz_config.block_m % self.dweight_config.block_k:
             self.dweight_config = without_tma(self.dweight_config)
         self.dhidden = self.partial = self.dweight = None
         if needs_hidden:
             self.dhidden = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=device)
-            # Few rows make few tiles of dhidden: then several programs share the sum of each.
-            tiles = max(tile_grid(self.dhidden_config, n, width)[0], 1)
-            splits = min(max(multiprocessors(device) // tiles, 1), _MAX_SPLITS)
+            tiles = tile_grid(self.dhidden_config, n, width)[0]
+            splits = splits_of_sum(tiles, multiprocessors(device))
             self.partial = torch.empty((splits, n, width), dtype=torch.float32, device=device)
         if needs_weight:
             self.dweight = torch.empty(self.weight.shape, dtype=self.hidden.dtype, device=device)
+
+    @property
+    def dweight_by_tma(self) -> bool:
+        return self.dweight is not None and self.dweight_config.tma
 
     def add_dweight(self, dz: torch.Tensor, gathered: torch.Tensor | None, start: int, size: int) -> None:
         config = self.dweight_config
         if self.dweight is None:
             return
-        if config.tma and gathered is not None:
+        if self.dweight_by_tma and gathered is not None:
             triton_tma.dweight(dz, gathered, self.rows, config, self.dweight, start, size)
             return
         width = self.hidden.shape[1]
@@ -160,6 +165,18 @@ class _ProductGradients:
                 width,
                 BLOCK_N=1024,
             )
+
+
+def splits_of_sum(tiles: int, programs: int) -> int:
+    """How many programs share the sum of a tile, where there are fewer tiles than programs at a time.
+
+    With s splits the tiles take ⌈s·tiles / programs⌉ rounds of 1/s of the work each: the fewest splits that
+    come within a tenth of the shortest time.
+    """
+    if not 0 < tiles < programs:
+        return 1
+    times = {splits: -(-splits * tiles // programs) / splits for splits in range(1, _MAX_SPLITS + 1)}
+    return next(splits for splits, time in times.items() if time <= 1.1 * min(times.values()))
 
 
 def vocab_chunk(n: int, vocab_size: int, element_size: int) -> int:

@@ -1,7 +1,8 @@
 """Launches of the kernels that take their tiles by TMA, on Hopper, where the launch table says so.
 
-TMA reads consecutive rows, so the rows that take part are first copied together: `[n, H]`, 64 MiB for 8192
-rows of 4096 in bf16, for the time of the forward or of the backward.
+No shipped entry does as long as that has not been timed; `benchmarks/tune.py` tries them. TMA reads
+consecutive rows, so the rows that take part are first copied together: `[n, H]`, 64 MiB for 8192 rows of 4096
+in bf16, for the time of the forward or of the backward.
 """
 
 from __future__ import annotations
