@@ -47,7 +47,10 @@ def plot_tokens(report: dict[str, Any], path: Path) -> None:
             draw(panel, comparisons, tokens_of, value_of)
             panel.set(title=title_of(setting), xlabel="tokens", ylabel=label)
             panel.set_xscale("log", base=2)
+            panel.set_xticks([tokens_of(comparison) for comparison in comparisons])
             panel.set_yscale("log")
+            for scale in (panel.xaxis, panel.yaxis):
+                plain_numbers(scale)
     save(figure, panels, path)
 
 
@@ -136,12 +139,22 @@ def title_of(setting: Setting) -> str:
     if tokens is not None:
         words.insert(0, f"{tokens} tokens")
     if about is not None:
-        words.append(about[0] if about[1] is None else f"{about[0]} (scale {about[1]:g})")
+        words.append("random weights" if about[1] is None else f"{about[0]} input")
     if frozen_head:
         words.append("frozen head")
     if saturated:
         words.append(f"{saturated} pairs saturated")
     return ", ".join(words)
+
+
+def plain_numbers(scale: Any) -> None:
+    """100 and 200 at the ticks of a logarithmic axis, not powers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    if scale.axis_name == "y":
+        scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    scale.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    scale.set_minor_formatter(NullFormatter())
 
 
 def new_figure(report: dict[str, Any], rows: int, columns: int) -> tuple[Any, Any]:
