@@ -1,4 +1,4 @@
-# Every target sets up what it needs in .venv; nothing else on the machine is changed.
+# Targets set up what they need in .venv, gpu alone takes the active python; nothing else on the machine is changed.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -30,8 +30,10 @@ test: $(VENV)/ready
 	fi
 
 # On a machine with a CUDA device, with whatever python is active there: 8 minutes, nothing is installed.
+# Its options: make gpu GPU_ARGS="--minutes 4 --out somewhere"; all of them: make gpu GPU_ARGS=--help.
+GPU_ARGS ?=
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 .PHONY: report
 # The numbers and plots of README.md and docs/performance.md, from benchmarks/results.

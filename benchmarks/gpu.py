@@ -5,8 +5,9 @@
 
 With whatever python is active: nothing is installed, and no network is needed. Every step is a process (the
 tests are several) with a time limit of its own; one that fails or takes too long is recorded with the end of
-its output, and the next goes on. The file is written again after every step. The exit status is 1 where a
-step or a test failed, 2 where there is no CUDA device.
+its output, and the next goes on. What has been found is in <device>.partial.json after every step; in the end
+it takes the place of <device>.json, unless nothing was compared. The exit status is 1 where a step or a test
+failed, 2 where there is no CUDA device or no way to write.
 """
 
 from __future__ import annotations
@@ -23,20 +24,25 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.targets import MIB, TARGETS, Target
+
+ROOT = Path(__file__).resolve().parents[1]
 TAIL = 4000  # characters of a step's output that are kept
+NO_TIME = "skipped: no time left"
 LEAST_SECONDS = 15.0  # with less time left than this, a step is not begun
 CLEAN_UP_SECONDS = 5.0  # for a process that is told to end, before it is killed
+TESTS = ("tests/test_benchmark_runs.py", "tests/test_gpu.py")  # those that take longest first
 SHAPES = ("gemma2-9b", "qwen2.5-7b", "mistral-7b")
 # Peers that take long, to compile or to run, and are nobody's first choice: in a step of their own.
-SLOW_PEERS = ("torch", "torch-exact", "compile", "cce-compile", "torch-lce-rows")
-MIB = 2**20
+SLOW_PEERS = ("torch", "torch-exact", "cce-compile", "torch-lce-rows")
+# Takes long to compile too, but is the strongest where nothing but PyTorch is installed: in the first step.
+COMPILED_PEER = "compile"
 
 
 @dataclass
@@ -61,22 +67,32 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     from benchmarks.report import environment
 
-    report: dict[str, Any] = {"device": device, "environment": environment("cuda") | {"seen": seen}}
+    about = environment("cuda") | {"seen": seen}
+    about["commit"] = about["commit"] or options.commit
+    report: dict[str, Any] = {"device": device, "environment": about, "steps": []}
     path = options.out / f"{slug(device)}.json"
+    partial = path.with_suffix(".partial.json")
+    try:
+        write(report, partial)
+    except OSError as error:
+        print(f"--out {options.out}: cannot be written to: {error}", file=sys.stderr)
+        return 2
     print(f"{device}; {seen}; {options.minutes:g} minutes; into {path}", flush=True)
     with tempfile.TemporaryDirectory(prefix="focalkern-gpu-") as folder:
-        run_steps(steps(Path(folder), memory_gib()), report, path, began + 60 * options.minutes)
+        run_steps(steps(Path(folder), memory_gib()), report, partial, began + 60 * options.minutes)
+    written = settle(report, partial, path)
     try:
         print("\n".join(["", *summary(report)]))
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-    ):  # a report of another form is in the file all the same
-        traceback.print_exc()
-    print(f"written to {path}, {time.monotonic() - began:.0f} s")
-    return 1 if any(step["status"] != "ok" for step in report["steps"]) else 0
+    except (KeyError, TypeError, ValueError, IndexError):
+        traceback.print_exc()  # a report of another form is in the file all the same
+    print(f"written to {written}, {time.monotonic() - began:.0f} s")
+    return exit_status(report)
+
+
+def exit_status(report: dict[str, Any]) -> int:
+    """A step that there was no time for is no failure."""
+    fine = ("ok", NO_TIME)
+    return 1 if any(step["status"] not in fine for step in report["steps"]) else 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -86,6 +102,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="for everything (default: 8)")
     default = ROOT / "benchmarks" / "results"
     parser.add_argument("--out", type=Path, default=default, metavar="DIR", help=f"default: {default}")
+    parser.add_argument(
+        "--commit", metavar="ID", help="of a tree that was copied without .git; what git knows comes first"
+    )
     return parser.parse_args(argv)
 
 
@@ -124,25 +143,31 @@ def slug(name: str) -> str:
 def steps(folder: Path, gpu_gib: float) -> Iterator[Step]:
     """The most telling first; each is made when the one before it has ended."""
     yield test_step(folder, test_processes(os.cpu_count() or 1, gpu_gib))
-    fast = ["--only", *(name for name in peers() if name not in SLOW_PEERS)]
-    slow = ["--only", "triton", *(name for name in peers() if name in SLOW_PEERS)]
+    fast = [name for name in peers() if name not in (*SLOW_PEERS, COMPILED_PEER)]
     usual = ["--tokens", "8192", "--sharpness", "50"]
     llama = ["--shape", "llama3-8b"]
-    yield throughput_step("shipped", folder, [*llama, *usual, *fast], 120)
+    best_of = ["--repeats", "10", "--only", *fast]
+    few = ["--repeats", "5", "--only", *fast]
+    yield throughput_step("shipped", folder, [*llama, *usual, *best_of, COMPILED_PEER], 90)
 
-    table, seconds = folder / "launch-table.json", 115
+    table, seconds = folder / "launch-table.json", 90
     tune = [script("tune.py"), "--seconds", str(seconds), "--json", str(table)]
     yield Step("tuning", [python(*tune)], seconds + 15, lambda report: collect_json(report, "tuning", table))
 
     tuned = ["--launch-table", str(table)] if has_entries(table) else []
-    yield throughput_step("tuned", folder, [*llama, *usual, *fast, *tuned], 90)
-    small = ["--tokens", "256", "512", "1024", "--sharpness", "50"]
-    yield throughput_step("small batches", folder, [*llama, *small, *fast, *tuned], 90)
+    if tuned:
+        yield throughput_step("tuned", folder, [*llama, *usual, *best_of, *tuned], 50)
     inputs = ["--tokens", "8192", "--sharpness", "16", "200", "flat"]
-    yield throughput_step("sharpness", folder, [*llama, *inputs, *fast, *tuned], 90)
-    yield throughput_step("slow peers", folder, [*llama, *usual, *slow, *tuned], 90)
+    yield throughput_step("sharpness", folder, [*llama, *inputs, *few, *tuned], 50)
+    small = ["--tokens", "256", "512", "1024", "--sharpness", "50"]
+    yield throughput_step("small batches", folder, [*llama, *small, *few, *tuned], 40)
+    # As for LoRA, up to batches whose logits no GPU holds.
+    frozen = ["--head", "frozen", "--tokens", "1024", "16384", "65536", "--sharpness", "50"]
+    yield throughput_step("frozen head", folder, [*llama, *frozen, *few, *tuned], 60)
     for shape in SHAPES:
-        yield throughput_step(shape, folder, ["--shape", shape, *usual, *fast, *tuned], 90)
+        yield throughput_step(shape, folder, ["--shape", shape, *usual, *few, *tuned], 30)
+    slow = ["--repeats", "5", "--only", "triton", *SLOW_PEERS]
+    yield throughput_step("slow peers", folder, [*llama, *usual, *slow, *tuned], 60)
 
 
 def has_entries(table: Path) -> bool:
@@ -168,11 +193,17 @@ def peers() -> list[str]:
 
 def throughput_step(name: str, folder: Path, arguments: Sequence[str], seconds: float) -> Step:
     path = folder / f"{slug(name)}.json"
-    run = ["--device", "cuda", "--dtype", "bf16", "--repeats", "10", "--json", str(path)]
+    run = ["--device", "cuda", "--dtype", "bf16", "--json", str(path)]
     command = python(script("throughput.py"), *arguments, *run)
-    return Step(
-        name, [command], seconds, lambda report: collect_json(report.setdefault("reports", {}), name, path)
-    )
+    return Step(name, [command], seconds, lambda report: collect_throughput(report, name, path))
+
+
+def collect_throughput(report: dict[str, Any], name: str, path: Path) -> str:
+    reports = report.setdefault("reports", {})
+    wrong = collect_json(reports, name, path)
+    if not wrong:
+        reports[name]["commit"] = reports[name]["commit"] or report["environment"]["commit"]
+    return wrong
 
 
 def collect_json(into: dict[str, Any], key: str, path: Path) -> str:
@@ -194,8 +225,9 @@ def test_processes(cpus: int, gpu_gib: float) -> int:
 
 def test_step(folder: Path, processes: int) -> Step:
     logs = [folder / f"tests-{i}.jsonl" for i in range(processes)]
-    tests = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
-    commands = [pytest_command(log, i, processes, tests) for i, log in enumerate(logs)]
+    # A file that cannot be imported leaves the other's tests alone.
+    options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    commands = [pytest_command(log, i, processes, [*options, *TESTS]) for i, log in enumerate(logs)]
     return Step("gpu tests", commands, 150, lambda report: collect_tests(report, logs))
 
 
@@ -216,23 +248,31 @@ class TestShare:
         self.log.write_text("", encoding="utf-8")
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        # Tensors of 2^31 elements: one test at a time.
+        # Tensors of 2^31 elements: one test at a time, and before what may use up the time.
         huge = [item for item in items if "2_to_the_31" in item.name]
         others = [item for item in items if item not in huge]
-        items[:] = others[self.index :: self.of] + (huge if self.index == self.of - 1 else [])
+        items[:] = (huge if self.index == self.of - 1 else []) + others[self.index :: self.of]
+
+    def pytest_collection_finish(self, session: Any) -> None:
+        for item in session.items:
+            self.write({"name": test_name(item.nodeid), "outcome": "collected"})
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
-        self.write({"name": nodeid.split("::", 1)[-1], "outcome": "begun"})
+        self.write({"name": test_name(nodeid), "outcome": "begun"})
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.when == "call" or report.outcome != "passed":
-            name, message = report.nodeid.split("::", 1)[-1], first_lines(report)
-            found = {"name": name, "outcome": report.outcome, "message": message}
-            self.write(found | {"seconds": round(report.duration, 2)})
+            found = {"name": test_name(report.nodeid), "outcome": report.outcome}
+            found |= {"message": first_lines(report), "seconds": round(report.duration, 2)}
+            self.write(found)
 
     def write(self, found: dict[str, Any]) -> None:
         with self.log.open("a", encoding="utf-8") as file:
             file.write(json.dumps(found) + "\n")
+
+
+def test_name(nodeid: str) -> str:
+    return nodeid.removeprefix("tests/")
 
 
 def first_lines(report: Any) -> str:
@@ -245,7 +285,8 @@ def first_lines(report: Any) -> str:
 
 
 def collect_tests(report: dict[str, Any], logs: Sequence[Path]) -> str:
-    """Outcomes of all tests: those that were begun and have none took their process down, or too long."""
+    """Outcomes of all tests. One that was begun and has none took its process down, or too long; those that
+    were to follow it were not begun."""
     outcomes: dict[str, dict[str, Any]] = {}
     for log in logs:
         for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
@@ -259,10 +300,11 @@ def collect_tests(report: dict[str, Any], logs: Sequence[Path]) -> str:
         "failed": {name: outcomes[name]["message"] for name in by_outcome.get("failed", [])},
         "skipped": {name: outcomes[name]["message"] for name in by_outcome.get("skipped", [])},
         "unfinished": by_outcome.get("begun", []),
+        "not begun": by_outcome.get("collected", []),
         "seconds": {name: found["seconds"] for name, found in outcomes.items() if "seconds" in found},
     }
     report["gpu_tests"] = tests
-    wrong = [f"{len(tests[kind])} {kind}" for kind in ("failed", "unfinished") if tests[kind]]
+    wrong = [f"{len(tests[kind])} {kind}" for kind in ("failed", "unfinished", "not begun") if tests[kind]]
     return ", ".join(wrong) if wrong or tests["passed"] else "no test passed"
 
 
@@ -291,12 +333,13 @@ def run_step(step: Step, deadline: float, report: dict[str, Any]) -> dict[str, A
     began = time.monotonic()
     seconds = min(step.seconds, deadline - CLEAN_UP_SECONDS - began)
     if seconds < min(LEAST_SECONDS, step.seconds):
-        return {"name": step.name, "status": "skipped: no time left", "seconds": 0.0, "tail": ""}
+        return {"name": step.name, "status": NO_TIME, "seconds": 0.0, "tail": ""}
     try:
         status, tail = run_commands(step.commands, seconds)
         wrong = step.collect(report)
-        status = status if status != "ok" or not wrong else "failed"
-        status = f"{status}: {wrong}" if wrong else status
+        if wrong:
+            cut = f", {status}" if status.startswith("cut") else ""
+            status = f"{status if status.startswith('failed') else f'failed{cut}'}: {wrong}"
     except Exception as error:  # the next step is to have its turn whatever happened to this one
         status, tail = f"failed: {type(error).__name__}: {error}", ""
     return {"name": step.name, "status": status, "seconds": round(time.monotonic() - began, 1), "tail": tail}
@@ -364,10 +407,17 @@ def tail(output: Any, characters: int) -> str:
 
 def write(report: dict[str, Any], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    unfinished = path.with_name(path.name + ".part")
     text = without_paths(json.dumps(report, indent=2, allow_nan=False))
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def settle(report: dict[str, Any], partial: Path, path: Path) -> Path:
+    """Where the report is: in the place of an earlier one's only if there is something to compare in it."""
+    if not any(found["comparisons"] for found in report.get("reports", {}).values()):
+        return partial
+    return partial.replace(path)
 
 
 def without_paths(text: str) -> str:
@@ -382,24 +432,8 @@ def without_paths(text: str) -> str:
 # The summary.
 
 
-@dataclass(frozen=True)
-class Target:
-    """What a ratio or a size is to be; `value` is None where it was not measured."""
-
-    name: str
-    limit: float
-    value: Callable[[dict[str, Any]], float | None] = field(repr=False)
-    at_least: bool = False
-
-    def verdict(self, comparison: dict[str, Any]) -> str:
-        value = self.value(comparison)
-        if value is None:
-            return f"not measured  {self.name}"
-        met = value >= self.limit if self.at_least else value <= self.limit
-        return f"{'met   ' if met else 'MISSED'}  {self.name}: {value:.2f}, limit {self.limit:g}"
-
-
 OURS, EXACT = "triton", "triton-exact"
+TABLES = ("shipped", "tuned")  # steps by the launch table that they ran with
 
 
 def timed(comparison: dict[str, Any], peer: str, part: str) -> float | None:
@@ -408,53 +442,39 @@ def timed(comparison: dict[str, Any], peer: str, part: str) -> float | None:
     return row[part]["median"] if part in row else None
 
 
-def ratio(part: str, over: str | None, peer: str = OURS) -> Callable[[dict[str, Any]], float | None]:
-    """Of a peer's time to another's, to the bare GEMM's where there is no other."""
-
-    def value(comparison: dict[str, Any]) -> float | None:
-        mine = timed(comparison, peer, part)
-        other = comparison["bare_gemm_ms"]["median"] if over is None else timed(comparison, over, part)
-        return None if mine is None or not other else mine / other
-
-    return value
-
-
-def speedup(over: str) -> Callable[[dict[str, Any]], float | None]:
-    def value(comparison: dict[str, Any]) -> float | None:
-        found = ratio("both_ms", over)(comparison)
-        return None if not found else 1 / found
-
-    return value
+def target_lines(reports: dict[str, Any]) -> list[str]:
+    """The verdict on every target of this device, of each launch table that was measured."""
+    measured = {name: reports[name] for name in TABLES if name in reports}
+    return [
+        f"{target.what}: {target.bound}: "
+        + ", ".join(f"{name} {verdict(target, report)}" for name, report in measured.items())
+        for target in TARGETS
+        if any(target.is_for(report["device"], report["device_type"]) for report in measured.values())
+    ]
 
 
-def extra_mib(comparison: dict[str, Any]) -> float | None:
-    rows = [row for row in comparison["rows"] if row["id"] in (OURS, EXACT) and "extra_bytes" in row]
-    return max((row["extra_bytes"] / MIB for row in rows), default=None)
+def verdict(target: Target, report: dict[str, Any]) -> str:
+    values = [target.value(report, comparison) for comparison in report["comparisons"]]
+    value = next((value for value in values if value is not None), None)
+    if value is None:
+        return "not measured"
+    return f"{value:.3g}{target.unit} {'met' if target.is_met(value) else 'MISSED'}"
 
 
-TARGETS = (
-    Target("forward, x the bare GEMM", 1.15, ratio("forward_ms", None)),
-    Target("exact backward, x TRL's", 1.1, ratio("backward_ms", "trl", EXACT)),
-    Target("certified forward+backward, x the bare GEMM", 1.5, ratio("both_ms", None)),
-    Target("speed-up over TRL", 2.5, speedup("trl"), at_least=True),
-    Target("speed-up over CCE", 2.0, speedup("cce"), at_least=True),
-    Target("extra memory, MiB", 300, extra_mib),
-)
-
-
-def summary(report: dict[str, Any], most_lines: int = 38) -> list[str]:
+def summary(report: dict[str, Any], most_lines: int = 48) -> list[str]:
     """The few lines that one wants to see."""
     lines = [*test_lines(report), *step_lines(report)]
     reports = report.get("reports", {})
-    main = reports.get("tuned") or reports.get("shipped")
-    if main is not None and main["comparisons"]:
+    lines += target_lines(reports)
+    name = next((name for name in reversed(TABLES) if reports.get(name, {}).get("comparisons")), None)
+    main = reports.get(name)
+    if main is not None:
         comparison = main["comparisons"][0]
-        lines += [target.verdict(comparison) for target in TARGETS]
-        lines += [heading(comparison), *map(peer_line, comparison["rows"])]
+        lines += [f"{name}: {heading(comparison)}", *map(peer_line, comparison["rows"])]
     lines += tuning_lines(report.get("tuning"))
-    for name, found in reports.items():
+    for other, found in reports.items():
         if found is not main:
-            lines += [f"{name}: {short_line(comparison)}" for comparison in found["comparisons"]]
+            lines += [f"{other}: {short_line(comparison)}" for comparison in found["comparisons"]]
     return lines[:most_lines]
 
 
@@ -462,8 +482,9 @@ def test_lines(report: dict[str, Any]) -> list[str]:
     tests = report.get("gpu_tests")
     if tests is None:
         return ["gpu tests: no result"]
-    counts = [f"{len(tests[kind])} {kind}" for kind in ("failed", "skipped", "unfinished")]
-    names = [*tests["failed"], *tests["unfinished"]]
+    kinds = ("failed", "skipped", "unfinished", "not begun")
+    counts = [f"{len(tests[kind])} {kind}" for kind in kinds]
+    names = [*tests["failed"], *tests["unfinished"], *tests["not begun"]]
     lines = [f"gpu tests: {tests['passed']} passed, {', '.join(counts)}", *(f"  {x}" for x in names[:6])]
     return lines + ([f"  and {len(names) - 6} more"] if len(names) > 6 else [])
 

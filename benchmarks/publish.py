@@ -26,13 +26,24 @@ from PIL.PngImagePlugin import PngInfo
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import plots
+from benchmarks.targets import (
+    DPO,
+    GPU_SIZE,
+    MIB,
+    TARGETS,
+    Target,
+    is_usual,
+    loss_of,
+    peer_row,
+    short_name,
+    size_of,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
 COMPILED = Path("benchmarks/compiled.json")
 FIGURES = Path("docs/figures")
 HASH = "focalkern data"  # key of the hash in a plot's metadata
-MIB = 2**20
 
 # README: results of GPUs first, then these files and dtypes, in this order, as far as there is room.
 README_TABLES = 2
@@ -45,16 +56,6 @@ STEP_FILE = "cpu-trl-step-128256.json"
 
 OURS = ("triton", "torch")  # the certified backward, by short name; beside them "*-exact"
 FIRST = ("triton", "triton-exact", "torch", "torch-exact", "trl", "eager")  # the others follow as in the file
-SHORT_NAMES = {  # of files that were written before rows had an "id"
-    "focalkern (triton)": "triton",
-    "focalkern (triton, exact)": "triton-exact",
-    "focalkern (torch)": "torch",
-    "focalkern (torch, exact)": "torch-exact",
-    "eager PyTorch": "eager",
-    "TRL head": "trl",
-}
-DPO = "DPO"
-SOME_ENTRIES = (40, 60)  # softmax entries above 2^-12 per token of what is asked for as --sharpness 50
 
 
 class ResultError(Exception):
@@ -136,6 +137,10 @@ def load_results(root: Path) -> Results:
     reports, gpu_files = [], []
     for path in sorted((root / RESULTS).glob("*.json")):
         data = load(path)
+        if path.name.endswith(".partial.json"):
+            continue  # of a run of `make gpu` that got nowhere
+        if not data.get("finished", True):
+            raise ResultError(f"{path.name}: its run has not ended: wait, or run it again")
         if "reports" in data or "steps" in data:  # of `make gpu`
             gpu_files.append(data)
             reports += reports_of_gpu(data)
@@ -240,11 +245,17 @@ def gpu_steps(file: Record) -> str:
     tests = file.get("gpu_tests") or {}
     counts = [f"{tests['passed']} passed"] if tests else ["no result"]
     counts += [
-        f"{len(tests[kind])} {kind}" for kind in ("failed", "unfinished", "skipped") if tests.get(kind)
+        f"{len(tests[kind])} {kind}"
+        for kind in ("failed", "unfinished", "not begun", "skipped")
+        if tests.get(kind)
     ]
     sentence = f"{file['device']}, tests that need a GPU: {', '.join(counts)}."
     steps = file.get("steps") or []
-    wrong = [f"{step['name']}: {step['status']}" for step in steps if step["status"] != "ok"]
+    wrong = [
+        f"{step['name']}: {step['status']}"
+        for step in steps
+        if step["status"] != "ok" and not step["status"].startswith("skipped")
+    ]
     return f"{sentence} Steps of `make gpu`: {'; '.join(wrong)}." if wrong else sentence
 
 
@@ -254,7 +265,7 @@ def readme_choice(results: Results) -> list[tuple[Report, Record]]:
         (report, comparison)
         for report in results.heads()
         for comparison in report.comparisons
-        if is_usual(report, comparison)
+        if is_usual(report.data, comparison)
     ]
     # The size of the targets first, and DPO's loss, which all peers have.
     on_gpu = sorted(
@@ -577,34 +588,6 @@ def focalkern_row(comparison: Record) -> Record | None:
     return peer_row(comparison, *OURS)
 
 
-def peer_row(comparison: Record, *names: str) -> Record | None:
-    """The first of these peers that was timed."""
-    timed = {short_name(row): row for row in comparison["rows"] if "both_ms" in row}
-    return next((timed[name] for name in names if name in timed), None)
-
-
-def short_name(row: Record) -> str:
-    return row.get("id") or SHORT_NAMES.get(row["peer"], row["peer"])
-
-
-def loss_of(comparison: Record) -> str:
-    """As people write it; files from before comparisons had a "loss" are all of DPO's."""
-    loss = comparison.get("loss", DPO)
-    return {"dpo": DPO, "focalpo": "FocalPO", "alpha-dpo": "α-DPO", "simpo": "SimPO"}.get(loss, loss)
-
-
-def size_of(comparison: Record) -> tuple[int, int, int]:
-    shape = comparison["shape"]
-    return comparison["tokens"], shape["hidden"], shape["vocab"]
-
-
-def is_usual(report: Report, comparison: Record) -> bool:
-    """The input of the targets: default threshold and sharpness, no saturated pairs, a head that trains."""
-    lowest, highest = SOME_ENTRIES
-    usual = report.data["tau"] == "auto" and lowest <= comparison["input"]["entries"] <= highest
-    return usual and not comparison["saturated_pairs"] and not comparison["frozen_head"]
-
-
 # Numbers
 
 
@@ -661,99 +644,28 @@ def rates_of(row: Record) -> str:
 
 # Targets
 
-GPU_SIZE = (8192, 4096, 128256)
-Measure = Callable[[Record], float | None]
+
+def found(target: Target, results: Results) -> dict[str, tuple[Report, float]]:
+    """The newest measurement on each device with the shipped launch table, by the device's name."""
+    newest = {}
+    shipped = (report for report in results.heads() if report.has_shipped_table)
+    for report in sorted(shipped, key=lambda report: report.data["date"]):
+        for comparison in report.comparisons:
+            value = target.value(report.data, comparison)
+            if value is not None:
+                newest[report.data["device"]] = report, value
+    return newest
 
 
-@dataclass(frozen=True)
-class Target:
-    what: str
-    limit: float
-    at_most: bool
-    measure: Measure  # None where the peers that it takes were not timed
-    size: tuple[int, int, int]
-    gpus: tuple[str, ...] = ()  # parts of the GPU's name; none: a CPU
-    unit: str = "×"
-
-    def found(self, results: Results) -> dict[str, tuple[Report, float]]:
-        """The newest measurement on each device, by the device's name."""
-        newest = {}
-        shipped = (report for report in results.heads() if report.has_shipped_table)
-        for report in sorted(shipped, key=lambda report: report.data["date"]):
-            device = report.data["device"]
-            right_device = any(name in device for name in self.gpus) if report.on_gpu else not self.gpus
-            for comparison in report.comparisons if right_device else []:
-                right_size = size_of(comparison) == self.size and comparison["dtype"] == "bf16"
-                if right_size and is_usual(report, comparison) and loss_of(comparison) == DPO:
-                    value = self.measure(comparison)
-                    if value is not None:
-                        newest[device] = report, value
-        return newest
-
-    @property
-    def bound(self) -> str:
-        return f"{'≤' if self.at_most else '≥'} {self.limit:g}{self.unit}"
-
-    def is_met(self, value: float) -> bool:
-        return value <= self.limit if self.at_most else value >= self.limit
-
-    def missing(self, results: Results) -> str:
-        """Why nothing was found."""
-        if self.gpus and not results.gpu_files:
-            return "not measured: no GPU"
-        names = " or ".join(name for name in self.gpus if name)
-        tried = [file["device"] for file in results.gpu_files]
-        if names and not any(name in device for name in self.gpus for device in tried):
-            return f"not measured: no {names}"
-        return "not measured"
-
-
-def speed_against(*names: str) -> Measure:
-    """How many times faster focalkern's forward and backward are."""
-
-    def measure(comparison: Record) -> float | None:
-        ours, theirs = focalkern_row(comparison), peer_row(comparison, *names)
-        return theirs["both_ms"]["median"] / ours["both_ms"]["median"] if ours and theirs else None
-
-    return measure
-
-
-def forward_over_gemm(comparison: Record) -> float | None:
-    ours = focalkern_row(comparison)
-    return ours and ours["forward_ms"]["median"] / comparison["bare_gemm_ms"]["median"]
-
-
-def exact_backward(comparison: Record) -> float | None:
-    exact, trl = peer_row(comparison, "triton-exact"), peer_row(comparison, "trl")
-    return exact["backward_ms"]["median"] / trl["backward_ms"]["median"] if exact and trl else None
-
-
-def both_over_gemm(comparison: Record) -> float | None:
-    ours = focalkern_row(comparison)
-    return ours and ours["x_floor"]
-
-
-def extra_mib(comparison: Record) -> float | None:
-    ours = focalkern_row(comparison)
-    return ours["extra_bytes"] / MIB if ours and "extra_bytes" in ours else None
-
-
-SMALL, LARGE = (2048, 512, 32768), (4096, 512, 128256)
-ANY_GPU = ("",)
-HOPPER, AMPERE = ("H100", "H200"), ("A100",)
-TARGETS = (
-    Target("forward and backward, speed against TRL's head", 4, False, speed_against("trl"), SMALL),
-    Target("forward and backward, speed against TRL's head", 5, False, speed_against("trl"), LARGE),
-    Target("forward, over one bare GEMM", 1.15, True, forward_over_gemm, GPU_SIZE, HOPPER),
-    Target("forward, over one bare GEMM", 1.1, True, forward_over_gemm, GPU_SIZE, AMPERE),
-    Target("exact backward, over the backward of TRL's head", 1.1, True, exact_backward, GPU_SIZE, ANY_GPU),
-    Target("forward and backward, over one bare GEMM", 1.5, True, both_over_gemm, GPU_SIZE, ANY_GPU),
-    Target(
-        "forward and backward, speed against TRL's head", 2.5, False, speed_against("trl"), GPU_SIZE, ANY_GPU
-    ),
-    Target("forward and backward, speed against CCE", 2, False, speed_against("cce"), GPU_SIZE, ANY_GPU),
-    Target("extra memory", 300, True, extra_mib, GPU_SIZE, ANY_GPU, unit=" MiB"),
-)
+def missing(target: Target, results: Results) -> str:
+    """Why nothing was found."""
+    if target.gpus and not results.gpu_files:
+        return "not measured: no GPU"
+    names = " or ".join(name for name in target.gpus if name)
+    tried = [file["device"] for file in results.gpu_files]
+    if names and not any(target.is_for(device, "cuda") for device in tried):
+        return f"not measured: no {names}"
+    return "not measured"
 
 
 def targets_table(results: Results) -> str:
@@ -761,11 +673,11 @@ def targets_table(results: Results) -> str:
     for target in TARGETS:
         where = (" or ".join(target.gpus) or "GPU") if target.gpus else "CPU"
         asked = f"{where}, {' × '.join(map(str, target.size))}: {target.what}: {target.bound}"
-        for report, value in target.found(results).values():
+        for report, value in found(target, results).values():
             measured = f"{significant(value, 3)}{target.unit} ({report.title})"
             lines.append([asked, measured, "yes" if target.is_met(value) else "**no**"])
-        if not target.found(results):
-            lines.append([asked, target.missing(results), ""])
+        if not found(target, results):
+            lines.append([asked, missing(target, results), ""])
     return markdown_table(["target, bf16, about 50 entries", "measured", "met"], lines)
 
 

@@ -179,6 +179,14 @@ def test_a_launch_table_that_is_not_shipped_meets_no_target_and_is_named(copy):
     assert "launch table of the tuning run; `nvidia-h200.json`, llama3-8b." in page
 
 
+def test_a_run_that_has_not_ended_is_refused_and_a_partial_file_of_make_gpu_passed_over(copy, capsys):
+    write(copy, "nvidia-h200.partial.json", {"steps": []})
+    assert publish.main(["--check"], copy) == 0
+    write(copy, "cpu-new.json", result(copy) | {"finished": False})
+    assert publish.main(["--check"], copy) == 2
+    assert "cpu-new.json: its run has not ended" in capsys.readouterr().err
+
+
 def test_rows_without_a_time_are_named_with_the_reason(copy):
     data = result(copy)
     data["comparisons"][0]["rows"].append(
