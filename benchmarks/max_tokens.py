@@ -2,7 +2,8 @@
 
 The memory is all that a step needs: inputs, returned gradients, and the peak of what lies between. On CUDA
 the allocator gets no more, and what does not fit raises its `OutOfMemoryError`; on a CPU every try runs in a
-process of its own, whose memory is measured (`peak_extra_bytes`).
+process of its own, whose memory is measured (`peak_extra_bytes`). A machine that has less memory free than
+that ends the search sooner: what was found is then a lower limit, and the row says so.
 
 A batch grows by whole pairs, all of the length that `--tokens` and `--pairs` give: twice as many until they
 do not fit, then by bisection to within a sixteenth.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,7 +36,7 @@ from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradien
 
 MOST_TOKENS = {"cpu": 2**15, "cuda": 2**20}  # no more are tried: a step would take minutes
 GRANULARITY = 16  # bisection ends at a sixteenth of the length that fits
-SHORT_OF_MEMORY = "this machine has less memory"
+SHORT_OF_MEMORY = "limited by the memory that is free here"
 
 
 @dataclass
@@ -46,7 +48,7 @@ class Longest:
     status: str = "ok"  # or "skipped", or "failed"
     note: str = ""
     tokens: int | None = None
-    at_least: bool = False  # more were not tried
+    at_least: bool = False  # more were not tried, or not to the end of the budget
 
 
 def find(case: Case, options: argparse.Namespace, console: Console) -> dict[str, Any]:
@@ -82,7 +84,7 @@ def try_peer(row: Longest, case: Case, base: Batch, options: argparse.Namespace)
     except Exception as error:  # the other peers are still to be tried
         row.status, row.note = "failed", first_line(error)
     else:
-        row.tokens, row.at_least = pairs * tokens_per_pair, pairs == most
+        row.tokens, row.at_least = pairs * tokens_per_pair, pairs == most or row.note == SHORT_OF_MEMORY
     release_cached(torch.device(options.device))
 
 
@@ -101,13 +103,16 @@ def longest(fits: Callable[[int], bool], most: int) -> int:
 
 
 def tries(row: Longest, case: Case, base: Batch, options: argparse.Namespace) -> Callable[[int], bool]:
-    """Whether a step of the peer on so many pairs fits into the memory."""
+    """Whether a step of the peer on so many pairs fits into the memory.
+
+    The note is that of the fewest pairs that do not, which are the last of those tried: see `longest`.
+    """
     budget = int(options.max_tokens * 2**30)
     peer = all_peers(options.tau)[row.id]
     peer.load(options.device)  # or it is unavailable
     if options.device == "cuda":
         # Loaded anew each time: what was compiled for one length would be compiled for only 8 others.
-        return lambda pairs: fits_on_cuda(peer.load("cuda"), case, base, pairs, budget)
+        return lambda pairs: fits_on_cuda(row, peer.load("cuda"), case, base, pairs, budget)
 
     def fits_on_cpu(pairs: int) -> bool:
         source = case.source
@@ -119,20 +124,33 @@ def tries(row: Longest, case: Case, base: Batch, options: argparse.Namespace) ->
             return False
         settings = options.tau, case, pairs, options.threads
         given = base.labels.tolist(), base.ref_logps.tolist()
-        return in_fresh_process(cpu_step_bytes, row.id, *settings, *given) <= budget
+        try:
+            fits = in_fresh_process(cpu_step_bytes, row.id, *settings, *given) <= budget
+        except RuntimeError as error:
+            # Killed for want of memory, unless it cannot do even one pair; or refused by the allocator.
+            killed = isinstance(error, BrokenProcessPool) and pairs > 1
+            if not killed and "can't allocate memory" not in str(error):
+                raise
+            row.note = SHORT_OF_MEMORY
+            return False
+        if not fits:
+            row.note = ""
+        return fits
 
     return fits_on_cpu
 
 
-def fits_on_cuda(loss: LossFn, case: Case, base: Batch, pairs: int, budget: int) -> bool:
+def fits_on_cuda(row: Longest, loss: LossFn, case: Case, base: Batch, pairs: int, budget: int) -> bool:
     device = torch.device("cuda")
     total = torch.cuda.get_device_properties(device).total_memory
     release_cached(device)
+    short = available_bytes(device) < budget  # others hold memory of the device
     torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total))
     try:
         gradients_of(loss, case.settled(with_pairs(base, pairs).to("cuda")))
         torch.cuda.synchronize()
     except torch.OutOfMemoryError:
+        row.note = SHORT_OF_MEMORY if short else ""
         return False
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

@@ -47,9 +47,11 @@ class Peer:
     name: str
     load: Callable[[str], LossFn]  # takes the device type
     held_bytes: Callable[[int, int], int]  # of (tokens, vocab): roughly, as measured on a CPU, rounded up
-    # The backward computes every logit a second time: 8NVH operations in all instead of 6NVH.
+    # The backward computes the logits a second time: 8NVH operations in all instead of 6NVH, or fewer if it
+    # leaves some out for want of a gradient.
     recomputes: bool = False
     compiled: bool = False  # what torch.compile needs at the first call is no part of its memory
+    gradients_in_forward: bool = False  # its backward does no more than hand them out
     by_pair: bool = False  # holds what it holds for one pair after the other
 
     def estimated_bytes(
@@ -394,10 +396,10 @@ def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
 
     def cce(name: str, impl: str, held_bytes: Callable[[int, int], int]) -> Peer:
         load = functools.partial(load_cce, impl=impl)
-        return Peer(name, load, held_bytes, compiled=impl == "torch_compile")
+        return Peer(name, load, held_bytes, recomputes=impl == "cce", compiled=impl == "torch_compile")
 
     def quack(name: str, fused: bool) -> Peer:
-        return Peer(name, functools.partial(load_quack, fused=fused), logits(2))
+        return Peer(name, functools.partial(load_quack, fused=fused), logits(2), gradients_in_forward=True)
 
     return {
         "triton": focalkern("triton", "certified"),
@@ -412,7 +414,9 @@ def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
             lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768),
             recomputes=True,
         ),
-        "liger": Peer("Liger", load_liger, logits(16), compiled=True, by_pair=True),
+        "liger": Peer(
+            "Liger", load_liger, logits(16), compiled=True, gradients_in_forward=True, by_pair=True
+        ),
         "cce": cce("CCE", "cce", lambda tokens, vocab: 0),
         "cce-compile": cce("CCE (torch_compile)", "torch_compile", logits(16)),
         "torch-lce": torch_lce("linear_cross_entropy", None),

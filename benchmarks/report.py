@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.check import ERROR_FACTOR, Errors, Sample
+from benchmarks.check import ERROR_FACTOR, Bound, Errors, Sample
 from benchmarks.inputs import SATURATED_U, Sharpness, Source
 from benchmarks.measure import PeakMemory, StepTimes, Times
 
@@ -33,7 +33,8 @@ class Row:
     """What was found out about one peer."""
 
     peer: str
-    recomputes: bool = False  # every logit, in the backward
+    recomputes: bool = False  # the logits, in the backward
+    gradients_in_forward: bool = False
     status: str = "ok"  # or "skipped", or "failed"
     note: str = ""
     errors: Errors | None = None
@@ -52,7 +53,7 @@ class Comparison:
     frozen_head: bool
     loss: str  # name of the objective
     plain: Errors  # of plain PyTorch in the same dtype
-    bound: Errors
+    bound: Bound
     floor: Times  # of the bare GEMM
     rows: dict[str, Row]  # by the peer's short name
 
@@ -90,14 +91,16 @@ def print_input(
 
 
 def print_correctness(
-    rows: Sequence[Row], plain: Errors, bound: Errors, sample: Sample, dtype: torch.dtype, console: Console
+    rows: Sequence[Row], plain: Errors, bound: Bound, sample: Sample, dtype: torch.dtype, console: Console
 ) -> None:
+    """The errors; of those of the scale, the largest of loss and gradients."""
     table = Table(
         title=f"Errors against float64, {len(sample.rows)} rows of dhidden, {len(sample.vocab)} of dweight; "
-        f"bound: {ERROR_FACTOR:g} x plain PyTorch in {short(dtype)}",
+        f"bound: {ERROR_FACTOR:g} x plain PyTorch in {short(dtype)}; scale within {bound.scale.dhidden:g} "
+        f"(loss {bound.scale.loss:g}) of float64 or of plain PyTorch",
         title_justify="left",
     )
-    for column in ("peer", "loss", "dhidden", "dweight"):
+    for column in ("peer", "loss", "dhidden", "dweight", "scale"):
         table.add_column(column, justify="left" if column == "peer" else "right")
     table.add_column("verdict", overflow="fold")
     for row in rows:
@@ -106,7 +109,7 @@ def print_correctness(
         table.add_row(row.peer, *error_cells(found), verdict)
     as_trl = f"{short(dtype)} logits and {short(dtype)} dz, as TRL computes"
     table.add_row("plain PyTorch, same dtype", *error_cells(plain), as_trl, style="dim")
-    table.add_row("bound", *error_cells(bound), "", style="dim")
+    table.add_row("bound", *error_cells(bound.errors)[:-1], "", "", style="dim")
     console.print(table)
 
 
@@ -244,7 +247,15 @@ def percent(share: float | None) -> str:
 
 
 def error_cells(errors: Errors | None) -> list[str]:
-    return [scientific(value) for value in (asdict(errors).values() if errors else (None, None, None))]
+    """Errors of loss, dhidden and dweight, and the one of the scale that is furthest from 0."""
+    if errors is None:
+        return [""] * 4
+    scales = [value for value in vars(errors.scale).values() if value is not None]
+    return [scientific(value) for value in (*errors.norms.values(), max(scales, key=badness))]
+
+
+def badness(error: float) -> float:
+    return math.inf if math.isnan(error) else abs(error)
 
 
 def scientific(value: float | None) -> str:
@@ -266,8 +277,10 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "frozen_head": comparison.frozen_head,
         "loss": comparison.loss,
         "input": {**source.about(), **asdict(comparison.sharpness)},
-        "plain_pytorch_errors": finite(asdict(comparison.plain)),
-        "error_bound": finite(asdict(comparison.bound)),
+        "plain_pytorch_errors": finite(comparison.plain.norms),
+        "plain_pytorch_scale_errors": finite(asdict(comparison.plain.scale)),
+        "error_bound": finite(comparison.bound.errors.norms),
+        "scale_error_bound": finite(asdict(comparison.bound.scale)),
         "bare_gemm_ms": comparison.floor.as_ms(),
         "fp32_logits_bytes": comparison.fp32_logits_bytes,
         "rows": [row_as_json(name, row, comparison) for name, row in comparison.rows.items()],
@@ -278,7 +291,8 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 def row_as_json(name: str, row: Row, comparison: Comparison) -> dict[str, Any]:
     result: dict[str, Any] = {"id": name, "peer": row.peer, "status": row.status, "note": row.note}
     if row.errors is not None:
-        result["errors"] = finite(asdict(row.errors))
+        result["errors"] = finite(row.errors.norms)
+        result["scale_errors"] = finite(asdict(row.errors.scale))
     if row.kept_share is not None:
         result["kept_share"] = row.kept_share
     if row.times is not None:
@@ -287,9 +301,9 @@ def row_as_json(name: str, row: Row, comparison: Comparison) -> dict[str, Any]:
         result["both_ms"] = row.times.both.as_ms()
         result["x_floor"] = row.times.both.median / comparison.floor.median
         result["tokens_per_second"] = comparison.source.tokens / row.times.both.median
-        result["tflops"] = tflops(row.times, comparison.operations())
+        result["tflops"] = tflops(row, comparison.operations())
         if row.recomputes:
-            result["executed_tflops"] = tflops(row.times, comparison.operations(recomputed=True))
+            result["executed_tflops"] = tflops(row, comparison.operations(recomputed=True))
     if row.memory is not None:
         result["extra_bytes"] = row.memory.extra
         result["extra_bytes_is_upper_limit"] = row.memory.upper_limit
@@ -297,8 +311,12 @@ def row_as_json(name: str, row: Row, comparison: Comparison) -> dict[str, Any]:
     return result
 
 
-def tflops(times: StepTimes, operations: dict[str, int]) -> dict[str, float]:
-    return {part: tera(count, getattr(times, part)) for part, count in operations.items()}
+def tflops(row: Row, operations: dict[str, int]) -> dict[str, float | None]:
+    """None for the forward and the backward of a peer that does the one's work in the other."""
+    return {
+        part: None if row.gradients_in_forward and part != "both" else tera(count, getattr(row.times, part))
+        for part, count in operations.items()
+    }
 
 
 def finite(values: dict[str, float | None]) -> dict[str, float | str | None]:

@@ -11,13 +11,19 @@
 
 Each peer's loss and gradients are compared with float64 first; one that is wrong is not timed. The columns:
 
-    forward, backward, both   medians of runs that alternate between the peers; `range` is that of `both`
+    forward, backward, both   medians of runs that alternate between the peers; `range` is that of `both`.
+                              What compiles or tunes itself has done so before. On CUDA, the time between two
+                              events on the stream: at few tokens, where kernels are shorter than their
+                              launch, it is the host's time that is seen
     x floor                   `both` over the time of one bare GEMM `hidden @ weight.T` in the same dtype
     kept share                of the (token, vocabulary block) pairs that the certified backward computed
-    TFLOP/s                   useful operations over the time of `both`: 6NVH, with a frozen head 4NVH, for
-                              every peer; what one computes twice or leaves out changes nothing. (JSON has the
-                              forward's 2NVH too, and as `executed_tflops` what peers that compute the logits
-                              once more in the backward execute: 8NVH, frozen 6NVH)
+    TFLOP/s                   useful operations over time, the same ones for every peer: 2NVH in the forward,
+                              4NVH in the backward, 6NVH in both; with a frozen head 2NVH, and 4NVH in both.
+                              What a peer computes twice or leaves out changes nothing. The table has the
+                              rate of `both`, JSON all three as `tflops`: null for the forward and backward
+                              of a peer that makes its gradients in the forward. (As `executed_tflops` JSON
+                              has what peers execute that compute the logits once more in the backward: 2NVH
+                              more there; of CCE, whose backward leaves tiles out, an upper limit)
     extra MiB, of logits      peak memory beyond the inputs and the returned gradients, also as a share of the
                               fp32 logits; on a CPU measured in a process of its own
 """
@@ -29,6 +35,7 @@ import importlib.util
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -44,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import max_tokens, plots
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import (
+    Bound,
     Errors,
     Sample,
     SampledStep,
@@ -86,6 +94,7 @@ FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
 QUICK_SHAPE, QUICK_TOKENS = Shape("quick", 256, 8192), 256  # on a CPU
 HEADS = {"full": False, "frozen": True}
+GRADIENTS_IN_FORWARD = "its gradients are made in the forward"
 GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
 
 
@@ -101,6 +110,8 @@ def main(argv: list[str] | None = None) -> int:
         for case in cases(options):
             report["max_tokens"].append(max_tokens.find(case, options, console))
             write_json(report, options)
+        report["finished"] = True
+        write_json(report, options)
         return 0
     comparisons = []
     for case in cases(options):
@@ -109,6 +120,8 @@ def main(argv: list[str] | None = None) -> int:
         comparisons.append(comparison)
         report["comparisons"].append(as_json(comparison))
         write_json(report, options)
+    report["finished"] = True
+    write_json(report, options)
     if len(comparisons) > 1:
         print_summary(comparisons, console)
     if options.json:
@@ -142,11 +155,11 @@ def begin(options: argparse.Namespace, console: Console) -> dict[str, Any]:
         console.print(f"{load}: other work on this machine disturbs the times.", highlight=False)
     table = str(options.launch_table) if options.launch_table else "shipped"
     about |= {"repeats": options.repeats, "tau": options.tau, "launch_table": table}
-    return {**about, "comparisons": []}
+    return {**about, "finished": False, "comparisons": []}
 
 
 def write_json(report: dict[str, Any], options: argparse.Namespace) -> None:
-    """After each comparison: a run that is killed leaves what it has measured."""
+    """After each comparison: a run that is killed leaves what it has measured, with `finished` false."""
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         unfinished = options.json.with_name(options.json.name + ".part")
@@ -244,6 +257,10 @@ def settle_run(parser: argparse.ArgumentParser, options: argparse.Namespace, on_
             parser.error(f"--saturated is by the reference, which the score of {free[0]} does not have")
     if options.max_tokens is not None and options.capture is not None:
         parser.error("--max-tokens makes batches of any length, a capture has its own: give one of them")
+    if options.max_tokens is not None and on_cuda:
+        memory = torch.cuda.get_device_properties(torch.device("cuda")).total_memory / 2**30
+        if options.max_tokens > memory:
+            parser.error(f"--max-tokens {options.max_tokens:g}: the device has {memory:.1f} GiB")
     if options.launch_table and not options.launch_table.is_file():
         parser.error(f"--launch-table: there is no file {options.launch_table}")
     if options.launch_table and not on_cuda:
@@ -397,13 +414,15 @@ def load_peers(
     for name, peer in all_peers(options.tau).items():
         if name not in options.only:
             continue
-        rows[name] = Row(peer.name, recomputes=peer.recomputes)
+        rows[name] = Row(peer.name, peer.recomputes, peer.gradients_in_forward)
         shortage = memory_shortage(peer, case.frozen_head, batch, case.source)
         try:
             loss = peer.load(options.device)
         except Exception as error:  # the others are still to be measured
             set_aside(rows[name], error)
             continue
+        if peer.gradients_in_forward:
+            rows[name].note = GRADIENTS_IN_FORWARD
         if shortage:
             rows[name].status, rows[name].note = "skipped", shortage
         else:
@@ -445,7 +464,7 @@ def reference(batch: Batch, sample: Sample, dtype: torch.dtype) -> tuple[Sampled
 
 
 def check_peer(
-    row: Row, loss: LossFn, batch: Batch, sample: Sample, truth: SampledStep, bound: Errors
+    row: Row, loss: LossFn, batch: Batch, sample: Sample, truth: SampledStep, bound: Bound
 ) -> None:
     """Run the peer once and compare; a wrong result or an exception makes it a failed row."""
     try:
@@ -453,19 +472,19 @@ def check_peer(
         gradients = torch.autograd.grad(out.loss, batch.differentiated())
         row.errors = errors_of(out.loss.detach(), list(gradients), sample, truth)
         row.kept_share = None if out.kept_share is None else out.kept_share.item()
-        row.note = out.note
+        row.note = "; ".join(note for note in (row.note, out.note) if note)
     except Exception as error:  # whatever a peer raises, the others are still to be measured
         set_aside(row, error)
     else:
-        exceeded = row.errors.exceeded(bound)
-        if exceeded:
-            row.status, row.note = "failed", f"wrong: error of {' and '.join(exceeded)} beyond the bound"
+        wrong = row.errors.verdict(bound)
+        if wrong:
+            row.status, row.note = "failed", wrong
 
 
 def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch, repeats: int) -> Times:
     """Times of the peers, into their rows, and of the bare GEMM."""
     inputs = batch.differentiated()
-    gemms = {f"bare GEMM: {way.__name__}": Step(way, None) for way in bare_gemms(batch)}
+    gemms = {f"bare GEMM: {name}": Step(run, None) for name, run in bare_gemms(batch).items()}
     steps = dict(gemms)
     for name, loss in losses.items():
         steps[name] = Step(
@@ -473,7 +492,8 @@ def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch,
             backward=lambda value: torch.autograd.grad(value, inputs),
         )
     device = batch.hidden.device
-    # On a CPU, where a run may take minutes, the run that was compared with float64 is warm-up enough.
+    # What is compiled or tuned at the first call was so when the peer was compared with float64, on this
+    # batch; on a CPU, where a run may take minutes, that is warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
 
     def on_failure(name: str, error: Exception) -> None:
@@ -488,29 +508,37 @@ def measure_times(rows: dict[str, Row], losses: dict[str, LossFn], batch: Batch,
     return min((times[name].both for name in gemms), key=lambda found: found.median)
 
 
-def bare_gemms(batch: Batch) -> list[Callable[[], None]]:
+def bare_gemms(batch: Batch) -> dict[str, Callable[[], None]]:
     """Ways to `hidden @ weight.T` and nothing else; the fastest is the floor of every head."""
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
     rows = min(len(hidden), max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())))
-    out = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
-
-    def into_buffer() -> None:
-        for part in hidden.split(rows):
-            torch.mm(part, weight.T, out=out[: len(part)])
-
-    def onednn_tiles() -> None:
-        for part in hidden.split(2048):
-            for tile in weight.split(2048):
-                torch.ops.mkldnn._linear_pointwise(part, tile, None, "none", [], "")
-
-    ways = [into_buffer]
+    buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
+    runs = {"into_buffer": lambda: exhaust(products_in(buffer, hidden, weight))}
     # On a CPU, torch.mm takes fp32 to MKL, which is twice as slow as oneDNN on AMD.
     has_onednn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if has_onednn and weight.dtype == torch.float32:
-        ways.append(onednn_tiles)
-    for warm_up in ways:
+        runs["onednn_tiles"] = lambda: exhaust(onednn_products(hidden, weight))
+    for warm_up in runs.values():
         warm_up()
-    return ways
+    return runs
+
+
+def products_in(buffer: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`hidden @ weight.T` of the rows that the buffer has room for, then of the next, in their place."""
+    for part in hidden.split(len(buffer)):
+        yield torch.mm(part, weight.T, out=buffer[: len(part)])
+
+
+def onednn_products(hidden: torch.Tensor, weight: torch.Tensor, size: int = 2048) -> Iterator[torch.Tensor]:
+    """Tiles of `hidden @ weight.T`, along the vocabulary first."""
+    for part in hidden.split(size):
+        for tile in weight.split(size):
+            yield torch.ops.mkldnn._linear_pointwise(part, tile, None, "none", [], "")
+
+
+def exhaust(products: Iterator[torch.Tensor]) -> None:
+    """Compute each, and hold none while the next is computed."""
+    deque(products, maxlen=0)
 
 
 def measure_memory(
@@ -522,7 +550,8 @@ def measure_memory(
         try:
             rows[name].memory = peak_memory(name, losses[name], batch, case, options)
         except Exception as error:  # out of memory: refused by the allocator, or the process was killed
-            rows[name].note = f"its memory could not be measured: {first_line(error)}"
+            unknown = f"its memory could not be measured: {first_line(error)}"
+            rows[name].note = "; ".join(note for note in (rows[name].note, unknown) if note)
         if rows[name].memory is None:
             release_cached(batch.hidden.device)
 

@@ -81,7 +81,11 @@ def test_script_measures_time_memory_and_error_of_each_peer(tmp_path):
         for part in ("forward_ms", "backward_ms", "both_ms"):
             times = torch_row[part]
             assert len(times["samples"]) == 2 and 0 < times["min"] <= times["median"] <= times["max"]
-        assert torch_row["x_floor"] > 0 and torch_row["tokens_per_second"] > 0
+        seconds = torch_row["both_ms"]["median"] / 1e3
+        floor = comparison["bare_gemm_ms"]["median"] / 1e3
+        assert torch_row["x_floor"] == pytest.approx(seconds / floor, rel=1e-2)
+        assert torch_row["tokens_per_second"] == pytest.approx(64 / seconds, rel=1e-2)
+        assert torch_row["tflops"]["both"] == pytest.approx(6 * 64 * 48 * 1000 / seconds / 1e12, rel=1e-2)
         assert all(0 <= error < 0.1 for error in torch_row["errors"].values())
         assert 0 <= torch_row["extra_bytes"] < 2**28
         assert torch_row["share_of_fp32_logits"] == torch_row["extra_bytes"] / (4 * 64 * 1000)
@@ -202,6 +206,107 @@ def test_wrong_peer_fails_without_a_time_and_others_go_on(loss, reason, tmp_path
     assert not {"forward_ms", "backward_ms", "both_ms", "tokens_per_second", "x_floor"} & set(wrong)
     assert right["status"] == "ok" and right["both_ms"]["median"] > 0
     assert "failed" in capsys.readouterr().out
+
+
+WRONG = {
+    "gradients too long": lambda loss, gradients: (loss, [1.03 * gradient for gradient in gradients]),
+    "gradients too short": lambda loss, gradients: (loss, [gradient / 1.03 for gradient in gradients]),
+    "dweight too long": lambda loss, gradients: (loss, [gradients[0], 1.03 * gradients[1]]),
+    "loss too large": lambda loss, gradients: (1.05 * loss, gradients),
+    "loss too small": lambda loss, gradients: (loss / 1.05, gradients),
+}
+
+
+@pytest.mark.parametrize("entries", [16, 50, None])
+@pytest.mark.parametrize("name", ["torch", "torch-exact", "eager", "trl", "liger"])
+def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, entries):
+    pytest.importorskip(
+        {"trl": "trl", "liger": "liger_kernel"}.get(name, "torch"), reason="the extra `bench` has it"
+    )
+    recipe = Recipe(Shape("small", 64, 4096), 256, 4, torch.bfloat16, "cpu", scale=None)
+    batch, _ = (calibrate(recipe, entries) if entries else recipe).batch()
+    batch.requires_grad_(frozen_head=False)
+    sample = check.choose_sample(batch, seed=0)
+    truth, plain = (check.sampled_step(batch, sample, dtype) for dtype in (torch.float64, torch.bfloat16))
+    bound = check.error_bound(check.plain_errors(truth, plain), torch.bfloat16)
+
+    def step(batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        loss = all_peers()[name].load("cpu")(batch).loss
+        return loss.detach(), list(torch.autograd.grad(loss, batch.differentiated()))
+
+    right = step(batch)
+    steps = {what: change(*right) for what, change in WRONG.items()}
+    beta = dataclasses.replace(batch.objective, beta=0.11)
+    steps["beta too large"] = step(dataclasses.replace(batch, objective=beta))
+    assert check.errors_of(*right, sample, truth).verdict(bound) == ""
+    passed = [
+        what for what, found in steps.items() if not check.errors_of(*found, sample, truth).verdict(bound)
+    ]
+    assert passed == []
+
+
+def with_gradient(x: torch.Tensor, change) -> torch.Tensor:
+    """A copy of x whose gradient is changed in place."""
+    copy = x * 1
+    copy.register_hook(lambda gradient: change(gradient.clone()))
+    return copy
+
+
+def test_scale_is_in_the_report_and_in_the_verdict(tmp_path, monkeypatch, capsys):
+    def too_long(batch: Batch) -> PeerLoss:
+        return eager(batch, weight=with_gradient(batch.weight, lambda gradient: gradient.mul_(1.02)))
+
+    peers = {"long": Peer("long", lambda device_type: too_long, lambda tokens, vocab: 0)}
+    monkeypatch.setattr(throughput, "all_peers", lambda tau="auto": peers | {"eager": all_peers()["eager"]})
+    _, result = run([*TINY, "--dtype", "bf16", "--repeats", "1", "--no-memory"], tmp_path)
+    (comparison,) = result["comparisons"]
+    long, right = comparison["rows"]
+    assert (right["status"], long["status"]) == ("ok", "failed")
+    assert long["note"] == "wrong: error of scale of dweight beyond the bound"
+    assert long["scale_errors"]["dweight"] - right["scale_errors"]["dweight"] == pytest.approx(0.02, rel=0.1)
+    assert comparison["scale_error_bound"] == {"loss": 0.02, "dhidden": 0.01, "dweight": 0.01}
+    assert comparison["plain_pytorch_scale_errors"] == pytest.approx(right["scale_errors"], abs=1e-3)
+    assert "scale within 0.01 (loss 0.02)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_wrong_last_row_of_a_gradient_fails(name, value, tmp_path, monkeypatch):
+    def last_row_wrong(batch: Batch) -> PeerLoss:
+        def change(gradient: torch.Tensor) -> torch.Tensor:
+            gradient[-1] = value
+            return gradient
+
+        return eager(batch, **{name: with_gradient(getattr(batch, name), change)})
+
+    peers = {"wrong": Peer("wrong", lambda device_type: last_row_wrong, lambda tokens, vocab: 0)}
+    monkeypatch.setattr(throughput, "all_peers", lambda tau="auto": peers)
+    monkeypatch.setattr(check, "HIDDEN_ROWS", 4)
+    monkeypatch.setattr(check, "VOCAB_ROWS", 16)
+    (row,) = run(QUICK, tmp_path)[1]["comparisons"][0]["rows"]
+    assert row["status"] == "failed" and f"error of d{name}" in row["note"]
+    assert (f"NaN or infinity in d{name}" in row["note"]) == (value != 0)
+
+
+def test_nan_outside_the_sample_is_seen():
+    batch = tiny_batch(LogitTransform())
+    sample = check.Sample(rows=torch.arange(4), vocab=torch.arange(8))
+    truth, plain = (check.sampled_step(batch, sample, dtype) for dtype in (torch.float64, torch.float32))
+    bound = check.error_bound(check.plain_errors(truth, plain), torch.float32)
+    loss = eager(batch).loss
+    gradients = list(torch.autograd.grad(loss, batch.differentiated()))
+    assert check.errors_of(loss.detach(), gradients, sample, truth).verdict(bound) == ""
+    gradients[1][200, 3] = float("nan")
+    found = check.errors_of(loss.detach(), gradients, sample, truth)
+    assert found.exceeded(bound) == [] and found.verdict(bound) == "wrong: NaN or infinity in dweight"
+
+
+def test_sample_has_the_ends_and_the_rows_at_the_edges_of_tiles():
+    batch, _ = Recipe(Shape("tiny", 8, 2100), 2052, 2, torch.float32, "cpu", scale=4.0).batch()
+    sample = check.choose_sample(batch, seed=0)
+    assert {0, 127, 128, 2047, 2048, 2051} <= set(sample.rows.tolist())
+    assert {0, 127, 128, 2047, 2048, 2099} <= set(sample.vocab.tolist())
+    assert len(sample.rows) <= check.HIDDEN_ROWS + 6 and len(sample.vocab) <= check.VOCAB_ROWS + 6
 
 
 @pytest.mark.parametrize(("name", "status"), [("torch", 1), ("torch-exact", 1), ("other", 0)])
@@ -462,11 +567,14 @@ def test_eager_peer_is_charged_for_its_logits(tmp_path):
 
 
 def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():
-    bound = check.Errors(loss=1e-6, dhidden=6e-6, dweight=5e-2)
+    scale = check.Scale(2e-2, 1e-4, 5e-2)
+    bound = check.Bound(check.Errors(loss=1e-6, dhidden=6e-6, dweight=5e-2), scale, check.Scale())
     loosened = bound.at_tau(2.0**-13)
-    assert loosened == check.Errors(1e-6, check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps, 5e-2)
+    assert loosened.errors == check.Errors(1e-6, check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps, 5e-2)
+    assert loosened.scale == check.Scale(2e-2, check.SCALE_LIMIT[torch.bfloat16], 5e-2)
     assert bound.at_tau(0.0) == bound
-    assert check.Errors(1e-6, 6e-6, None).at_tau(2.0**-13).dweight is None
+    frozen = check.Bound(check.Errors(1e-6, 6e-6, None), check.Scale(2e-2, 1e-4, None), check.Scale())
+    assert frozen.at_tau(2.0**-13).errors.dweight is frozen.at_tau(2.0**-13).scale.dweight is None
 
 
 def test_commit_is_marked_when_what_runs_has_changed_and_only_then(tmp_path, monkeypatch):

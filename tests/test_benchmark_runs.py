@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,6 +56,51 @@ def test_operations_are_the_useful_ones_and_those_executed_count_recomputed_logi
         assert exact["executed_tflops"]["forward"] == exact["tflops"]["forward"]
 
 
+def test_peer_that_makes_its_gradients_in_the_forward_has_one_rate(tmp_path, monkeypatch, capsys):
+    peers = {
+        "early": Peer("early", load_eager, lambda tokens, vocab: 0, gradients_in_forward=True),
+        "eager": all_peers()["eager"],
+    }
+    monkeypatch.setattr(throughput, "all_peers", lambda tau="auto": peers)
+    early, eager = run(RUN, tmp_path / "result.json")["comparisons"][0]["rows"]
+    assert early["tflops"]["forward"] is early["tflops"]["backward"] is None
+    seconds = early["both_ms"]["median"] / 1e3
+    assert early["tflops"]["both"] == pytest.approx(6 * 64 * 48 * 1000 / seconds / 1e12, rel=1e-2)
+    assert early["note"] == "its gradients are made in the forward" and eager["note"] == ""
+    assert "early: its gradients are made in the forward" in capsys.readouterr().out
+    assert None not in eager["tflops"].values()
+
+
+def test_peers_that_recompute_logits_or_make_gradients_early_are_marked():
+    peers = all_peers()
+    recomputing = {name for name, peer in peers.items() if peer.recomputes}
+    assert recomputing == {"triton-exact", "torch-exact", "trl", "cce", "torch-lce", "torch-lce-rows"}
+    early = {name for name, peer in peers.items() if peer.gradients_in_forward}
+    assert early == {"liger", "quack", "quack-fused"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bare_gemms_are_the_whole_product(dtype, monkeypatch):
+    monkeypatch.setattr(throughput, "GEMM_OUTPUT_BYTES", 20 * 300 * dtype.itemsize)  # 48 = 20 + 20 + 8
+    batch, _ = Recipe(Shape("tiny", 24, 300), 48, 2, dtype, "cpu", scale=4.0).batch()
+    written: list[torch.Tensor] = []
+    monkeypatch.setattr(
+        throughput, "exhaust", lambda products: written.extend(part.clone() for part in products)
+    )
+    runs = throughput.bare_gemms(batch)
+    expected = batch.hidden.double() @ batch.weight.double().T
+    assert "into_buffer" in runs
+    for name, gemm in runs.items():
+        written.clear()
+        gemm()
+        assert len(written) == (3 if name == "into_buffer" else 1)
+        torch.testing.assert_close(torch.cat(written).to(dtype), expected.to(dtype), rtol=1e-2, atol=1e-3)
+    if len(runs) > 1:
+        tiles = list(throughput.onednn_products(batch.hidden, batch.weight, size=32))
+        rows = [torch.cat(tiles[first : first + 10], dim=1) for first in (0, 10)]  # 300 = 9 x 32 + 12
+        torch.testing.assert_close(torch.cat(rows), expected.float(), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -89,9 +137,16 @@ def test_a_run_that_is_stopped_leaves_the_comparisons_it_has_made(tmp_path, monk
         run([*RUN, "--loss", "dpo", "simpo", "focalpo", "--only", "eager"], path)
     report = json.loads(path.read_text())
     assert seen == [1, 2] and [comparison["loss"] for comparison in report["comparisons"]] == ["dpo", "simpo"]
+    assert report["finished"] is False
     assert report["launch_table"] == "shipped" and not list(path.parent.glob("*.part"))
     packages = {"torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "focalkern"}
     assert set(report["versions"]) == packages
+
+
+@pytest.mark.parametrize("extra", [[], ["--max-tokens", "1"]])
+def test_a_run_that_came_to_its_end_says_so(extra, tmp_path, monkeypatch):
+    monkeypatch.setattr(max_tokens, "tries", lambda row, case, base, options: lambda pairs: pairs < 3)
+    assert run([*RUN, "--only", "eager", *extra], tmp_path / "result.json")["finished"] is True
 
 
 @pytest.mark.gpu
@@ -265,3 +320,53 @@ def test_longest_batch_on_a_cpu_keeps_to_the_memory(tmp_path, monkeypatch, capsy
     assert cce["status"] == "skipped" and cce["tokens"] is None and "CUDA device" in cce["note"]
     out = capsys.readouterr().out
     assert ">= 128" in out and "CPU" in out
+
+
+@pytest.mark.parametrize(
+    ("free", "killed_at", "tokens", "limited"),
+    [(64, None, 5 * 32, False), (5, None, 4 * 32, True), (64, 4, 3 * 32, True), (0, None, 0, True)],
+)
+def test_longest_batch_that_the_free_memory_ends_is_a_lower_limit(
+    free, killed_at, tokens, limited, tmp_path, monkeypatch
+):
+    """Each pair needs a unit of memory; the budget has 5. A try takes as much as was estimated."""
+    peer = Peer("peer", load_eager, lambda tokens, vocab: 0)
+    unit = 2**20
+    monkeypatch.setattr(Peer, "estimated_bytes", lambda self, shape, tokens, pairs, *rest: pairs * unit)
+    monkeypatch.setattr(max_tokens, "all_peers", lambda tau="auto": {"peer": peer})
+    monkeypatch.setattr(max_tokens, "available_bytes", lambda device: int(free * unit))
+
+    def needs(function, name, tau, case, pairs, *rest) -> int:
+        if killed_at and pairs >= killed_at:
+            raise BrokenProcessPool("terminated abruptly")
+        return pairs * unit
+
+    monkeypatch.setattr(max_tokens, "in_fresh_process", needs)
+    arguments = [*RUN, "--only", "eager", "--max-tokens", str(5 * unit / 2**30)]
+    options = throughput.parse(arguments)
+    options.only = ["peer"]
+    (case,) = throughput.cases(options)
+    (row,) = max_tokens.find(case, options, Console(quiet=True))["rows"]
+    assert (row["tokens"], row["at_least"]) == (tokens, limited)
+    assert row["note"] == ("limited by the memory that is free here" if limited else "")
+
+
+def test_peer_whose_process_dies_on_a_single_pair_has_failed(monkeypatch):
+    def dies(*arguments) -> int:
+        raise BrokenProcessPool("terminated abruptly")
+
+    monkeypatch.setattr(max_tokens, "in_fresh_process", dies)
+    options = throughput.parse([*RUN, "--only", "eager", "--max-tokens", "1"])
+    (case,) = throughput.cases(options)
+    (row,) = max_tokens.find(case, options, Console(quiet=True))["rows"]
+    assert row["status"] == "failed" and "terminated abruptly" in row["note"] and not row["at_least"]
+
+
+def test_budget_beyond_the_memory_of_the_card_is_refused_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    card = SimpleNamespace(total_memory=2**34)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(SystemExit):
+        throughput.parse([*ON_CUDA, "--max-tokens", "17"])
+    assert "--max-tokens 17: the device has 16.0 GiB" in capsys.readouterr().err
+    assert throughput.parse([*ON_CUDA, "--max-tokens", "16"]).max_tokens == 16
