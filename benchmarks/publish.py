@@ -358,7 +358,8 @@ def provenance(report: Report) -> str:
     machine = data["device"] if report.on_gpu else f"{data['device']}, {cores}"
     return (
         f"{machine}; {versions}, Python {data['python']}; {data['date'][:10]}, commit {commit_of(report)}; "
-        f"medians of {data['repeats']} interleaved runs{launch_table_of(report)}; {report.title}."
+        f"medians of {data['repeats']} interleaved runs{launch_table_of(report)}; {report.title}"
+        + (f", by `{data['command']}`." if "command" in data else ".")
     )
 
 

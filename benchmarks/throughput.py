@@ -34,6 +34,7 @@ import argparse
 import importlib.util
 import json
 import math
+import shlex
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -153,8 +154,19 @@ def begin(options: argparse.Namespace, console: Console) -> dict[str, Any]:
     if about["load_average"] is not None and about["load_average"] > about["cpus"] / 2:
         load = f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs"
         console.print(f"{load}: other work on this machine disturbs the times.", highlight=False)
+    if options.quick:
+        console.print(
+            "--quick shows that everything runs: at so small a size, calls cost more than products, and the "
+            "certified backward has nothing to leave out.",
+            highlight=False,
+        )
     table = str(options.launch_table) if options.launch_table else "shipped"
-    about |= {"repeats": options.repeats, "tau": options.tau, "launch_table": table}
+    about |= {
+        "command": options.command,
+        "repeats": options.repeats,
+        "tau": options.tau,
+        "launch_table": table,
+    }
     return {**about, "finished": False, "comparisons": []}
 
 
@@ -234,6 +246,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     run.add_argument("--plot", type=Path, metavar="DIR", help="draw the times over tokens and over sharpness")
     options = parser.parse_args(argv)
+    options.command = shlex.join(["throughput.py", *(sys.argv[1:] if argv is None else argv)])
 
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = options.device == "cuda"
@@ -265,6 +278,12 @@ def settle_run(parser: argparse.ArgumentParser, options: argparse.Namespace, on_
         parser.error(f"--launch-table: there is no file {options.launch_table}")
     if options.launch_table and not on_cuda:
         parser.error("--launch-table is for the triton peers, which need a CUDA device")
+    if options.json and options.json.is_dir():
+        parser.error(f"--json {options.json}: is a folder, expected a file")
+    if options.plot and options.plot.exists() and not options.plot.is_dir():
+        parser.error(f"--plot {options.plot}: is a file, expected a folder")
+    if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
+        parser.error("--plot draws over several values of --tokens or --sharpness: give more than one")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which the extra `bench` of this package installs")
     options.dtype = options.dtype or (["bf16"] if on_cuda or options.quick else ["fp32", "bf16"])

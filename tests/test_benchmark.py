@@ -356,6 +356,9 @@ def test_peer_that_does_not_fit_into_memory_is_skipped_with_a_note(tmp_path, mon
         (["--max-tokens", "0"], "a number of GiB above 0"),
         (["--launch-table", "missing.json"], "there is no file missing.json"),
         (["--launch-table", __file__], "the triton peers, which need a CUDA device"),
+        (["--json", str(Path(__file__).parent)], "is a folder, expected a file"),
+        (["--tokens", "64", "128", "--plot", __file__], "is a file, expected a folder"),
+        (["--plot", "plots"], "several values of --tokens or --sharpness"),
     ],
 )
 def test_wrong_arguments_are_refused_by_name(arguments, message, capsys):
