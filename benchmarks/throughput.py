@@ -280,12 +280,12 @@ def settle_run(parser: argparse.ArgumentParser, options: argparse.Namespace, on_
         parser.error("--launch-table is for the triton peers, which need a CUDA device")
     if options.json and options.json.is_dir():
         parser.error(f"--json {options.json}: is a folder, expected a file")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib, which the extra `bench` of this package installs")
     if options.plot and options.plot.exists() and not options.plot.is_dir():
         parser.error(f"--plot {options.plot}: is a file, expected a folder")
     if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
         parser.error("--plot draws over several values of --tokens or --sharpness: give more than one")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        parser.error("--plot needs matplotlib, which the extra `bench` of this package installs")
     options.dtype = options.dtype or (["bf16"] if on_cuda or options.quick else ["fp32", "bf16"])
     # At such a size, threads that wait for one another measure what else the machine does.
     options.threads = options.threads or (1 if options.quick else torch.get_num_threads())

@@ -268,12 +268,6 @@ def test_plots_are_drawn_from_the_report(tmp_path):
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size > 10_000
 
 
-def test_of_one_size_and_sharpness_there_is_nothing_to_plot(tmp_path):
-    pytest.importorskip("matplotlib", reason="plots need it; the extra `bench` has it")
-    run([*RUN, "--only", "eager", "--plot", str(tmp_path / "plots")], tmp_path / "result.json")
-    assert not (tmp_path / "plots").exists()
-
-
 def test_plots_without_matplotlib_are_refused_by_name(monkeypatch, capsys):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
