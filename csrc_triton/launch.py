@@ -31,7 +31,8 @@ class Launch:
     warp_specialize: bool = False
 
 
-VOCAB_BLOCK = 128  # as in `linear_logps`
+# The vocabulary is described in blocks of this many entries: one lse per row and block.
+VOCAB_BLOCK = 128
 # Row tiles in flight together: their hidden states and one head tile stay in L2.
 GROUP_M = 8
 

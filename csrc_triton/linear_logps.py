@@ -9,9 +9,10 @@ reproducible. Launched by `focalkern.backends.triton_backend`.
 import triton
 import triton.language as tl
 
+from csrc_triton import launch
 from csrc_triton.scalar import fast_exp, log1p_unit, logaddexp, logit_transform
 
-VOCAB_BLOCK = tl.constexpr(128)
+VOCAB_BLOCK = tl.constexpr(launch.VOCAB_BLOCK)
 
 
 @triton.jit

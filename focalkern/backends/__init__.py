@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from csrc_triton.launch import VOCAB_BLOCK as VOCAB_BLOCK
 from focalkern.layout import Rows, Sequences
 
 if TYPE_CHECKING:
@@ -24,8 +25,6 @@ try:
 except ImportError:
     HAS_TRITON = False
 
-# The vocabulary is described in blocks of this many entries: one lse per row and block.
-VOCAB_BLOCK = 128
 # tl.dot on bf16 needs tensor cores of Ampere or later; older GPUs take the torch backend.
 _MIN_CAPABILITY = (8, 0)
 
