@@ -8,6 +8,7 @@ compiles a recorded launch and asks ptxas for its resources. Used by `resources.
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import subprocess
 import tempfile
@@ -93,6 +94,7 @@ def recorded_launches(arch: str, run: Callable[[], object]) -> list[KernelLaunch
     return list(launches)
 
 
+@functools.cache
 def compile_launch(launch: KernelLaunch, arch: str) -> Resources:
     compiled = compiled_kernel(launch, arch)
     capability, ptx = int(arch.removeprefix("sm_")), compiled.asm["ptx"]
