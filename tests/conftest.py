@@ -37,6 +37,14 @@ def device() -> torch.device:
     return DEVICE
 
 
+@pytest.fixture
+def same_threads_afterwards():
+    """For tests of scripts that set the number of CPU threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         if "gpu" in item.keywords and not HAS_GPU:

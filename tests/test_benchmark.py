@@ -37,11 +37,7 @@ QUICK = [*TINY, "--dtype", "fp32", "--repeats", "2", "--no-memory"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 def run(arguments: list[str], tmp_path: Path) -> tuple[int, dict]:

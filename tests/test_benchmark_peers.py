@@ -27,11 +27,7 @@ PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_ent
 COMPILED = ("compile", "liger", "cce-compile")
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 def tiny_batch(softcap: float | None, bias: bool) -> Batch:

@@ -27,11 +27,7 @@ ON_CUDA = ["--device", "cuda", "--hidden", "1024", "--vocab", "32768", "--tokens
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 def run(arguments: list[str], path: Path) -> dict:

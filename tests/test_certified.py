@@ -317,7 +317,8 @@ def test_the_workspace_does_not_change_the_result(workspace_bytes, backend, monk
     for sliced, gradient in zip(problem.run(backend)[1], whole, strict=True):
         # A row stands elsewhere in its tile, so that the last digit of its logits may differ; in the exponent
         # of p, which the kernels form as the hardware does, by a product with log2 e, that is another digit.
-        assert (sliced - gradient).norm() <= 8 * torch.finfo(torch.float32).eps * gradient.norm()
+        digits = 8 if backend == "triton" else 4
+        assert (sliced - gradient).norm() <= digits * torch.finfo(torch.float32).eps * gradient.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

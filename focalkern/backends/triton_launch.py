@@ -147,7 +147,7 @@ def arch_of(device: torch.device) -> str:
 @lru_cache
 def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
-        return 3  # in the interpreter: fewer programs than tiles, and than splits
+        return 3  # in the interpreter: fewer programs than tiles
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
