@@ -16,7 +16,9 @@ trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("tr
 # Other fused heads; both need triton. QuACK's, for Hopper GPUs alone, is not installed with them.
 peers = [f'{name}; platform_system == "Linux"' for name in ("liger-kernel>=0.8.5", "cut-cross-entropy>=25.1")]
 bench = [*trl, *peers, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
-test = [*bench, "hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
+deepspeed = "deepspeed>=0.17"
+tools = ["hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
+test = [*bench, f'{deepspeed}; platform_system == "Linux"', *tools]
 
 setup(
     name="focalkern",
@@ -32,7 +34,7 @@ setup(
     install_requires=["torch>=2.8", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "trl": trl,
-        "deepspeed": ["deepspeed>=0.17"],
+        "deepspeed": [deepspeed],
         "flash-attn": ["flash-attn>=2.7"],
         "bench": bench,
         "test": test,
