@@ -1,10 +1,12 @@
-"""Writes what `benchmarks/results/` holds into README.md and docs/performance.md, and draws their plots.
+"""Writes what `benchmarks/results/` holds into README.md and docs/performance.md, and draws their plots;
+into docs/scaling.md, what the cost model of `scaling.py` computes.
 
     python benchmarks/publish.py            # make report
     python benchmarks/publish.py --check    # exit status 1, and which part it is, where a page says otherwise
 
 Only what stands between `<!-- measured: begin NAME (make report) -->` and `<!-- measured: end NAME -->` is
-rewritten. A plot carries the hash of its data and is drawn again only when they changed.
+rewritten; in docs/scaling.md it says "computed". A plot carries the hash of its data and is drawn again only
+when they changed.
 """
 
 from __future__ import annotations
@@ -12,7 +14,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,8 @@ from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import plots
+from benchmarks import plots, scaling
+from benchmarks.markdown import markdown_table, percent, significant
 from benchmarks.targets import (
     DPO,
     GPU_SIZE,
@@ -43,6 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
 COMPILED = Path("benchmarks/compiled.json")
 FIGURES = Path("docs/figures")
+SCALING_PAGE = "docs/scaling.md"
 HASH = "focalkern data"  # key of the hash in a plot's metadata
 
 # README: results of GPUs first, then these files and dtypes, in this order, as far as there is room.
@@ -184,7 +187,13 @@ def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
             "targets": targets_table,
             "compiled": compiled_tables,
         },
+        SCALING_PAGE: {name: computed(part) for name, part in scaling.PARTS.items()} | {"plot": scaling_plot},
     }
+
+
+def computed(part: Callable[[Sequence[scaling.Case]], str]) -> Callable[[Results], str]:
+    """A part that no result has a say in."""
+    return lambda _: part(scaling.CASES)
 
 
 def update_pages(root: Path, results: Results, check: bool) -> list[str]:
@@ -204,7 +213,8 @@ def update_pages(root: Path, results: Results, check: bool) -> list[str]:
 
 
 def replace_part(text: str, name: str, content: str, page: str) -> str:
-    begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
+    source = "computed" if page == SCALING_PAGE else "measured"
+    begin, end = f"<!-- {source}: begin {name} (make report) -->", f"<!-- {source}: end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ResultError(f"{page}: needs one {begin} and after it one {end}")
     before, rest = text.split(begin)
@@ -217,7 +227,13 @@ def wrapped(content: str) -> str:
     return "\n\n".join(
         block
         if block.startswith(("|", "#", "!"))
-        else textwrap.fill(block, 115, break_long_words=False, break_on_hyphens=False)
+        else textwrap.fill(
+            block,
+            115,
+            subsequent_indent="  " if block.startswith("- ") else "",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
         for block in content.strip().split("\n\n")
     )
 
@@ -571,11 +587,6 @@ COMPILED_COLUMNS = [
 ]
 
 
-def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---:"] * (len(columns) - 1)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rule, *lines])
-
-
 def ordered(comparison: Record) -> list[Record]:
     def rank(row: Record) -> int:
         name = short_name(row)
@@ -592,14 +603,6 @@ def focalkern_row(comparison: Record) -> Record | None:
 # Numbers
 
 
-def significant(value: float, digits: int) -> str:
-    """3 digits: 0.0123, 1.23, 12.3, 123, 1,230."""
-    if value == 0 or not math.isfinite(value):
-        return f"{value:g}"
-    rounded = float(f"{value:.{digits - 1}e}")
-    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
-
-
 def in_unit(ms: float, unit: str) -> str:
     return significant(ms / 1000 if unit == "s" else ms, 3)
 
@@ -614,10 +617,6 @@ def scientific(value: float | str | None) -> str:
     if value is None or isinstance(value, str):
         return value or ""
     return f"{value:.1e}".replace("e-0", "e-") if value else "0"
-
-
-def percent(share: float) -> str:
-    return f"{significant(100 * share, 3)} %"
 
 
 def kept_of(row: Record) -> str:
@@ -715,14 +714,37 @@ class Plot:
         return f"![{title.replace('`', '')}]({folder}/{self.file})"
 
     def draw(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         plot, _ = SWEEPS[self.over]
         plot(self.report.data, path)
-        with Image.open(path) as picture:
-            picture.load()
-        about = PngInfo()
-        about.add_text(HASH, self.data_hash)
-        picture.save(path, pnginfo=about, optimize=True)
+
+
+class ScalingPlot:
+    """The head over the ranks that share its vocabulary, as the cost model has it."""
+
+    file = "computed-vocabulary-parallel.png"
+
+    def __init__(self) -> None:
+        self.curves = {
+            f"head of {case.model.name}, {scaling.HEAD_TOKENS} tokens": scaling.head_curves(case)
+            for case in scaling.CASES
+        }
+
+    @property
+    def data_hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.curves).encode()).hexdigest()
+
+    def as_markdown(self, folder: str) -> str:
+        title = (
+            "Computed time of forward, backward and the sum of dhidden over the ranks that share a vocabulary"
+        )
+        return f"![{title}]({folder}/{self.file})"
+
+    def draw(self, path: Path) -> None:
+        plots.plot_vocab_ranks(self.curves, path)
+
+
+def scaling_plot(_: Results) -> str:
+    return ScalingPlot().as_markdown("figures")
 
 
 def all_plots(results: Results) -> list[Plot]:
@@ -737,13 +759,24 @@ def all_plots(results: Results) -> list[Plot]:
 
 def update_plots(root: Path, results: Results, check: bool) -> list[str]:
     stale = []
-    for plot in all_plots(results):
+    for plot in (*all_plots(results), ScalingPlot()):
         path = root / FIGURES / plot.file
         if drawn_from(path) != plot.data_hash:
             stale.append(str(FIGURES / plot.file))
             if not check:
+                path.parent.mkdir(parents=True, exist_ok=True)
                 plot.draw(path)
+                mark(path, plot.data_hash)
     return stale
+
+
+def mark(path: Path, data_hash: str) -> None:
+    """Note in a plot what it shows."""
+    with Image.open(path) as picture:
+        picture.load()
+    about = PngInfo()
+    about.add_text(HASH, data_hash)
+    picture.save(path, pnginfo=about, optimize=True)
 
 
 def drawn_from(path: Path) -> str | None:
