@@ -1,13 +1,14 @@
 """Preference training of a causal LM with TRL: FocalPO, DynamicFocalPO, α-DPO, SimPO, or any of TRL's losses.
 
     python examples/trl_focalpo.py --model_name_or_path PATH_OR_ID --dataset_name PATH_OR_ID --output_dir out
-    accelerate launch examples/trl_focalpo.py --config examples/recipes/llama3-8b-focalpo.yaml
+    accelerate launch --config_file examples/accelerate/zero3.yaml examples/trl_focalpo.py --config RECIPE
 
 Every field of `FocalPOConfig` (with TRL's `DPOConfig`), of TRL's `ModelConfig` (LoRA, quantisation,
 attention) and `ScriptArguments` is an option: `--help` lists them. The dataset is one of the Hugging Face
 Hub, a JSON Lines file with "prompt", "chosen" and "rejected", each plain text or a conversation, or a
 folder with train.jsonl and test.jsonl, to evaluate too. Without a GPU add --use_cpu, without FlashAttention
---attn_implementation sdpa. The recipes are the papers' own hyper-parameters for 7B and 8B models.
+--attn_implementation sdpa. RECIPE is one of examples/recipes: the papers' own hyper-parameters for 7B and 8B
+models. For several GPUs there are ZeRO-2, ZeRO-3 and FSDP2 in examples/accelerate.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("trl")
 
+from ranks import run_ranks
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
@@ -62,6 +63,25 @@ def test_the_script_trains_lora_on_the_head(model_folder, tmp_path):
     trainer = trl_focalpo.main([*given.split(), *lora.split(), *SHORT.split()])
     head = trainer.model.get_output_embeddings()
     assert head.lora_B["default"].weight.any()  # it starts at 0
+
+
+def test_the_script_trains_on_two_ranks(model_folder, tmp_path):
+    """As docs/trl.md launches it, but for the number of processes and the precision."""
+    pytest.importorskip("deepspeed")
+    data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
+    out = tmp_path / "out"
+    config = ("--config_file", str(ROOT / "examples/accelerate/zero3.yaml"), "--main_process_port", "0")
+    changes = ("--num_processes", "2", "--mixed_precision", "no")
+    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {out} {SHORT}"
+    run_ranks(
+        ROOT / "examples/trl_focalpo.py",
+        *given.split(),
+        *("--learning_rate", "1e-2"),
+        launcher=(sys.executable, "-m", "accelerate.commands.launch", *config, *changes),
+    )
+    before, after = weights(Path(model_folder)), weights(out)
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dataset_name", "x"], ["--model_name_or_path", "x"]])

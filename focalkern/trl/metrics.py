@@ -78,11 +78,12 @@ def backward_metrics(
     completion_tokens: torch.Tensor,  # []
     sum_over_ranks: Reduce,
 ) -> dict[str, torch.Tensor]:
-    """What the certified backward left out, once it has run: means over completion tokens, and over ranks."""
-    one = torch.ones_like(kept_share)
-    sums = [dropped_mass.sum(), completion_tokens.to(one), kept_share, one]
-    total = sum_over_ranks(torch.stack(sums))
-    return {"focal/dropped_mass": _ratio(total[0], total[1]), "focal/kept_share": total[2] / total[3]}
+    """What the certified backward left out, once it has run: means over completion tokens of all ranks."""
+    tokens = completion_tokens.to(kept_share)
+    # Without any completion token the share is 1, as `linear_logps` has it.
+    sums = torch.stack([dropped_mass.sum(), (1 - kept_share) * tokens, tokens])
+    dropped, left_out, count = sum_over_ranks(sums).unbind()
+    return {"focal/dropped_mass": _ratio(dropped, count), "focal/kept_share": 1 - _ratio(left_out, count)}
 
 
 def _ratio(total: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import trl
+from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from transformers import PreTrainedModel
@@ -25,6 +26,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
 from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head, replaced
+from focalkern.trl.sharding import keep_output_dtype
 
 _HEAD = "add_fused_lm_head"
 _REFUSAL = "BaseTunerLayer"  # the class of the heads that TRL's trainers refuse
@@ -104,7 +106,7 @@ def patch(*, backward: str = "certified", tau: str | float = "auto", backend: st
         return undo
 
     modules = _checked_modules()
-    head = functools.partial(add_fused_lm_head, **options)
+    head = functools.partial(_add_head, **options)
     current = _Patch(options, head, modules["utils"].add_fused_lm_head, [])
     grpo = modules["grpo"]
     _replace(current, grpo.GRPOTrainer, "__init__", _grpo_init(grpo))
@@ -211,6 +213,13 @@ def _check(what: str, expected: str, found: str) -> None:
 # ----------------------------------------------------------------------------------------------- constructors
 
 
+def _add_head(model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """As TRL's trainers call `add_fused_lm_head`: with their accelerator made, and no model sharded yet."""
+    if AcceleratorState._shared_state:
+        keep_output_dtype(AcceleratorState())
+    add_fused_lm_head(model, *args, **kwargs)
+
+
 def _grpo_init(module: types.ModuleType) -> Callable:
     """GRPO's own, with TRL's refusal where its fp32 cast would leave an adapter out of the generation."""
     own_init = module.GRPOTrainer.__init__
@@ -241,7 +250,7 @@ def _fused_init(trainer_class: type, forward: Callable, options: dict[str, Any])
         is_overridden = any(inspect.getattr_static(type(self), name) is not own[name] for name in own)
         if self.is_encoder_decoder or is_overridden or not isinstance(model, PreTrainedModel):
             return
-        add_fused_lm_head(model, outputs=("log_probs", "mean_logits_everywhere"), **options)
+        _add_head(model, outputs=("log_probs", "mean_logits_everywhere"), **options)
         self.concatenated_forward = types.MethodType(forward, self)
 
     return init

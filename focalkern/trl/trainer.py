@@ -36,6 +36,7 @@ from focalkern.trl.head import (
 )
 from focalkern.trl.loss_types import MixedLoss
 from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
+from focalkern.trl.sharding import check_sequences_are_whole, keep_output_dtype
 
 STATE_NAME = "focalpo_state.pt"
 _NARROW = (torch.bfloat16, torch.float16)
@@ -64,14 +65,9 @@ PACKABLE = frozenset(
         "starcoder2",
     )
 )
+_REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 # What a batch holds beside the arguments of the model.
-_NOT_FOR_THE_MODEL = (
-    "completion_mask",
-    "ref_chosen_logps",
-    "ref_rejected_logps",
-    "sequence_lengths",
-    "cu_seqlens",
-)
+_NOT_FOR_THE_MODEL = ("completion_mask", *_REF_LOGPS, "sequence_lengths", "cu_seqlens")
 
 
 class FocalPOTrainer(DPOTrainer):
@@ -181,6 +177,12 @@ class FocalPOTrainer(DPOTrainer):
 
     # ------------------------------------------------------------------------------------------ construction
 
+    def create_accelerator_and_postprocess(self) -> None:
+        check_sequences_are_whole(self.args.parallelism_config)
+        super().create_accelerator_and_postprocess()
+        check_sequences_are_whole(self.accelerator.parallelism_config)  # of the launcher's, too
+        keep_output_dtype(self.accelerator.state)
+
     def _warn_of_lost_updates(self) -> None:
         """Engines keep an fp32 copy of 16-bit weights; a plain optimizer does not."""
         dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
@@ -258,6 +260,11 @@ class FocalPOTrainer(DPOTrainer):
         return not (gradient[0, :second].abs() > 0).any()
 
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        if self.accelerator.num_processes > 1 and not getattr(dataset, "cache_files", True):
+            raise ValueError(
+                f"precompute_ref_log_probs must be False on several ranks with a {name} dataset in memory,"
+                " which they cannot share: load it from files (load_dataset, load_from_disk)"
+            )
         # TRL looks its cache up by dataset and model: log-probs of sequences cut otherwise pass for these.
         args, of_model = self.args, self._precompute_model_hash
         options = (args.max_length, args.truncation_mode, args.ld_alpha, self.accelerator.mixed_precision)
@@ -268,6 +275,11 @@ class FocalPOTrainer(DPOTrainer):
             self._precompute_model_hash = of_model
 
     # ------------------------------------------------------------------------------------------------ a step
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        # Under DeepSpeed floats are cast to the dtype of the model: sums of log-probs would be off by nats.
+        ref_logps = {name: inputs[name].to(self.args.device) for name in _REF_LOGPS if name in inputs}
+        return super()._prepare_inputs(inputs) | ref_logps
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         outputs = self._forward(model, inputs, output_router_logits=self.aux_loss_enabled)

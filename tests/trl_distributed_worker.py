@@ -1,0 +1,179 @@
+"""Trainings with `FocalPOTrainer` that test_trl_distributed.py has run by one process, and by several ranks.
+
+    accelerate launch --config_file CONFIG tests/trl_distributed_worker.py INPUTS OUT NAME...
+
+INPUTS has model, reference and pairs, as the test wrote them. A training leaves in OUT/NAME the saved model,
+its checkpoints and `history.json`, what it has logged.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import DistributedType, ParallelismConfig
+from datasets import Dataset, load_dataset
+from peft import LoraConfig
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from trl import DPOConfig, DPOTrainer
+from trl_tiny import history, settings, trainer_of
+
+import focalkern.trl
+from focalkern.trl import FocalPOConfig, FocalPOTrainer
+
+RANKS = int(os.environ.get("WORLD_SIZE", "1"))
+BATCH = 4  # pairs of all ranks
+IS_FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+IS_DEEPSPEED = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2}
+LORA = LoraConfig(
+    r=4,
+    lora_alpha=16,
+    lora_dropout=0.0,
+    init_lora_weights=False,  # of some size from the start
+    task_type="CAUSAL_LM",
+    target_modules=["lm_head", "q_proj", "down_proj"],
+)
+BF16 = {"bf16": True, "gamma": 0.3}
+# Options of the configuration; the folder of a reference, an adapter, and whose trainer it is.
+TRAININGS: dict[str, dict[str, Any]] = {
+    "alpha-DPO with a schedule": {
+        "reference": "reference",
+        "alpha": 0.5,
+        "beta": 2.0,
+        "margin": 1.0,
+        "reference_free": True,
+        "length_normalize": True,
+        "gamma_schedule": "cosine",
+        "gamma_max": 0.5,
+        "gamma_min": 0.1,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "save_strategy": "steps",
+        "save_steps": 2,
+        **EVALUATED,
+    },
+    "packed, precomputed": {
+        "reference": "reference",
+        "gamma": 0.3,
+        "padding_free": True,
+        "precompute_ref_log_probs": True,
+        "gradient_accumulation_steps": 1,
+        **EVALUATED,
+    },
+    "LoRA on the head": {"peft": LORA, "gamma": 0.3, **EVALUATED},
+    "bf16": {"reference": "reference", **BF16},
+    "bf16, LoRA": {"peft": LORA, **BF16},
+    "bf16, precomputed": {"reference": "reference", "precompute_ref_log_probs": True, **BF16},
+    "bf16, DPO": {"reference": "reference", "bf16": True, "gamma": 0.0},
+    "bf16, TRL's DPO": {"reference": "reference", "bf16": True, "trainer": "trl"},
+}
+
+
+def make_trainer(name: str, inputs: Path, folder: Path, **changes) -> FocalPOTrainer | DPOTrainer:
+    options = {"reference": None, "peft": None, "trainer": "focal", "in_memory": False, **TRAININGS[name]}
+    options |= changes
+    reference, peft, owner, in_memory = (
+        options.pop(key) for key in ("reference", "peft", "trainer", "in_memory")
+    )
+    trainer_class, config_class = (
+        (DPOTrainer, DPOConfig) if owner == "trl" else (FocalPOTrainer, FocalPOConfig)
+    )
+    sizes = {f"per_device_{kind}_batch_size": BATCH // RANKS for kind in ("train", "eval")}
+    args = config_class(**settings(folder, max_steps=4, **sizes) | options)
+    if IS_FSDP:  # which accelerate leaves out on a CPU, where PyTorch has it
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    if IS_DEEPSPEED:  # else it leaves parameters as small as these whole
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    cache = str(inputs / f"cache-{os.getppid()}")  # that of another run has the reference log-probs already
+    pairs = load_dataset("json", data_files={"train": str(inputs / "pairs.jsonl")}, cache_dir=cache)["train"]
+    if in_memory:
+        pairs = Dataset.from_list(list(pairs))
+    given = {"peft_config": peft} if peft else {}
+    if reference:
+        given["ref_model"] = AutoModelForCausalLM.from_pretrained(inputs / reference)
+    return trainer_of(
+        args, str(inputs / "model"), trainer_class=trainer_class, records=pairs, eval_dataset=pairs, **given
+    )
+
+
+def train(name: str, inputs: Path, out: Path, resume_from: Path | None = None, **changes) -> None:
+    folder = out / name
+    if TRAININGS[name].get("trainer") == "trl":
+        with focalkern.trl.patch():
+            trainer = make_trainer(name, inputs, folder, **changes)
+    else:
+        trainer = make_trainer(name, inputs, folder, **changes)
+    trainer.train(resume_from_checkpoint=resume_from and str(resume_from))
+    if RANKS > 1 and (IS_FSDP or getattr(trainer.args.deepspeed_plugin, "zero_stage", 0) == 3):
+        check_sharded(trainer.model)
+        if trainer.ref_model is not None:
+            check_sharded(trainer.accelerator.unwrap_model(trainer.ref_model))
+    trainer.save_model(str(folder))
+    if trainer.accelerator.is_main_process:
+        (folder / "history.json").write_text(json.dumps(history(trainer)), encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+
+
+def check_sharded(model: torch.nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what the last forward has left gathered for a backward
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, DTensor):
+            local = parameter.to_local().numel()
+        else:  # of ZeRO-3
+            assert hasattr(parameter, "ds_tensor"), f"{name} is not sharded"
+            local = parameter.ds_tensor.numel()
+            assert not parameter.ds_persist, f"{name} is kept whole"
+        size = getattr(parameter, "ds_numel", parameter.numel())
+        assert local <= -(-size // RANKS), f"{name}: {local} of {size} are here"
+
+
+def resume(name: str, inputs: Path, out: Path) -> None:
+    """The rest of a training from its checkpoint in the middle, by trainers that know nothing of it."""
+    checkpoint = out / name / "checkpoint-2"
+    train(name, inputs, out / "resumed", resume_from=checkpoint)
+
+
+def refused(inputs: Path, out: Path) -> None:
+    """What the trainer says to parallelism that cuts sequences, and to pairs that ranks cannot share."""
+    messages = {}
+    launcher = {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_CP_SIZE": str(RANKS)}
+    for name, environment, options in (
+        ("cp_size", launcher, {}),
+        ("sp_size", {}, {"parallelism_config": ParallelismConfig(sp_size=RANKS)}),
+        ("precompute_ref_log_probs", {}, {"precompute_ref_log_probs": True, "in_memory": True}),
+    ):
+        os.environ |= environment
+        try:
+            make_trainer("LoRA on the head", inputs, out, **options)
+        except ValueError as error:
+            messages[name] = str(error)
+        for key in environment:
+            del os.environ[key]
+    if os.environ["RANK"] == "0":
+        (out / "refused.json").write_text(json.dumps(messages), encoding="utf-8")
+
+
+def main(inputs: str, out: str, *names: str) -> None:
+    for name in names:
+        if name == "refused":
+            refused(Path(inputs), Path(out))
+        elif name.startswith("resumed "):
+            resume(name.removeprefix("resumed "), Path(inputs), Path(out))
+        else:
+            train(name, Path(inputs), Path(out))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
