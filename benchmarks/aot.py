@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from focalkern.autograd import WORKSPACE_BYTES
 from focalkern.backends import (
+    VOCAB_BLOCK,
     HeadInputs,
     LogitTransform,
     triton_backend,
@@ -34,6 +35,7 @@ from focalkern.backends import (
     triton_products,
     triton_tma,
 )
+from focalkern.distributed import PendingSums
 from focalkern.layout import Rows
 from focalkern.selection import KeptCounts, KeptPairs
 
@@ -188,8 +190,9 @@ def launch_head(
     rank: int | None = None,
     n: int = 8192,
     vocab_size: int = 128256,
+    is_shard: bool = False,
 ) -> None:
-    """Run forward and backward launches of a Llama-3 head on tensors without storage."""
+    """Run forward and backward launches of a Llama-3 head, or a shard of one, on tensors without storage."""
 
     head = HeadInputs(
         meta(n, hidden_size, dtype=dtype),
@@ -202,30 +205,38 @@ def launch_head(
     rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
     transform = LogitTransform(softcap=softcap)
     names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs") if outputs else ()
-    forward = triton_backend.head_forward(head, rows, transform, names)
+    if is_shard:
+        triton_backend.block_statistics(head, rows, transform, names)
+    else:
+        triton_backend.head_forward(head, rows, transform, names)
+    lse, one_minus_p, grad_entropy = meta(n), meta(n), meta(n) if outputs else None
+    sums = _NoSums() if is_shard else None
     triton_backend.head_backward(
-        head,
-        rows,
-        transform,
-        forward.lse,
-        forward.one_minus_p,
-        forward.entropy,
-        meta(n),
-        meta(n) if outputs else None,
-        needs,
+        head, rows, transform, lse, one_minus_p, grad_entropy, meta(n), grad_entropy, needs, sums
     )
     triton_backend.head_backward_certified(
         head,
         rows,
         transform,
-        forward.lse,
-        forward.one_minus_p,
+        lse,
+        one_minus_p,
         meta(n),
-        kept_pairs(n, forward.block_lse.shape[1]),
+        kept_pairs(n, -(-vocab_size // VOCAB_BLOCK)),
         2.0**-13,
         needs,
-        workspace_bytes=WORKSPACE_BYTES,
+        WORKSPACE_BYTES,
+        sums,
     )
+
+
+class _NoSums(PendingSums):
+    """In place of the other shards, which are not there."""
+
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+
+    def start(self, *tensors: torch.Tensor) -> None:
+        pass
 
 
 def launch_kl(
@@ -267,6 +278,6 @@ def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
         per_block_host=torch.full((blocks,), total // blocks),
         per_row_host=torch.full((n,), per_row),
         total=total,
-        share=share,
+        possible=n * blocks,
     )
     return KeptPairs(row=row, block=block, counts=counts)

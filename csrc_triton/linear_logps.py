@@ -599,15 +599,18 @@ def store_sum(
     n,
     H,
 ):
-    """The sum of a single split over all chunks is dhidden; any other waits in `partial`."""
+    """The sum of a single split over all chunks is dhidden; any other waits in `partial`, as all do where
+    there is no dhidden yet."""
     m_m = o_m < count
     m_out = m_m[:, None] & (o_h < H)[None, :]
-    if is_last & (splits == 1):
+    p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
+    if dhidden_ptr is None:
+        tl.store(p_partial, b_acc, mask=m_out)
+    elif is_last & (splits == 1):
         o_row = tl.load(hidden_index_ptr + o_m, mask=m_m, other=0)
         p_out = dhidden_ptr + o_row[:, None] * H + o_h[None, :]
         tl.store(p_out, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_out)
     else:
-        p_partial = partial_ptr + (i_split.to(tl.int64) * n + o_m)[:, None] * H + o_h[None, :]
         tl.store(p_partial, b_acc, mask=m_out)
 
 
@@ -618,7 +621,7 @@ def linear_logps_bwd_dhidden_kernel(
     hidden_index_ptr,  # [n] int64
     count_ptr,  # [1] int32
     partial_ptr,  # [splits, n, H] fp32, sums over the chunks so far
-    dhidden_ptr,  # [M, H] out, written with the last chunk if there is one split
+    dhidden_ptr,  # [M, H] out, written with the last chunk if there is one split; or None
     chunk_start,
     chunk_size,
     C,

@@ -273,7 +273,7 @@ def linear_logps_bwd_dhidden_tma_kernel(
     hidden_index_ptr,  # [n] int64
     count_ptr,  # [1] int32
     partial_ptr,  # [splits, n, H] fp32
-    dhidden_ptr,  # [M, H] out
+    dhidden_ptr,  # [M, H] out, or None
     chunk_start,
     chunk_size,
     C,

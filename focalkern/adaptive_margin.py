@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from focalkern.distributed import all_gather
+
 # π̂_ref = U·π_θ^(α·a)·π_ref^(α·b), the implicit references of α-DPO's Table 2, as (a, b). The last has no such
 # form: TDPO's δ in place of M (Eq. 18).
 IMPLICIT_REFERENCES: dict[str, tuple[int, int] | None] = {
@@ -53,7 +55,8 @@ def implicit_margin(
             parts.append(exponents[1] * ref_logps)
         log_reference = sum(parts[1:], start=parts[0])
     chosen, rejected = log_reference.chunk(2)
-    size = torch.stack([part.detach().abs().amax() for part in parts]).sum()
+    # Of no pairs at all it is 0.
+    size = torch.stack([torch.nn.functional.pad(part.detach().abs(), (0, 1)).amax() for part in parts]).sum()
     return beta * (chosen - rejected), _ROUNDING * torch.finfo(logps.dtype).eps * beta * size
 
 
@@ -86,13 +89,21 @@ class RunningMoments(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
-    def update(self, values: torch.Tensor, rounding: torch.Tensor) -> torch.Tensor:  # [B], [] → []
+    def update(
+        self,
+        values: torch.Tensor,  # [B]
+        rounding: torch.Tensor,  # []
+        copies: int = 1,
+    ) -> torch.Tensor:  # []
         """Take in one batch; waits for the other ranks, not for the device.
 
-        `rounding` is what the values may be by rounding alone; the largest of all ranks is returned.
+        `rounding` is what the values may be by rounding alone; the largest of all ranks is returned. `copies`
+        is how many ranks have each value.
         """
         self._follow(values.device)
-        count, mean, std, most_rounding = self._batch_moments(values.to(self.mean), rounding.to(self.mean))
+        count, mean, std, most_rounding = self._batch_moments(
+            values.to(self.mean), rounding.to(self.mean), copies
+        )
         known = self.mean_weight > 0
         std = torch.where(count > 1, std, (mean - self._unbiased(self.mean, self.mean_weight)).abs())
         finite = torch.isfinite(mean) & torch.isfinite(std)
@@ -127,20 +138,18 @@ class RunningMoments(nn.Module):
         return average / weight.clamp(min=torch.finfo(weight.dtype).tiny)
 
     def _batch_moments(
-        self, values: torch.Tensor, rounding: torch.Tensor
+        self, values: torch.Tensor, rounding: torch.Tensor, copies: int
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Count, mean and unbiased standard deviation over all ranks, and the largest rounding."""
-        mean = values.mean()
+        mean = values.sum() / max(values.numel(), 1)  # of a rank without pairs 0
         squares = (values - mean).square().sum()
         moments = torch.stack([mean.new_full((), values.numel()), mean, squares, rounding])[None]
         if dist.is_available() and dist.is_initialized():
-            gathered = moments.new_empty(dist.get_world_size(self.process_group), moments.shape[1])
-            dist.all_gather_into_tensor(gathered, moments, group=self.process_group)
-            moments = gathered
+            moments = all_gather(moments[0], self.process_group)
         counts, means, sums_of_squares, roundings = moments.unbind(1)
-        count = counts.sum()
-        mean = (counts * means).sum() / count
+        mean = (counts * means).sum() / counts.sum()
         sum_of_squares = sums_of_squares.sum() + (counts * (means - mean).square()).sum()
+        count, sum_of_squares = counts.sum() / copies, sum_of_squares / copies
         return count, mean, (sum_of_squares / (count - 1).clamp(min=1)).sqrt(), roundings.amax()
 
     def _follow(self, device: torch.device) -> None:

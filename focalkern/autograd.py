@@ -18,7 +18,8 @@ from focalkern.backends import (
     PairForward,
     PairObjective,
 )
-from focalkern.certificate import DroppedMass
+from focalkern.certificate import DroppedMass, LeftOut
+from focalkern.distributed import PendingSums, VocabShard, head_forward_of_shards, rows_of_shard
 from focalkern.layout import Rows, Sequences, sequence_of_output
 from focalkern.selection import count_pairs, list_pairs, row_gradients, select_pairs
 
@@ -50,11 +51,20 @@ class LinearLogpsFunction(torch.autograd.Function):
         tau: float,  # 0: the backward is exact
         dropped: DroppedMass | None,
         backend: Backend,
+        shard: VocabShard | None,  # where the rows of weight are not the whole vocabulary
     ):
         ctx.set_materialize_grads(False)
         head = HeadInputs(hidden, weight, bias, update_hidden, update_weight)
+        rest_mass = None
         with torch.autocast(hidden.device.type, enabled=False):
-            result: HeadForward = backend.head_forward(head, rows, transform, outputs)
+            if shard is None:
+                result: HeadForward = backend.head_forward(head, rows, transform, outputs)
+            else:
+                own_rows = rows_of_shard(rows, shard, weight)
+                result, rest_mass = head_forward_of_shards(
+                    head, rows, own_rows, transform, outputs, shard, backend
+                )
+                rows = own_rows
         ctx.save_for_backward(
             hidden,
             weight,
@@ -67,15 +77,17 @@ class LinearLogpsFunction(torch.autograd.Function):
             rows.count,
             result.lse,
             result.one_minus_p,
+            rest_mass,
             result.block_lse if tau > 0 else None,
             result.entropy,
         )
-        ctx.output_shape, ctx.transform, ctx.tau, ctx.dropped, ctx.backend = (
+        ctx.output_shape, ctx.transform, ctx.tau, ctx.dropped, ctx.backend, ctx.shard = (
             rows.output_shape,
             transform,
             tau,
             dropped,
             backend,
+            shard,
         )
         silent = (result.mean_logits, result.is_top1, result.log_sum_sq_probs)
         ctx.mark_non_differentiable(*(x for x in silent if x is not None))
@@ -84,33 +96,42 @@ class LinearLogpsFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logps, grad_entropy, *_):
-        no_grad_for_options = (None,) * 6
+        no_grad_for_options = (None,) * 7
         if grad_logps is None and grad_entropy is None:
             return *(None,) * 5, *no_grad_for_options
         # Unpacked once: under activation checkpointing or offloading, each time costs, or is an error.
-        *tensors, lse, one_minus_p, block_lse, entropy = ctx.saved_tensors
+        *tensors, lse, one_minus_p, rest_mass, block_lse, entropy = ctx.saved_tensors
         head, rows = HeadInputs(*tensors[:5]), Rows(*tensors[5:], ctx.output_shape)
         forward = (head, rows, ctx.transform, lse, one_minus_p)
-        needs = ctx.needs_input_grad[:5]
+        needs, backend, dropped = ctx.needs_input_grad[:5], ctx.backend, ctx.dropped
+        sums, shards = None, 1
+        if ctx.shard is not None:
+            sums, shards = PendingSums(ctx.shard.process_group), ctx.shard.process_group.size()
         with torch.autocast(head.hidden.device.type, enabled=False):
-            g = pairs = None
+            g = pairs = left_out = None
             if block_lse is not None and grad_entropy is None and rows.targets.numel():
                 g = row_gradients(grad_logps, rows)
-                selection = select_pairs(block_lse, lse, one_minus_p, rows.targets, g, ctx.tau)
+                rest_mass = one_minus_p if rest_mass is None else rest_mass
+                selection = select_pairs(block_lse, lse, rest_mass, rows.targets, g, ctx.tau, shards)
                 counts = count_pairs(selection, rows)
-                if counts.share <= ctx.backend.EXACT_ABOVE_KEPT_SHARE:
+                if counts.share <= backend.EXACT_ABOVE_KEPT_SHARE:
                     pairs = list_pairs(selection, counts)
-                    if ctx.dropped is not None:
-                        ctx.dropped.fill(selection, counts, rows)
+                    left_out = LeftOut.of(selection, counts, g)
+                else:
+                    left_out = LeftOut.nothing(counts, g)
                 del selection
+                if sums is not None:
+                    sums.start(left_out.sums)
             if pairs is None:
-                if ctx.dropped is not None:
-                    ctx.dropped.fill_exact()
-                gradients = ctx.backend.head_backward(*forward, entropy, grad_logps, grad_entropy, needs)
+                gradients = backend.head_backward(*forward, entropy, grad_logps, grad_entropy, needs, sums)
             else:
-                gradients = ctx.backend.head_backward_certified(
-                    *forward, g, pairs, ctx.tau, needs, WORKSPACE_BYTES
+                gradients = backend.head_backward_certified(
+                    *forward, g, pairs, ctx.tau, needs, WORKSPACE_BYTES, sums
                 )
+            if sums is not None:
+                sums.wait()
+            if dropped is not None:
+                dropped.fill(left_out, rows)
         return *gradients, *no_grad_for_options
 
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 from focalkern.backends import LogitTransform
 from focalkern.layout import Rows, spread_over_outputs
@@ -35,6 +36,41 @@ class Certificate:
         )
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """What a backward leaves out of one shard of the vocabulary, or of all once `sums` are those of all."""
+
+    sums: torch.Tensor  # [n + 2] fp32: δ_t of each row, the pairs that are kept, and all
+    g: torch.Tensor  # [n] dL/dlogps
+
+    @classmethod
+    def of(cls, selection: Selection, counts: KeptCounts, g: torch.Tensor) -> LeftOut:
+        return cls._of(selection.dropped_mass, counts.total, counts.possible, g)
+
+    @classmethod
+    def nothing(cls, counts: KeptCounts, g: torch.Tensor) -> LeftOut:
+        return cls._of(torch.zeros_like(g), counts.possible, counts.possible, g)
+
+    @classmethod
+    def _of(cls, mass: torch.Tensor, kept: int, possible: int, g: torch.Tensor) -> LeftOut:
+        # Filled on the device: a tensor of the numbers would be copied there, and waited for.
+        pairs = (mass.new_full((1,), float(number), dtype=torch.float32) for number in (kept, possible))
+        return cls(torch.cat([mass.float(), *pairs]), g)
+
+    @property
+    def mass(self) -> torch.Tensor:  # [n]
+        return self.sums[:-2]
+
+    @property
+    def kept_share(self) -> torch.Tensor:  # []
+        kept, possible = self.sums[-2:].unbind()
+        return torch.where(possible > 0, kept / possible, 1.0)
+
+    @property
+    def largest_error(self) -> torch.Tensor:  # [] max_t |g_t|·δ_t
+        return torch.where(self.g == 0, 0.0, self.g.abs() * self.mass).amax()
+
+
 class DroppedMass:
     """The record of one certified backward; NaN until it has run, then filled in place."""
 
@@ -44,6 +80,7 @@ class DroppedMass:
         weight: torch.Tensor,  # [V, H] as the caller gave it
         product_dtype: torch.dtype,  # of weight and hidden
         transform: LogitTransform,
+        vocab_group: dist.ProcessGroup | None = None,  # the ranks that share the head
     ) -> None:
         def pending(shape: torch.Size) -> torch.Tensor:
             return torch.full(shape, torch.nan, dtype=torch.float32, device=weight.device)
@@ -52,33 +89,46 @@ class DroppedMass:
         self.kept_share = pending(torch.Size([]))
         self.largest_error = pending(torch.Size([]))  # max_t |g_t|·δ_t
         self.tokens = rows.count
-        # As given, not the copy that autocast makes: either lives as long as this record.
-        self.weight = weight.detach()
+        # As given, not the copy that autocast makes: either lives as long as this record. A parameter itself,
+        # not a tensor that shares its storage: what gathered it (ZeRO-3) frees it by emptying the parameter.
+        self.weight = weight if weight.is_leaf else weight.detach()
         # Tensors of inference mode have no version, and no backward either.
         self.weight_version = None if weight.is_inference() else weight._version
         # Not "dtype": what casts the outputs of models takes an object that has one for a tensor.
         self.product_dtype = product_dtype
+        self.vocab_group = vocab_group
         self.slope = abs(transform.logit_scale) / transform.temperature
 
-    def fill(self, selection: Selection, counts: KeptCounts, rows: Rows) -> None:
-        self.per_token.copy_(spread_over_outputs(selection.dropped_mass, rows).view_as(self.per_token))
-        self.kept_share.fill_(counts.share)
-        self.largest_error.copy_(selection.largest_error)
+    def fill(self, left_out: LeftOut | None, rows: Rows) -> None:
+        """None stands for nothing."""
+        if left_out is None:
+            self.per_token.zero_()
+            self.kept_share.fill_(1.0)
+            self.largest_error.zero_()
+            return
+        self.per_token.copy_(spread_over_outputs(left_out.mass, rows).view_as(self.per_token))
+        self.kept_share.copy_(left_out.kept_share)
+        self.largest_error.copy_(left_out.largest_error)
 
-    def fill_exact(self) -> None:
-        self.per_token.zero_()
-        self.kept_share.fill_(1.0)
-        self.largest_error.zero_()
-
+    @torch.no_grad()
     def largest_weight_norm(self) -> float:
         """max_v ‖W_v‖₂ in the dtype of the product."""
+        if not self.weight.numel() or not self.weight.untyped_storage().nbytes():
+            raise RuntimeError(
+                "certificate() needs the weight of the forward, and it is sharded again: call it within"
+                " deepspeed.zero.GatheredParameters([lm_head.weight]), or, under FSDP2, between unshard() and"
+                " reshard() of the module that holds lm_head"
+            )
         if self.weight._version != self.weight_version:
             raise RuntimeError(
                 "certificate() needs the weight of the forward, and it has been changed since:"
                 " call it before optimizer.step()"
             )
         chunks = (chunk.to(self.product_dtype).float() for chunk in self.weight.split(_NORM_ROWS))
-        return torch.stack([torch.linalg.vector_norm(chunk, dim=1).amax() for chunk in chunks]).amax().item()
+        largest = torch.stack([torch.linalg.vector_norm(chunk, dim=1).amax() for chunk in chunks]).amax()
+        if self.vocab_group is not None:
+            dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.vocab_group)
+        return largest.item()
 
 
 def certify(dropped: DroppedMass | None, dropped_mass: torch.Tensor | None) -> Certificate:

@@ -6,15 +6,19 @@ Values that live on a GPU are checked there by a device-side assertion, so that 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import torch
+import torch.distributed as dist
 
 from focalkern.objective import MODULATIONS
 
 if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
     from focalkern.low_rank import LowRankUpdate
 
 BACKENDS = ("auto", "triton", "torch")
@@ -117,7 +121,18 @@ def check_outputs(outputs: object) -> tuple[str, ...]:
     return names
 
 
+def is_dtensor(value: object) -> TypeGuard[DTensor]:
+    # There is none before this module has been imported, which takes its time.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(value, module.DTensor)
+
+
 def check_tensor(name: str, value: object, hint: str = "") -> torch.Tensor:
+    if is_dtensor(value):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a DTensor: only linear_logps and the losses take one, as the"
+            " weight of a head that is split by vocabulary"
+        )
     if not isinstance(value, torch.Tensor):
         part = next((part for part in ("last_hidden_state", "weight") if hasattr(value, part)), None)
         hint = f": take its .{part}" if part else hint
@@ -293,7 +308,7 @@ def check_pair_layout(
             raise ValueError(
                 f"{name} must be [2B, T{features}], or [N{features}] with cu_seqlens; got {_shape(tokens)}"
             )
-        if tokens.shape[0] == 0 or tokens.shape[0] % 2:
+        if tokens.shape[0] % 2 or (tokens.shape[0] == 0 and not _is_one_of_ranks()):
             raise ValueError(
                 f"{name} must hold an even number of sequences, B chosen then B rejected;"
                 f" got {_shape(tokens)}"
@@ -304,9 +319,15 @@ def check_pair_layout(
     if dims != 1:
         raise ValueError(f"{name} must be [N{features}] when cu_seqlens is given; got {_shape(tokens)}")
     check_tensor("cu_seqlens", cu_seqlens)
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 3 or cu_seqlens.numel() % 2 == 0:
+    is_odd = cu_seqlens.dim() == 1 and cu_seqlens.numel() % 2 == 1
+    if not is_odd or (cu_seqlens.numel() == 1 and not _is_one_of_ranks()):
         raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
-    check_cu_seqlens(cu_seqlens, tokens)
+    check_cu_seqlens(cu_seqlens, tokens, sequences=0)
+
+
+def _is_one_of_ranks() -> bool:
+    """Alone, a batch without pairs is a mistake; among ranks, one that has none takes part all the same."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def check_packed_hidden(hidden: torch.Tensor) -> None:
@@ -314,12 +335,12 @@ def check_packed_hidden(hidden: torch.Tensor) -> None:
         raise ValueError(f"hidden must be [N, H] when cu_seqlens is given; got {_shape(hidden)}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
-    """Boundaries of packed sequences, for `tokens` [N, ...]."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor, sequences: int = 1) -> None:
+    """Boundaries of packed sequences, at least so many, for `tokens` [N, ...]."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() <= sequences:
         raise ValueError(
             f"cu_seqlens must be [S + 1], the boundaries of S sequences; got {_shape(cu_seqlens)}"
         )

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 
 from focalkern import checks
 from focalkern.autograd import LinearLogpsFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.certificate import Certificate, DroppedMass, certify
+from focalkern.distributed import VocabShard, check_shard, own_shard
 from focalkern.layout import aligned_labels, pick_rows
 from focalkern.low_rank import LowRankUpdate
 from focalkern.selection import automatic_tau
@@ -28,6 +30,8 @@ class LinearLogps:
     dropped_mass: torch.Tensor | None = None  # fp32, NaN until the backward has run; None when exact
     kept_share: torch.Tensor | None = None  # [] fp32, likewise
     dropped: DroppedMass | None = field(default=None, repr=False)  # behind `certificate()`
+    # The ranks that share a head, and so these tokens.
+    vocab_group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def certificate(self) -> Certificate:
         """Summary of what the backward left out; waits for the device. Errors as `FocalPOOutput`'s."""
@@ -52,6 +56,7 @@ def linear_logps(
     outputs: Sequence[str] = (),
     update: LowRankUpdate | None = None,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+    vocab_shard: VocabShard | None = None,
 ) -> LinearLogps:
     """Per-token log-probs of `labels` under an LM head, without holding the `[tokens, vocab]` logits.
 
@@ -82,6 +87,8 @@ def linear_logps(
             max_v ‖update.weight_v‖₂.
         cu_seqlens: `[S + 1]` int32 or int64, boundaries of packed sequences, for hidden `[N, H]` and labels
             `[N]`; outputs are `[N]`, under `shift` 0 at the last position of each sequence.
+        vocab_shard: where the rows of weight stand in the vocabulary, for a head that is split over ranks,
+            all of which call together; see `VocabShard`. A DTensor weight, `Shard(0)`, brings it itself.
 
     Returns:
         `LinearLogps`: `.logps` and the named outputs, in fp32, shape of the (shifted) labels, 0/False where
@@ -95,6 +102,9 @@ def linear_logps(
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     outputs = checks.check_outputs(outputs)
+    hidden, weight, bias, update, labels, vocab_shard = own_shard(
+        hidden, weight, bias, update, labels, vocab_shard
+    )
     given_weight = weight
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
@@ -117,6 +127,7 @@ def linear_logps(
         outputs,
         given_weight,
         update,
+        vocab_shard,
     )
 
 
@@ -167,13 +178,18 @@ def head_logps(
     outputs: tuple[str, ...],
     given_weight: torch.Tensor,  # before autocast
     update: LowRankUpdate | None = None,  # behind `checked_update`
+    shard: VocabShard | None = None,
 ) -> LinearLogps:
     """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
-    checks.check_label_values(labels, weight.shape[0], ignore_index)
+    if shard is not None:
+        check_shard(shard, hidden, weight, labels)
+    checks.check_label_values(labels, weight.shape[0] if shard is None else shard.vocab_size, ignore_index)
     rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=backend.EXACT_ROW_COUNT)
     dropped, threshold = None, 0.0
     if backward == "certified":
-        dropped = DroppedMass(rows, given_weight, weight.dtype, transform)
+        dropped = DroppedMass(
+            rows, given_weight, weight.dtype, transform, None if shard is None else shard.process_group
+        )
         if hidden.dtype != torch.float64:
             threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
     flat = hidden.reshape(-1, hidden.shape[-1])
@@ -184,7 +200,9 @@ def head_logps(
     head = (flat, weight, bias, update_hidden, update_weight)
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
-        for x in LinearLogpsFunction.apply(*head, rows, transform, outputs, threshold, dropped, backend)
+        for x in LinearLogpsFunction.apply(
+            *head, rows, transform, outputs, threshold, dropped, backend, shard
+        )
     )
     return LinearLogps(
         logps=logps,  # type: ignore[arg-type]  # the only one that is never None
@@ -195,4 +213,5 @@ def head_logps(
         dropped_mass=None if dropped is None else dropped.per_token,
         kept_share=None if dropped is None else dropped.kept_share,
         dropped=dropped,
+        vocab_group=None if shard is None else shard.process_group,
     )

@@ -14,6 +14,7 @@ from focalkern import checks
 from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin, needs_reference
 from focalkern.autograd import PairLossFunction
 from focalkern.backends import PairObjective
+from focalkern.distributed import VocabShard, check_group, copies_within
 from focalkern.functional import LinearLogps
 from focalkern.low_rank import LowRankUpdate
 from focalkern.pair_head import PairHead, PairOutput, PairTokens
@@ -81,7 +82,8 @@ class FusedFocalPOLoss(PairHead):
         normalize_margin: False puts M itself for M*.
         stop_gradient: False lets the gradient through M (never through μ and σ).
         process_group: the ranks whose pairs make up one batch of the statistics; None is the default group of
-            torch.distributed, where it is initialised. In training mode all of them must call together.
+            torch.distributed, where it is initialised. In training mode all of them must call together. Ranks
+            that share their pairs, by `vocab_shard` or `sequence_group`, count once.
 
     `state_dict()` holds the step of the schedule and the statistics.
 
@@ -140,10 +142,8 @@ class FusedFocalPOLoss(PairHead):
         self.implicit_reference = implicit_reference
         self.normalize_margin = normalize_margin
         self.stop_gradient = stop_gradient
-        if process_group is not None and not isinstance(process_group, dist.ProcessGroup):
-            raise TypeError(
-                f"process_group must be a torch.distributed process group; got {type(process_group).__name__}"
-            )
+        if process_group is not None:
+            check_group("process_group", process_group)
         self.margin_statistics = RunningMoments(float(ema_momentum), ema_bias_correction, process_group)
         self._step = 0
         self._batches_without_a_step = 0.0
@@ -242,6 +242,8 @@ class FusedFocalPOLoss(PairHead):
         chosen_kl: torch.Tensor | None = None,  # [B]
         rejected_kl: torch.Tensor | None = None,  # [B]
         update: LowRankUpdate | None = None,
+        vocab_shard: VocabShard | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> FocalPOOutput:
         """Loss of B pairs: the first B sequences are chosen, the last B their rejected.
 
@@ -258,13 +260,22 @@ class FusedFocalPOLoss(PairHead):
                 `linear_kl(...).sum(-1)` has it; needed, and taken, by `implicit_reference="sequence_kl"`
                 alone.
             update: a low-rank update of the weight, such as LoRA's; see `LowRankUpdate`.
+            vocab_shard: where the rows of weight stand in the vocabulary, for a head that is split over
+                ranks; see `VocabShard`. A DTensor weight, `Shard(0)`, brings it itself.
+            sequence_group: ranks that each hold a slice of the tokens of the same B pairs (sequence or
+                context parallelism), in any order; labels stand beside the hidden states that predict them
+                (no `shift`), `cu_seqlens` is of the slice. Everything per pair comes out the same on all of
+                them, and the gradients as each rank's part: those of a weight that all ranks have are to be
+                summed over the group, not averaged.
 
         Raises:
             ValueError, TypeError: naming the argument. On CUDA, a label out of range, unordered `cu_seqlens`
                 or an empty completion under `length_normalize` fail the step with a device-side assertion
                 instead: with the Triton backend only a certified backward waits for the device, once.
         """
-        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        head, tokens = self.head_inputs(
+            hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
+        )
         constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
         self._check(tokens, *constants)
         return self._loss(tokens, self.token_logps(head, tokens), *constants)
@@ -280,6 +291,7 @@ class FusedFocalPOLoss(PairHead):
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
         chosen_kl: torch.Tensor | None = None,  # [B]
         rejected_kl: torch.Tensor | None = None,  # [B]
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> FocalPOOutput:
         """The loss from what `linear_logps` returned for these labels; arguments as of `forward`.
 
@@ -287,7 +299,7 @@ class FusedFocalPOLoss(PairHead):
         options of the head (softcap, backward, ...) are then those that `linear_logps` was given. Packed,
         `token_logps.logps` is `[N]`, 0 at the last position of each sequence.
         """
-        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens)
+        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens, sequence_group)
         constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
         self._check(tokens, *constants)
         return self._loss(tokens, token_logps, *constants)
@@ -323,7 +335,10 @@ class FusedFocalPOLoss(PairHead):
             kl = None
             if chosen_kl is not None and rejected_kl is not None:
                 kl = torch.cat([chosen_kl, rejected_kl]).to(logps.dtype)
-            adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, tokens.sequences.lengths)
+            copies = copies_within(
+                self.margin_statistics.process_group, head.vocab_group, tokens.sequence_group
+            )
+            adaptive_margin = self._adaptive_margin(logps, ref_logps, kl, tokens.sequences.lengths, copies)
         objective = self._objective()
         losses, prob, slope, rewards = PairLossFunction.apply(
             logps,
@@ -358,6 +373,7 @@ class FusedFocalPOLoss(PairHead):
         ref_logps: torch.Tensor | None,  # [2B]
         kl: torch.Tensor | None,  # [2B]
         lengths: torch.Tensor,  # [2B]
+        copies: int,  # ranks that have these pairs
     ) -> torch.Tensor:  # [B]
         """α·M* (α-DPO Eq. 11-12); `margin_statistics` takes in the batch first."""
         if self.length_normalize:
@@ -369,7 +385,7 @@ class FusedFocalPOLoss(PairHead):
             margin = margin.detach()
         if self.normalize_margin:
             if self.training:
-                rounding = self.margin_statistics.update(margin.detach(), rounding)
+                rounding = self.margin_statistics.update(margin.detach(), rounding, copies)
             margin = self.margin_statistics.standardized(margin, rounding)
         return self.alpha * margin
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from focalkern import checks
 from focalkern.autograd import SequenceSumFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.certificate import Certificate, DroppedMass, certify
+from focalkern.distributed import SumOverSlices, VocabShard, check_group, check_same_sizes, own_shard
 from focalkern.functional import LinearLogps, autocast_head, checked_update, head_logps
 from focalkern.layout import Sequences, aligned_labels, sequence_ranges, tail_weights
 from focalkern.low_rank import LowRankUpdate
@@ -63,6 +65,7 @@ class PairTokens:
     sequences: Sequences
     backend: Backend
     like: torch.Tensor  # a tensor of the batch: its device is everyone's
+    sequence_group: dist.ProcessGroup | None  # ranks that each hold a slice of every sequence
 
     @property
     def pairs(self) -> int:
@@ -70,7 +73,8 @@ class PairTokens:
 
     def sums(self, values: torch.Tensor) -> torch.Tensor:  # [2B]
         """Per-token values, 0 where ignored, summed over each sequence; differentiable."""
-        return SequenceSumFunction.apply(values.reshape(-1), self.sequences, self.backend)
+        sums = SequenceSumFunction.apply(values.reshape(-1), self.sequences, self.backend)
+        return sums if self.sequence_group is None else SumOverSlices.apply(sums, self.sequence_group)
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ class PairHeadInputs:
     bias: torch.Tensor | None  # [V]
     update: LowRankUpdate | None
     given_weight: torch.Tensor  # before autocast
+    vocab_shard: VocabShard | None
 
 
 class PairHead(nn.Module):
@@ -124,12 +129,16 @@ class PairHead(nn.Module):
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
         update: LowRankUpdate | None = None,
+        vocab_shard: VocabShard | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # [B], [B]
         """`ref_chosen_logps` and `ref_rejected_logps`, summed as this loss sums the policy's.
 
         Arguments as of the loss, with the hidden states and the head of the reference model.
         """
-        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        head, tokens = self.head_inputs(
+            hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
+        )
         return self.sums_of_pairs(tokens, self.token_logps(head, tokens).logps)
 
     def head_inputs(
@@ -141,14 +150,20 @@ class PairHead(nn.Module):
         shift: bool,
         cu_seqlens: torch.Tensor | None,  # [2B + 1]
         update: LowRankUpdate | None,
+        vocab_shard: VocabShard | None,
+        sequence_group: dist.ProcessGroup | None,
     ) -> tuple[PairHeadInputs, PairTokens]:
+        hidden, weight, bias, update, labels, vocab_shard = own_shard(
+            hidden, weight, bias, update, labels, vocab_shard
+        )
         given_weight = weight
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         checks.check_head(hidden, weight, bias)
         checks.check_labels(labels, hidden)
         checks.check_pair_layout("hidden", hidden, shift, cu_seqlens, features=", H")
-        head = PairHeadInputs(hidden, weight, bias, checked_update(update, hidden, weight), given_weight)
-        return head, self._tokens(labels, shift, cu_seqlens, hidden)
+        update = checked_update(update, hidden, weight)
+        head = PairHeadInputs(hidden, weight, bias, update, given_weight, vocab_shard)
+        return head, self._tokens(labels, shift, cu_seqlens, hidden, sequence_group)
 
     def given_logps(
         self,
@@ -156,6 +171,7 @@ class PairHead(nn.Module):
         labels: torch.Tensor,  # [2B, T], or packed [N]
         shift: bool,
         cu_seqlens: torch.Tensor | None,  # [2B + 1]
+        sequence_group: dist.ProcessGroup | None = None,
     ) -> PairTokens:
         """The tokens of log-probs that have been computed already, as `linear_logps` returns them."""
         if not isinstance(token_logps, LinearLogps):
@@ -173,7 +189,7 @@ class PairHead(nn.Module):
             )
         checks.check_label_dtype(labels)
         checks.check_pair_layout("labels", labels, shift, cu_seqlens)
-        tokens = self._tokens(labels, shift, cu_seqlens, logps)
+        tokens = self._tokens(labels, shift, cu_seqlens, logps, sequence_group)
         if logps.shape != tokens.labels.shape or logps.device != labels.device:
             raise ValueError(
                 "token_logps must be of these labels (shifted alike, on their device),"
@@ -183,11 +199,31 @@ class PairHead(nn.Module):
         return tokens
 
     def _tokens(
-        self, labels: torch.Tensor, shift: bool, cu_seqlens: torch.Tensor | None, like: torch.Tensor
+        self,
+        labels: torch.Tensor,
+        shift: bool,
+        cu_seqlens: torch.Tensor | None,
+        like: torch.Tensor,
+        sequence_group: dist.ProcessGroup | None,
     ) -> PairTokens:
         labels = aligned_labels(labels, self.ignore_index, shift, cu_seqlens)
         sequences = sequence_ranges(labels, self.ignore_index, cu_seqlens)
-        return PairTokens(labels, sequences, select_backend(self.backend, like), like)
+        if sequence_group is not None:
+            check_group("sequence_group", sequence_group)
+            for name, given, why in (
+                ("shift", shift, "the label of a slice's last position is in the next slice: shift first"),
+                ("ld_alpha", self.ld_alpha is not None, "a slice does not know how many tokens come before"),
+            ):
+                if given:
+                    raise ValueError(f"{name} must not be given with sequence_group: {why}")
+            check_same_sizes(
+                sequence_group,
+                labels.device,
+                {"sequences": sequences.lengths.numel()},
+                "labels must be slices of the same pairs on all ranks of sequence_group",
+            )
+            dist.all_reduce(sequences.lengths, group=sequence_group)
+        return PairTokens(labels, sequences, select_backend(self.backend, like), like, sequence_group)
 
     def token_logps(
         self, head: PairHeadInputs, tokens: PairTokens, outputs: tuple[str, ...] = ()
@@ -204,7 +240,8 @@ class PairHead(nn.Module):
             tokens.backend,
             outputs,
             head.given_weight,
-            update=head.update,
+            head.update,
+            head.vocab_shard,
         )
 
     def sequence_logps(self, tokens: PairTokens, token_logps: torch.Tensor) -> torch.Tensor:  # [2B]
@@ -221,4 +258,7 @@ class PairHead(nn.Module):
         return chosen, rejected
 
     def reduced(self, losses: torch.Tensor) -> torch.Tensor:
-        return losses if self.reduction == "none" else getattr(losses, self.reduction)()
+        if self.reduction == "none":
+            return losses
+        # A rank without pairs adds 0, and not NaN, to what others have.
+        return losses.sum() if self.reduction == "sum" else losses.sum() / max(losses.numel(), 1)

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from focalkern import checks
+from focalkern.distributed import VocabShard
 from focalkern.functional import LinearLogps
 from focalkern.low_rank import LowRankUpdate
 from focalkern.pair_head import PairHead, PairOutput, PairTokens
@@ -196,6 +198,8 @@ class FusedPairLoss(PairHead):
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
         update: LowRankUpdate | None = None,
+        vocab_shard: VocabShard | None = None,
+        sequence_group: dist.ProcessGroup | None = None,
         **tensors: torch.Tensor,  # [B, ...] or 0-dim
     ) -> PairLossOutput:
         """Loss of B pairs; arguments as in `FusedFocalPOLoss`.
@@ -208,7 +212,9 @@ class FusedPairLoss(PairHead):
         Raises:
             ValueError, TypeError: naming the argument; from the function, whatever it raises.
         """
-        head, tokens = self.head_inputs(hidden, weight, labels, bias, shift, cu_seqlens, update)
+        head, tokens = self.head_inputs(
+            hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
+        )
         self._check(tokens, ref_chosen_logps, ref_rejected_logps, tensors)
         token_logps = self.token_logps(head, tokens, self.outputs)
         return self._loss(tokens, token_logps, ref_chosen_logps, ref_rejected_logps, tensors)
@@ -222,6 +228,7 @@ class FusedPairLoss(PairHead):
         ref_rejected_logps: torch.Tensor | None = None,  # [B]
         shift: bool = False,
         cu_seqlens: torch.Tensor | None = None,  # [2B + 1]
+        sequence_group: dist.ProcessGroup | None = None,
         **tensors: torch.Tensor,  # [B, ...] or 0-dim
     ) -> PairLossOutput:
         """The loss from what `linear_logps` returned for these labels, as `FusedFocalPOLoss.from_logps`.
@@ -230,7 +237,7 @@ class FusedPairLoss(PairHead):
             ValueError, TypeError: naming the argument; `outputs` that this loss needs and that
                 `linear_logps` was not asked for.
         """
-        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens)
+        tokens = self.given_logps(token_logps, labels, shift, cu_seqlens, sequence_group)
         for name in self.outputs:
             if getattr(token_logps, name) is None:
                 raise ValueError(f"token_logps must have {name!r}: linear_logps(..., outputs=({name!r},))")

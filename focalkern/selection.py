@@ -27,7 +27,6 @@ class Selection:
 
     keep: torch.Tensor  # [n, NB] bool
     dropped_mass: torch.Tensor  # [n] fp32: δ_t = Σ_b P[t, b] over the blocks that are not kept
-    largest_error: torch.Tensor  # [] fp32: max_t |g_t|·δ_t
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,12 @@ class KeptCounts:
     per_block_host: torch.Tensor
     per_row_host: torch.Tensor
     total: int
-    share: float  # of all (completion token, block) pairs; 1 when there is no completion token
+    possible: int  # all (completion token, block) pairs
+
+    @property
+    def share(self) -> float:
+        """Of the kept pairs; 1 when there is no completion token."""
+        return self.total / self.possible if self.possible else 1.0
 
 
 @dataclass(frozen=True)
@@ -65,16 +69,17 @@ def row_gradients(grad_logps: torch.Tensor, rows: Rows) -> torch.Tensor:  # [n]
 def select_pairs(
     block_lse: torch.Tensor,  # [n, NB] logsumexp of each block without the label
     lse: torch.Tensor,  # [n]
-    one_minus_p: torch.Tensor,  # [n] 1 − p_y
-    targets: torch.Tensor,  # [n]
+    rest_mass: torch.Tensor,  # [n] Σ_b P[t, b]: 1 − p_y, or a shard's part of it
+    targets: torch.Tensor,  # [n]; negative where the label is in another shard
     g: torch.Tensor,  # [n]
     tau: float,
+    shards: int = 1,  # of the vocabulary; the blocks are those of one
 ) -> Selection:
     """Keep (t, b) if |g_t|·P[t, b] > τ·ĝ, or if b holds the label; nothing of a row with g_t = 0.
 
     P[t, b] = exp(block_lse[t, b] − lse[t]), and ĝ is `gradient_scale`. Where a row would drop more than
-    `MAX_WEIGHTED_MASS` allows, its τ is halved until it does not. What is not a number is kept, so that it
-    comes out as NaN.
+    `MAX_WEIGHTED_MASS` allows, of which every shard has an equal part, its τ is halved until it does not.
+    What is not a number is kept, so that it comes out as NaN.
     """
     n, blocks = block_lse.shape
     relative = torch.where(g == 0, 0.0, g.abs() / gradient_scale(g))
@@ -84,16 +89,16 @@ def select_pairs(
         rows = slice(start, start + _ROWS_AT_ONCE)
         keep[rows], dropped_mass[rows] = _select_rows(
             torch.exp(block_lse[rows] - lse[rows, None]),
-            one_minus_p[rows],
+            rest_mass[rows],
             targets[rows],
             relative[rows],
             tau,
+            MAX_WEIGHTED_MASS / shards,
         )
     live = g != 0
     return Selection(
         keep=keep.logical_and_(live[:, None]),
-        dropped_mass=torch.where(live, dropped_mass, 1.0),
-        largest_error=torch.where(live, g.abs() * dropped_mass, 0.0).amax(),
+        dropped_mass=torch.where(live, dropped_mass, 1.0 / shards),
     )
 
 
@@ -109,28 +114,31 @@ def gradient_scale(g: torch.Tensor) -> torch.Tensor:  # []
 
 def _select_rows(
     mass: torch.Tensor,  # [n, NB] P without the label
-    one_minus_p: torch.Tensor,  # [n]
+    rest_mass: torch.Tensor,  # [n]
     targets: torch.Tensor,  # [n]
     relative: torch.Tensor,  # [n] |g_t|/ĝ
     tau: float,
+    most_weighted_mass: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(keep [n, NB], dropped mass [n]) of rows that have a gradient."""
-    # All blocks without the label sum to 1 − p_y, but for the rounding of lse, which is that of a number of
-    # the size of the logits.
-    correction = one_minus_p / mass.sum(1)
-    own_block = (targets // VOCAB_BLOCK)[:, None]
-    mass.scatter_(1, own_block, 0.0)
+    # All blocks without the label sum to the rest's mass, but for the rounding of lse, which is that of a
+    # number of the size of the logits.
+    correction = rest_mass / mass.sum(1)
+    own_block = (targets // VOCAB_BLOCK).clamp(min=0)[:, None]
+    is_here = (targets >= 0)[:, None]
+    mass.scatter_(1, own_block, torch.where(is_here, 0.0, mass.gather(1, own_block)))
     weighted = relative[:, None] * mass
 
     # With a threshold of θ a row drops less than NB·θ: so many halvings are enough for every row.
     tau = min(tau, 1.0)
-    halvings = max(0, math.ceil(math.log2(tau * mass.shape[1] / MAX_WEIGHTED_MASS)))
+    halvings = max(0, math.ceil(math.log2(tau * mass.shape[1] / most_weighted_mass)))
     threshold = torch.full_like(weighted[:, :1], tau)
     for _ in range(halvings):
         dropped = torch.where(weighted <= threshold, weighted, 0.0).sum(1, keepdim=True)
-        threshold = torch.where(dropped > MAX_WEIGHTED_MASS, threshold / 2, threshold)
+        threshold = torch.where(dropped > most_weighted_mass, threshold / 2, threshold)
 
-    keep = (weighted <= threshold).logical_not_().scatter_(1, own_block, True)
+    keep = (weighted <= threshold).logical_not_()
+    keep.scatter_(1, own_block, keep.gather(1, own_block) | is_here)
     dropped_mass = torch.where(keep, 0.0, mass).sum(1)
     return keep, torch.where(dropped_mass > 0, dropped_mass * correction, 0.0)
 
@@ -140,14 +148,13 @@ def count_pairs(selection: Selection, rows: Rows) -> KeptCounts:
     blocks = selection.keep.shape[1]
     counts = torch.cat([selection.keep.sum(0), selection.keep.sum(1), rows.count.long()])
     host = counts.cpu()
-    total, possible = int(host[:blocks].sum()), int(host[-1]) * blocks
     return KeptCounts(
         per_block=counts[:blocks],
         per_row=counts[blocks:-1],
         per_block_host=host[:blocks],
         per_row_host=host[blocks:-1],
-        total=total,
-        share=total / possible if possible else 1.0,
+        total=int(host[:blocks].sum()),
+        possible=int(host[-1]) * blocks,
     )
 
 

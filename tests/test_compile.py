@@ -63,6 +63,8 @@ VARIANTS = {
         "hidden_size": 4100,
         "outputs": True,
     },
+    "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
+    "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
 }
 
 
@@ -98,7 +100,8 @@ def check_head_kernels(arch, dtype, precision="highest", launch=launch_head, at_
             small = dict(launch.constants).get("BLOCK_M", 64) < 64
             instruction = "mma.sync" if small else TENSOR_CORE.get(arch, "mma.sync")
             assert instruction in resources.ptx, f"{launch} does not use tensor cores"
-    assert len(launches) >= at_least
+    # A shard's block statistics are reduced together with those of the others.
+    assert len(launches) >= at_least - variant.get("is_shard", False)
 
 
 def check_kl_kernels(arch, dtype, precision="highest", **variant):

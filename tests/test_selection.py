@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import focalkern.selection
+from focalkern.certificate import LeftOut
 from focalkern.layout import Rows
 from focalkern.selection import (
     MAX_WEIGHTED_MASS,
@@ -83,13 +85,80 @@ def test_selection_is_the_rule(n, vocab_size, sharpness, tau, seed):
                 assert keep[b].item() == (weighted[b].item() > threshold)
 
 
+def statistics_of_shards(n, vocab_size, cuts, sharpness, seed=0):
+    """The same of each shard: labels that are in another are negative, 1 − p_y is the shard's part of it."""
+    generator = torch.Generator().manual_seed(seed)
+    z = sharpness * torch.randn(n, vocab_size, generator=generator, dtype=torch.float64)
+    targets = torch.randint(vocab_size, (n,), generator=generator)
+    g = torch.randn(n, generator=generator, dtype=torch.float64).float()
+    lse = z.logsumexp(-1)
+    z = z.scatter(1, targets[:, None], -math.inf)
+    shards = []
+    for start, end in itertools.pairwise([0, *cuts, vocab_size]):
+        rest = torch.nn.functional.pad(z[:, start:end], (0, (start - end) % 128), value=-math.inf)
+        block_lse = rest.unflatten(1, (-1, 128)).logsumexp(-1)
+        mass = (block_lse - lse[:, None]).exp()
+        own_targets = torch.where((targets >= start) & (targets < end), targets - start, -128)
+        shards.append((block_lse.float(), lse.float(), mass.sum(1).float(), own_targets, mass))
+    return shards, g
+
+
+@given(
+    n=st.integers(1, 20),
+    vocab_size=st.integers(3, 2000),
+    cuts=st.tuples(st.floats(0.01, 0.49), st.floats(0.51, 0.99)),
+    sharpness=st.floats(0.1, 20.0),
+    tau=st.sampled_from([1e-6, 2.0**-13, 1e-3, 0.1, 10.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_shards_select_by_the_rule_and_share_what_may_be_left_out(n, vocab_size, cuts, sharpness, tau, seed):
+    cuts = sorted({min(max(int(cut * vocab_size), 1), vocab_size - 1) for cut in cuts})
+    shards, g = statistics_of_shards(n, vocab_size, cuts, sharpness, seed)
+    g[1::5] = 0.0
+    relative = torch.where(g == 0, 0.0, g.abs() / gradient_scale(g)).double()
+    total = torch.zeros(n, dtype=torch.float64)
+    for *statistics, targets, mass in shards:
+        selection = select_pairs(*statistics, targets, g, tau, len(shards))
+        total += selection.dropped_mass.double()
+        most = MAX_WEIGHTED_MASS / len(shards)
+        for t in range(n):
+            keep = selection.keep[t]
+            own = targets[t].item() // 128
+            if g[t] == 0:
+                assert not keep.any()
+                continue
+            assert own < 0 or keep[own]
+            dropped = mass[t][~keep].sum().item()
+            assert selection.dropped_mass[t].item() == pytest.approx(dropped, abs=1e-6, rel=0)
+            others = [b for b in range(mass.shape[1]) if b != own]
+            weighted = relative[t] * mass[t]
+            threshold = min(tau, 1.0)
+            while sum(m for m in weighted[others].tolist() if m <= threshold) > most:
+                threshold /= 2
+            for b in others:
+                if abs(weighted[b].item() / threshold - 1) > 1e-4:
+                    assert keep[b].item() == (weighted[b].item() > threshold)
+    assert (relative * torch.where(g == 0, 0.0, total) <= MAX_WEIGHTED_MASS * (1 + 1e-5)).all()
+    torch.testing.assert_close(total[g == 0], torch.ones_like(total[g == 0]))
+
+
+def test_a_block_is_kept_for_the_sake_of_a_label_in_its_own_shard_alone():
+    blocks = 6
+    block_lse, lse = torch.full((3, blocks), -20.0), torch.zeros(3)  # no block has mass to speak of
+    rest_mass = block_lse.exp().sum(1)
+    targets = torch.tensor([300, -128, 0])  # the second row's label is in another shard
+    selection = select_pairs(block_lse, lse, rest_mass, targets, torch.ones(3), 1e-3, shards=2)
+    assert selection.keep.nonzero().tolist() == [[0, 2], [2, 0]]
+
+
 def test_largest_error_is_that_of_the_worst_row():
     block_lse, lse, one_minus_p, targets, g, mass = block_statistics(30, 1500, 6.0)
     selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
     dropped = torch.where(selection.keep, 0.0, mass).sum(1)
     assert dropped.amax() > 0
     expected = (g.double().abs() * dropped).amax().item()
-    assert selection.largest_error.item() == pytest.approx(expected, rel=1e-4)
+    left_out = LeftOut.of(selection, count_pairs(selection, rows_of(targets)), g)
+    assert left_out.largest_error.item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_few_large_gradients_do_not_decide_for_all():
@@ -140,7 +209,7 @@ def test_selection_in_pieces_is_the_same(name, value, monkeypatch):
     def select():
         selection = select_pairs(*statistics, targets, g, 1e-3)
         pairs = list_pairs(selection, count_pairs(selection, rows_of(targets)))
-        return selection.keep, selection.dropped_mass, selection.largest_error, pairs.row, pairs.block
+        return selection.keep, selection.dropped_mass, pairs.row, pairs.block
 
     whole = select()
     monkeypatch.setattr(focalkern.selection, name, value)
@@ -158,7 +227,7 @@ def test_entries_past_the_count_take_no_part():
     counts = count_pairs(selection, rows)
     assert not selection.keep[20:].any()
     assert counts.share == counts.total / (12 * 20)
-    assert math.isfinite(selection.largest_error)
+    assert math.isfinite(LeftOut.of(selection, counts, gradients).largest_error)
 
 
 def test_no_token_is_a_share_of_one():

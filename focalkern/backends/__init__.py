@@ -16,6 +16,8 @@ from csrc_triton.launch import VOCAB_BLOCK as VOCAB_BLOCK
 from focalkern.layout import Rows, Sequences
 
 if TYPE_CHECKING:
+    from focalkern.backends.row_statistics import BlockStatistics
+    from focalkern.distributed import PendingSums
     from focalkern.selection import KeptPairs
 
 try:
@@ -140,6 +142,12 @@ class Backend(Protocol):
     ) -> HeadForward:
         """Log-probs of the rows, and the optional outputs that are named."""
 
+    def block_statistics(
+        self, head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
+    ) -> BlockStatistics:
+        """What the forward of a head's vocabulary shard has before it knows of the others; targets of other
+        shards are negative."""
+
     def head_backward(
         self,
         head: HeadInputs,
@@ -151,8 +159,9 @@ class Backend(Protocol):
         grad_logps: torch.Tensor | None,  # [outputs]
         grad_entropy: torch.Tensor | None,  # [outputs]
         needs: Needs,
+        sums: PendingSums | None = None,  # over the shards of the vocabulary
     ) -> Gradients:
-        """Those that `needs` asks for."""
+        """Those that `needs` asks for; dhidden summed in fp32 by `sums`, from as soon as it is complete."""
 
     def head_backward_certified(
         self,
@@ -166,6 +175,7 @@ class Backend(Protocol):
         tau: float,  # threshold that the pairs were selected by
         needs: Needs,
         workspace_bytes: int,
+        sums: PendingSums | None = None,
     ) -> Gradients:
         """As `head_backward`, of the kept pairs alone."""
 

@@ -7,7 +7,7 @@ gradient error of 5e-2.
 
 from __future__ import annotations
 
-from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +21,12 @@ from focalkern.backends import (
     PairForward,
     PairObjective,
 )
+from focalkern.backends.row_statistics import (
+    BlockStatistics,
+    ShardStatistics,
+    head_forward_of,
+    shard_statistics,
+)
 from focalkern.backends.torch_certified import head_backward_certified as head_backward_certified
 from focalkern.backends.torch_kl import kl_backward as kl_backward
 from focalkern.backends.torch_kl import kl_forward as kl_forward
@@ -33,8 +39,11 @@ from focalkern.backends.torch_tiles import (
     targets_in,
     vocab_chunks,
 )
-from focalkern.layout import Rows, Sequences, sequence_of_output, spread_over_outputs
+from focalkern.layout import Rows, Sequences, sequence_of_output
 from focalkern.objective import pair_loss, sequence_scores
+
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
 
 EXACT_ROW_COUNT = True
 # The certified backward is the faster one up to a share of 0.85. What stops it here is accuracy: in bf16 its
@@ -49,6 +58,14 @@ torch.exp(torch.zeros(16))
 def head_forward(
     head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> HeadForward:
+    blocks = block_statistics(head, rows, transform, outputs)
+    whole = {name: x[None] for name, x in shard_statistics(blocks, rows.targets).given().items()}
+    return head_forward_of(ShardStatistics.of(whole), blocks.lse, head.weight.shape[0], rows)
+
+
+def block_statistics(
+    head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
+) -> BlockStatistics:
     n, vocab_size = rows.targets.numel(), head.weight.shape[0]
     dtype, device = compute_dtype(head.hidden), head.hidden.device
     stats = _BlockStats(n, vocab_size, dtype, device, outputs)
@@ -67,7 +84,7 @@ def head_forward(
                     weight_poison += nonfinite_to_nan(w)
             stats.add_tile(z, rows.targets[tile_rows] - start, tile_rows, start)
 
-    return stats.combine(row_poison + weight_poison, rows)
+    return stats.result(row_poison + weight_poison)
 
 
 def head_backward(
@@ -80,10 +97,11 @@ def head_backward(
     grad_logps: torch.Tensor | None,  # [outputs]
     grad_entropy: torch.Tensor | None,  # [outputs]
     needs: Needs,
+    sums: PendingSums | None = None,
 ) -> Gradients:
     """Exact: recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
     logits = RowLogits(head, rows.hidden_index, transform)
-    gradients = HeadGradients(head, rows, logits.hidden, needs)
+    gradients = HeadGradients(head, rows, logits.hidden, needs, sums)
     g = torch.zeros_like(lse) if grad_logps is None else grad_logps[rows.output_index].to(lse.dtype)
     target_dz = g * one_minus_p
     row_entropy = e = None
@@ -144,22 +162,19 @@ def pair_forward(
 
 
 class _BlockStats:
-    """Statistics per row and vocabulary block without the label, and their reduction to per-token values."""
+    """Statistics per row and vocabulary block without the label, taken in tile by tile."""
 
     def __init__(
         self, n: int, vocab_size: int, dtype: torch.dtype, device: torch.device, outputs: tuple[str, ...]
     ) -> None:
         blocks = -(-vocab_size // VOCAB_BLOCK)
-        self.vocab_size = vocab_size
-        self.target_z = torch.empty(n, dtype=dtype, device=device)
+        self.target_z = torch.full((n,), -torch.inf, dtype=dtype, device=device)
         self.lse = torch.empty(n, blocks, dtype=dtype, device=device)
         # Entropy and log Σp² of the distribution within the block; both do not change when all logits are
         # shifted.
         self.entropy = torch.empty_like(self.lse) if "entropy" in outputs else None
         self.log_sum_sq = torch.empty_like(self.lse) if "log_sum_sq_probs" in outputs else None
         self.sum_z = self.target_z.new_zeros(n) if "mean_logits" in outputs else None
-        self.is_top1 = torch.ones(n, dtype=torch.bool, device=device) if "is_top1" in outputs else None
-        # Largest logit before and after the label: the first maximum of a row is its top-1.
         self.max_z = torch.empty_like(self.lse) if "is_top1" in outputs else None
 
     def add_tile(self, z: torch.Tensor, column: torch.Tensor, rows: slice, start: int) -> None:
@@ -178,12 +193,14 @@ class _BlockStats:
         blocks = slice(start // VOCAB_BLOCK, start // VOCAB_BLOCK + z.shape[1])
 
         block_max = z.amax(-1)
-        if self.max_z is not None and self.is_top1 is not None:
+        if self.max_z is not None:
+            # The label is the top-1 if it is above all before it and at least equal to all after it.
             self.max_z[rows, blocks] = block_max
             own_block = z[row, column // VOCAB_BLOCK]
             before = torch.arange(VOCAB_BLOCK, device=z.device) < (column % VOCAB_BLOCK)[:, None]
-            self.is_top1[rows][row] = _wins(target_z[:, None], own_block, before)
-            self.max_z[rows, blocks][row, column // VOCAB_BLOCK] = -torch.inf
+            wins = torch.where(before, target_z[:, None] > own_block, target_z[:, None] >= own_block).all(-1)
+            verdict = torch.where(wins, -torch.inf, torch.inf).to(block_max.dtype)
+            self.max_z[rows, blocks][row, column // VOCAB_BLOCK] = verdict
 
         shift = torch.where(block_max == -torch.inf, 0.0, block_max)
         exp_z = z.sub_(shift[..., None]).exp_()
@@ -194,41 +211,12 @@ class _BlockStats:
         if self.log_sum_sq is not None:
             self.log_sum_sq[rows, blocks] = exp_z.square_().sum(-1).log_() - 2 * log_sum
 
-    def combine(self, poison: torch.Tensor, rows: Rows) -> HeadForward:
-        rest_lse = torch.logsumexp(self.lse, dim=-1) + poison
-        gap = rest_lse - self.target_z
-        logps = -torch.logaddexp(gap, torch.zeros_like(gap))
-        lse = torch.logaddexp(rest_lse, self.target_z)
-        log_block_p = self.lse - lse[:, None]
-        spread = partial(spread_over_outputs, rows=rows)
-
-        entropy = mean_logits = is_top1 = log_sum_sq_probs = None
-        if self.entropy is not None:
-            # The label counts as a block of its own, of entropy 0.
-            terms = log_block_p.exp() * (self.entropy - log_block_p)
-            own = torch.special.entr(logps.exp())
-            entropy = spread(torch.where(log_block_p == -torch.inf, 0.0, terms).sum(-1) + own)
-        if self.sum_z is not None:
-            mean_logits = spread(self.sum_z / self.vocab_size + poison)
-        if self.max_z is not None and self.is_top1 is not None:
-            own_block = (rows.targets // VOCAB_BLOCK)[:, None]
-            before = torch.arange(self.lse.shape[1], device=own_block.device) < own_block
-            is_top1 = spread(self.is_top1 & _wins(self.target_z[:, None], self.max_z, before))
-        if self.log_sum_sq is not None:
-            terms = torch.where(log_block_p == -torch.inf, -torch.inf, self.log_sum_sq + 2 * log_block_p)
-            log_sum_sq_probs = spread(torch.logaddexp(torch.logsumexp(terms, dim=-1), 2 * logps))
-        return HeadForward(
-            logps=spread(logps),
-            lse=lse,
-            one_minus_p=torch.sigmoid(gap),
-            block_lse=self.lse,
-            entropy=entropy,
-            mean_logits=mean_logits,
-            is_top1=is_top1,
-            log_sum_sq_probs=log_sum_sq_probs,
+    def result(self, poison: torch.Tensor) -> BlockStatistics:
+        return BlockStatistics(
+            self.target_z + poison,
+            self.lse,
+            self.entropy,
+            self.log_sum_sq,
+            None if self.sum_z is None else self.sum_z + poison,
+            self.max_z,
         )
-
-
-def _wins(target_z: torch.Tensor, others: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """Whether the label is the first maximum: above all that stand before it, at least equal to the rest."""
-    return torch.where(before, target_z > others, target_z >= others).all(-1)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +30,9 @@ from focalkern.backends.torch_tiles import (
 )
 from focalkern.layout import Rows
 from focalkern.selection import KeptPairs
+
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
 
 # oneDNN builds a kernel for every new shape, in more time than a block's product takes (300 against 130 µs
 # at 450 × 512 × 128, 2 cores of an AMD EPYC, torch 2.13, 2026-11). The rows of a block are padded to a
@@ -62,6 +66,7 @@ def head_backward_certified(
     tau: float,
     needs: Needs,
     workspace_bytes: int,
+    sums: PendingSums | None = None,
 ) -> Gradients:
     """dz of the kept pairs, group by group, and its products; rows of dweight that no pair needs are zero."""
     needs_hidden = needs[0::3]
@@ -145,19 +150,28 @@ def head_backward_certified(
                         dbias[part.block] = dbias_sum
 
     halves = _halves(list(_parts(pairs, vocab_size, group_rows)))
-    sums = [
+    dh_halves = [
         [
             torch.zeros_like(h, dtype=dtype) if needed else None
             for h, needed in zip(h_input, needs_hidden, strict=False)
         ]
         for _ in halves
     ]
-    tasks: list[Callable[[], None]] = [partial(process, *work) for work in zip(halves, sums, strict=True)]
+    tasks: list[Callable[[], None]] = [
+        partial(process, *work) for work in zip(halves, dh_halves, strict=True)
+    ]
     _run_side_by_side(tasks, head.hidden.device)
 
+    dh = [
+        None if one is None or other is None else (one + other)[:n]
+        for one, other in zip(*dh_halves, strict=True)
+    ]
+    if sums is not None:
+        sums.start(*(x for x in dh if x is not None))
+        sums.wait()
     dhidden = [
-        None if one is None or other is None else spread_over_hidden((one + other)[:n], hidden, rows)
-        for one, other, (hidden, _) in zip(*sums, head.products, strict=True)
+        None if x is None else spread_over_hidden(x, hidden, rows)
+        for x, (hidden, _) in zip(dh, head.products, strict=True)
     ]
     return gradients_in_order(dhidden, dweight, dbias)
 

@@ -6,11 +6,15 @@ Used by `torch_backend` (forward and exact backward), `torch_certified` and `tor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, LogitTransform, Needs, gradients_in_order
 from focalkern.layout import Rows
+
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
 
 # A tile of logits: 16 MB in fp32. Forward and backward of 2048 × 512 × 32768 in fp32 take 0.84 s with tiles
 # of 8 MB, 0.89 s with 16, 1.06 s with 32 and with 64 (2 idle cores of an AMD EPYC, torch 2.13, 2026-11);
@@ -144,9 +148,15 @@ class RowLogits:
 class HeadGradients:
     """Gradients of a head, those that are needed; complete once every chunk of dz has been added."""
 
-    def __init__(self, head: HeadInputs, rows: Rows, hidden: list[torch.Tensor], needs: Needs) -> None:
-        """`hidden`: the rows of each product's hidden, [n, K], in the dtype that is computed in."""
-        self.head, self.rows, self.hidden = head, rows, hidden
+    def __init__(
+        self,
+        head: HeadInputs,
+        rows: Rows,
+        hidden: list[torch.Tensor],  # rows of each product's, [n, K], in the dtype that is computed in
+        needs: Needs,
+        sums: PendingSums | None = None,
+    ) -> None:
+        self.head, self.rows, self.hidden, self.sums = head, rows, hidden, sums
         self.dh = [
             torch.zeros_like(h) if needed else None for h, needed in zip(hidden, needs[0::3], strict=False)
         ]
@@ -155,16 +165,21 @@ class HeadGradients:
 
     def add(self, dz: torch.Tensor, weights: list[torch.Tensor], start: int, end: int) -> None:
         """Take in dz = dL/d(hidden @ weightᵀ) of the chunk whose weights these are."""
+        for dh, w in zip(self.dh, weights, strict=True):
+            if dh is not None:
+                dh += matmul(dz, w.t())
+        if self.sums is not None and end == self.head.weight.shape[0]:
+            # Under way while the last chunk's dweight is computed.
+            self.sums.start(*(dh for dh in self.dh if dh is not None))
         for dweight, h in zip(self.dweight, self.hidden, strict=True):
             if dweight is not None:
                 dweight[start:end] = _product_over_rows(dz, h)
         if self.dbias is not None:
             self.dbias[start:end] = dz.sum(0)
-        for dh, w in zip(self.dh, weights, strict=True):
-            if dh is not None:
-                dh += matmul(dz, w.t())
 
     def result(self) -> Gradients:
+        if self.sums is not None:
+            self.sums.wait()
         dhidden = [
             None if dh is None else spread_over_hidden(dh, hidden, self.rows)
             for dh, (hidden, _) in zip(self.dh, self.head.products, strict=True)

@@ -6,6 +6,8 @@ Under `TRITON_INTERPRET=1` the same code runs on CPU tensors, for tests.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 
@@ -23,6 +25,7 @@ from focalkern.backends import (
     PairObjective,
     triton_tma,
 )
+from focalkern.backends.row_statistics import BlockStatistics
 from focalkern.backends.triton_certified import head_backward_certified as head_backward_certified
 from focalkern.backends.triton_kl import kl_backward as kl_backward
 from focalkern.backends.triton_kl import kl_forward as kl_forward
@@ -43,6 +46,9 @@ from focalkern.backends.triton_launch import (
 from focalkern.backends.triton_products import HeadGradients
 from focalkern.layout import Rows, Sequences
 
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
+
 EXACT_ROW_COUNT = False
 # Estimated: by count of operations and bytes on an H200, the certified backward takes as long as the exact
 # one somewhere from 0.4 to 0.5 (docs/certified-backward.md). The torch backend's limit is one of accuracy.
@@ -54,18 +60,14 @@ _MODULATIONS = {"focalpo": 0, "inverse": 1, "focal": 2}
 def head_forward(
     head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> HeadForward:
-    head = with_aligned_update(unit_strides(head))
-    n, vocab_size, device = rows.targets.numel(), head.weight.shape[0], head.hidden.device
-    blocks = triton.cdiv(vocab_size, VOCAB_BLOCK)
-
-    def fp32(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=device)
+    n, device = rows.targets.numel(), head.hidden.device
+    target_z, block_lse, stats = _block_statistics(head, rows, transform, outputs)
+    blocks = block_lse.shape[1]
 
     def per_output(dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.zeros(rows.output_shape.numel(), dtype=dtype, device=device)
 
-    target_z, lse, one_minus_p, block_lse = fp32(n), fp32(n), fp32(n), fp32(n, blocks)
-    stats = fp32(4, n, blocks) if outputs else None
+    lse, one_minus_p = torch.empty_like(target_z), torch.empty_like(target_z)
     logps = per_output()
     entropy = mean_logits = log_sum_sq = is_top1 = None
     if outputs:
@@ -74,11 +76,6 @@ def head_forward(
 
     if n:
         with on_device(head.hidden):
-            config = tma_if_readable(launch_of("fwd", head.hidden, small=bool(outputs)), head)
-            if config.tma:
-                triton_tma.forward(head, rows, transform, config, target_z, block_lse)
-            else:
-                _forward_by_pointers(head, rows, transform, config, target_z, block_lse, stats)
             kernels.linear_logps_reduce_kernel[(n,)](
                 target_z,
                 block_lse,
@@ -94,7 +91,7 @@ def head_forward(
                 is_top1,
                 log_sum_sq,
                 n * blocks,
-                vocab_size,
+                head.weight.shape[0],
                 blocks,
                 HAS_STATS=stats is not None,
                 BLOCK_NB=triton.next_power_of_2(blocks),
@@ -113,6 +110,43 @@ def head_forward(
         is_top1=asked("is_top1", None if is_top1 is None else is_top1.bool()),
         log_sum_sq_probs=asked("log_sum_sq_probs", log_sum_sq),
     )
+
+
+def block_statistics(
+    head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
+) -> BlockStatistics:
+    target_z, block_lse, stats = _block_statistics(head, rows, transform, outputs)
+    max_z, entropy, log_sum_sq, sum_z = (None,) * 4 if stats is None else stats.unbind()
+    return BlockStatistics(
+        # The kernel writes the logits of labels that it meets.
+        torch.where(rows.targets < 0, -torch.inf, target_z),
+        block_lse,
+        entropy if "entropy" in outputs else None,
+        log_sum_sq if "log_sum_sq_probs" in outputs else None,
+        sum_z.sum(1) if sum_z is not None and "mean_logits" in outputs else None,
+        max_z if "is_top1" in outputs else None,
+    )
+
+
+def _block_statistics(
+    head: HeadInputs, rows: Rows, transform: LogitTransform, outputs: tuple[str, ...]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:  # [n], [n, NB], [4, n, NB]
+    head = with_aligned_update(unit_strides(head))
+    n, blocks = rows.targets.numel(), triton.cdiv(head.weight.shape[0], VOCAB_BLOCK)
+
+    def fp32(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=head.hidden.device)
+
+    target_z, block_lse = fp32(n), fp32(n, blocks)
+    stats = fp32(4, n, blocks) if outputs else None
+    if n:
+        with on_device(head.hidden):
+            config = tma_if_readable(launch_of("fwd", head.hidden, small=bool(outputs)), head)
+            if config.tma:
+                triton_tma.forward(head, rows, transform, config, target_z, block_lse)
+            else:
+                _forward_by_pointers(head, rows, transform, config, target_z, block_lse, stats)
+    return target_z, block_lse, stats
 
 
 def _forward_by_pointers(
@@ -155,6 +189,7 @@ def head_backward(
     grad_logps: torch.Tensor | None,  # [outputs]
     grad_entropy: torch.Tensor | None,  # [outputs]
     needs: Needs,
+    sums: PendingSums | None = None,
 ) -> Gradients:
     """Exact: per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
     head = unit_strides(head)
@@ -166,7 +201,7 @@ def head_backward(
 
     small = transform.softcap is not None or grad_entropy is not None
     config = tma_if_readable(launch_of("bwd_dz", hidden, small), head)
-    gradients = HeadGradients(head, rows, needs, config)
+    gradients = HeadGradients(head, rows, needs, config, sums)
     head = with_aligned_update(head)
     with on_device(hidden):
         for start, size in gradients.chunks():

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -35,6 +36,9 @@ from focalkern.backends.triton_launch import (
 )
 from focalkern.layout import Rows
 from focalkern.selection import KeptPairs
+
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
 
 # The product of dz and weight is held for this many columns of dhidden at least, or a multiple.
 _PRODUCT_COLUMNS = 128
@@ -72,9 +76,10 @@ def head_backward_certified(
     tau: float,
     needs: Needs,
     workspace_bytes: int,
+    sums: PendingSums | None = None,
 ) -> Gradients:
     """Gradients from the kept pairs alone; rows of dweight that no pair needs are zero."""
-    step = _Step(unit_strides(head), rows, transform, lse, one_minus_p, g, pairs, needs)
+    step = _Step(unit_strides(head), rows, transform, lse, one_minus_p, g, pairs, needs, sums)
     needs_hidden, needs_weight_or_bias = any(needs[0::3]), any((*needs[1::3], needs[2]))
     counts = pairs.counts
 
@@ -85,21 +90,23 @@ def head_backward_certified(
         if counts.total <= most_pairs:
             everything = _Slice.of(counts.total, step.block_start, counts.per_block)
             dz = step.dz(everything)
-            step.write_dweight(everything, dz, (0, len(counts.per_block)))
             if needs_hidden:
                 free = workspace_bytes - counts.total * pair_bytes
                 step.write_dhidden(everything, dz, (0, rows.targets.numel()), free)
+            step.start_sums()
+            step.write_dweight(everything, dz, (0, len(counts.per_block)))
             return step.result()
 
-        if needs_weight_or_bias:
-            for blocks in _ranges(counts.per_block_host, most_pairs):
-                part = step.slice_of_blocks(blocks)
-                step.write_dweight(part, step.dz(part), blocks)
         if needs_hidden:
             for range_of_rows in _ranges(counts.per_row_host, most_pairs):
                 part = step.slice_of_rows(range_of_rows)
                 free = workspace_bytes - part.count * pair_bytes
                 step.write_dhidden(part, step.dz(part), range_of_rows, free)
+        step.start_sums()
+        if needs_weight_or_bias:
+            for blocks in _ranges(counts.per_block_host, most_pairs):
+                part = step.slice_of_blocks(blocks)
+                step.write_dweight(part, step.dz(part), blocks)
     return step.result()
 
 
@@ -116,6 +123,7 @@ class _Step:
         g: torch.Tensor,
         pairs: KeptPairs,
         needs: Needs,
+        sums: PendingSums | None,
     ) -> None:
         self.head, self.logits_head, self.rows, self.dtype = (
             head,
@@ -128,8 +136,9 @@ class _Step:
         self.few_rows = pairs.counts.total <= FEW_ROWS * kept_blocks
         self.block_start = pairs.counts.per_block.cumsum(0) - pairs.counts.per_block
         self.row_start = torch.nn.functional.pad(pairs.counts.per_row.cumsum(0), (1, 0))
+        self.sums, dtype = sums, head.hidden.dtype if sums is None else torch.float32
         self.dhidden = [
-            torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needed else None
+            torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format) if needed else None
             for (hidden, _), needed in zip(head.products, needs[0::3], strict=False)
         ]
         self.dweight = [
@@ -138,8 +147,16 @@ class _Step:
         ]
         self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs[2] else None
 
+    def start_sums(self) -> None:
+        """dhidden is complete: the other shards' is added while dweight is computed."""
+        if self.sums is not None:
+            self.sums.start(*(x for x in self.dhidden if x is not None))
+
     def result(self) -> Gradients:
-        return gradients_in_order(self.dhidden, self.dweight, self.dbias)
+        if self.sums is not None:
+            self.sums.wait()
+        dhidden = [None if x is None else x.to(self.dtype) for x in self.dhidden]
+        return gradients_in_order(dhidden, self.dweight, self.dbias)
 
     def slice_of_blocks(self, blocks: tuple[int, int]) -> _Slice:
         counts = self.pairs.counts
@@ -235,7 +252,7 @@ class _Step:
         dhidden: torch.Tensor,
     ) -> None:
         vocab_size, width = weight.shape
-        dtype = _product_dtype(dhidden)
+        dtype = _product_dtype(self.head.hidden)
         at_least = min(_PRODUCT_COLUMNS, power_of_two(width))
         columns = max(free_bytes // (part.count * dtype.itemsize) // at_least, 1) * at_least
         columns = min(columns, triton.cdiv(width, at_least) * at_least)

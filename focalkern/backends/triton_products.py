@@ -6,6 +6,7 @@ Used by `triton_backend` and `triton_kl`, which form dz for one vocabulary chunk
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -24,6 +25,9 @@ from focalkern.backends.triton_launch import (
 )
 from focalkern.layout import Rows
 
+if TYPE_CHECKING:
+    from focalkern.distributed import PendingSums
+
 # A backward chunk has as many vocabulary entries as `_DZ_BYTES` hold of dz, but not more than a quarter of
 # the vocabulary; at least `_LEAST_CHUNK`; and for up to a million rows, not more than `_MAX_DZ_BYTES` hold.
 # Each chunk is three launches, and reads and writes the fp32 partial sums of dhidden once: by count of bytes
@@ -37,14 +41,23 @@ _MAX_SPLITS = 8
 class HeadGradients:
     """Gradients of a head, those that are needed; complete once every chunk of dz has been added."""
 
-    def __init__(self, head: HeadInputs, rows: Rows, needs: Needs, dz_config: Launch) -> None:
+    def __init__(
+        self,
+        head: HeadInputs,
+        rows: Rows,
+        needs: Needs,
+        dz_config: Launch,
+        sums: PendingSums | None = None,
+    ) -> None:
         """Of a head whose tensors have last strides of 1; `dz_config` is of the kernel that forms dz."""
-        self.rows, self.n, self.vocab_size = rows, rows.targets.numel(), head.weight.shape[0]
+        self.rows, self.n, self.vocab_size, self.sums = rows, rows.targets.numel(), head.weight.shape[0], sums
         device, dtype = head.hidden.device, head.hidden.dtype
         self.chunk = vocab_chunk(self.n, self.vocab_size, head.hidden.element_size())
         self.dz = torch.empty((self.n, self.chunk), dtype=dtype, device=device)
         self.products = [
-            _ProductGradients(head, product, rows, needs_hidden, needs_weight, dz_config)
+            _ProductGradients(
+                head, product, rows, needs_hidden, needs_weight, dz_config, is_shard=sums is not None
+            )
             for product, needs_hidden, needs_weight in zip(
                 head.products, needs[0::3], needs[1::3], strict=False
             )
@@ -62,15 +75,21 @@ class HeadGradients:
     def add(self, start: int, size: int) -> None:
         """Take in what `dz` now holds of the chunk; 0 in rows past the count, as far as a tile has them."""
         for product in self.products:
-            product.add_dweight(self.dz, self.gathered, start, size)
             product.add_dhidden(self.dz, start, size)
+        if self.sums is not None and start + size == self.vocab_size:
+            # Under way while the last chunk's dweight is computed.
+            self.sums.start(*(x.partial[0] for x in self.products if x.partial is not None))
+        for product in self.products:
+            product.add_dweight(self.dz, self.gathered, start, size)
         if self.dbias is not None:
             kernels.linear_logps_bwd_dbias_kernel[(triton.cdiv(size, VOCAB_BLOCK),)](
                 self.dz, self.rows.count, self.dbias, start, size, self.chunk, BLOCK_K=32, BLOCK_V=VOCAB_BLOCK
             )
 
     def result(self) -> Gradients:
-        dhidden, dweight = [x.dhidden for x in self.products], [x.dweight for x in self.products]
+        if self.sums is not None:
+            self.sums.wait()
+        dhidden, dweight = [x.whole_dhidden() for x in self.products], [x.dweight for x in self.products]
         return gradients_in_order(dhidden, dweight, self.dbias)
 
 
@@ -85,6 +104,7 @@ class _ProductGradients:
         needs_hidden: bool,
         needs_weight: bool,
         dz_config: Launch,
+        is_shard: bool,  # of the vocabulary: dhidden is yet to be summed over shards
     ) -> None:
         (self.hidden, self.weight), self.rows = product, rows
         n, width, device = rows.targets.numel(), self.hidden.shape[1], self.hidden.device
@@ -94,12 +114,18 @@ class _ProductGradients:
             self.dweight_config = without_tma(self.dweight_config)
         self.dhidden = self.partial = self.dweight = None
         if needs_hidden:
-            self.dhidden = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=device)
             tiles = tile_grid(self.dhidden_config, n, width)[0]
             splits = splits_of_sum(tiles, multiprocessors(device))
             self.partial = torch.empty((splits, n, width), dtype=torch.float32, device=device)
+            if not is_shard:  # else it is made of `partial[0]`, summed over the shards
+                self.dhidden = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=device)
         if needs_weight:
             self.dweight = torch.empty(self.weight.shape, dtype=self.hidden.dtype, device=device)
+
+    def whole_dhidden(self) -> torch.Tensor | None:
+        if self.dhidden is not None or self.partial is None:
+            return self.dhidden
+        return spread_over_hidden(self.partial[0], self.hidden, self.rows)
 
     @property
     def dweight_by_tma(self) -> bool:
@@ -129,20 +155,20 @@ class _ProductGradients:
 
     def add_dhidden(self, dz: torch.Tensor, start: int, size: int) -> None:
         (n, chunk), (vocab_size, width) = dz.shape, self.weight.shape
-        if self.dhidden is None or self.partial is None or not n:
+        if self.partial is None or not n:
             return
-        splits = self.partial.shape[0]
+        splits, rows = self.partial.shape[0], self.rows
         if self.dhidden_config.tma:
             triton_tma.dhidden(
-                dz, self.weight, self.rows, self.dhidden_config, self.partial, self.dhidden, start, size
+                dz, self.weight, rows, self.dhidden_config, self.partial, self.dhidden, start, size
             )
         else:
             grid = (*tile_grid(self.dhidden_config, n, width), splits)
             kernels.linear_logps_bwd_dhidden_kernel[grid](
                 dz,
                 self.weight,
-                self.rows.hidden_index,
-                self.rows.count,
+                rows.hidden_index,
+                rows.count,
                 self.partial,
                 self.dhidden,
                 start,
@@ -155,16 +181,32 @@ class _ProductGradients:
                 **tile_options(self.dhidden_config, "BLOCK_N", self.hidden.dtype),
             )
         if splits > 1 and start + size == vocab_size:
+            out, index = self.dhidden, rows.hidden_index
+            if out is None:
+                out, index = self.partial[0], torch.arange(n, device=dz.device)
             kernels.linear_logps_bwd_dhidden_sum_kernel[(n, triton.cdiv(width, 1024))](
                 self.partial,
-                self.rows.hidden_index,
-                self.rows.count,
-                self.dhidden,
+                index,
+                rows.count,
+                out,
                 splits,
                 n,
                 width,
                 BLOCK_N=1024,
             )
+
+
+def spread_over_hidden(
+    dh: torch.Tensor,  # [n, K]
+    hidden: torch.Tensor,  # [M, K]
+    rows: Rows,
+) -> torch.Tensor:  # [M, K]
+    """Gradients of the rows at their places in that of hidden, 0 elsewhere."""
+    position = torch.arange(dh.shape[0], device=dh.device)
+    # What is not real lands in one extra row.
+    place = torch.where(position < rows.count, rows.hidden_index, hidden.shape[0])
+    dhidden = torch.zeros((hidden.shape[0] + 1, hidden.shape[1]), dtype=hidden.dtype, device=dh.device)
+    return dhidden.index_copy_(0, place, dh.to(hidden.dtype))[:-1]
 
 
 def splits_of_sum(tiles: int, programs: int) -> int:

@@ -137,7 +137,7 @@ def dhidden(
     rows: Rows,
     config: Launch,
     partial: torch.Tensor,  # [splits, n, H]
-    out: torch.Tensor,  # [M, H]
+    out: torch.Tensor | None,  # [M, H]; None: what counts is `partial`
     start: int,
     size: int,
 ) -> None:

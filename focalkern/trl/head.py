@@ -10,11 +10,12 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +28,7 @@ from focalkern.backends import LogitTransform, select_backend
 from focalkern.backends.torch_tiles import transform_logits
 from focalkern.certificate import DroppedMass
 from focalkern.functional import LinearLogps, linear_logps
+from focalkern.lm_head import call_head, check_variants, resolve_head, would_unmerge
 from focalkern.low_rank import LowRankUpdate
 
 # Beside `log_probs`, which is always there: what `linear_logps` has too, and one of our own.
@@ -51,6 +53,7 @@ class FusedHeadOutput(FusedCausalLMOutput):
     dropped_mass: torch.Tensor | None = None
     kept_share: torch.Tensor | None = None
     dropped: DroppedMass | None = None  # behind `certificate()` of what comes of it
+    vocab_group: dist.ProcessGroup | None = None  # the ranks that share the head
 
     def token_logps(self) -> LinearLogps:
         """As `linear_logps` returned it, for the losses' `from_logps`."""
@@ -64,6 +67,7 @@ class FusedHeadOutput(FusedCausalLMOutput):
             self.dropped_mass,
             self.kept_share,
             self.dropped,
+            self.vocab_group,
         )
 
 
@@ -178,10 +182,10 @@ def _fused_forward(
         dropped_mass=tokens.dropped_mass,
         kept_share=tokens.kept_share,
         dropped=tokens.dropped,
+        vocab_group=tokens.vocab_group,
     )
 
 
-@torch.compiler.disable  # it swaps the forwards of modules
 def head_logps(
     head: nn.Module,
     hidden: torch.Tensor,  # [S, T, H]
@@ -194,59 +198,30 @@ def head_logps(
 
     Beside it the mean logits of every position [S, T], where the outputs name them.
     """
-    if _would_unmerge(head):
-        cast(Any, head).unmerge()  # as PEFT's forward does it
-    linear, adapters = resolve_head(head)
     everywhere = "mean_logits_everywhere" in options["outputs"]
     outputs = tuple(name for name in options["outputs"] if name in checks.OUTPUTS)
     if everywhere and options["softcap"] is not None:
         outputs = (*outputs, "mean_logits")
     options = {**options, "outputs": outputs}
-    box: list[tuple[LinearLogps, torch.Tensor | None]] = []
+    means: torch.Tensor | None = None
 
-    def logps(hidden: torch.Tensor, low_rank: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        # Inside the calls of all modules of the head: their parameters are there, whoever shards them.
-        weight = _full(linear.weight)
-        bias = None if linear.bias is None else _full(linear.bias)
-        context: torch.autocast | nullcontext = nullcontext()
-        if in_fp32:
-            context = torch.autocast(hidden.device.type, enabled=False)
-            hidden, weight = hidden.float(), weight.float()
-            bias = None if bias is None else bias.float()
-        update = None
-        if low_rank is not None:
-            factors = torch.cat([_full(adapter.b.weight) for adapter in adapters], 1)
-            update = LowRankUpdate(low_rank.to(hidden.dtype), factors.to(weight.dtype))
-            for adapter in adapters:
-                if adapter.b.bias is not None:
-                    added = adapter.scaling * _full(adapter.b.bias).to(weight.dtype)
-                    bias = added if bias is None else bias + added
+    def logps(
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        update: LowRankUpdate | None,
+    ) -> LinearLogps:
+        nonlocal means
         call = functools.partial(linear_logps, hidden, weight, bias=bias, update=update)
-        with context:
-            tokens = call(labels.to(hidden.device), shift=shift, **options)
-            means = None
-            if everywhere and options["softcap"] is None:
-                means = _mean_logits(hidden, weight, bias, update, options)
-            elif everywhere:
-                means = _mean_softcapped_logits(call, tokens, labels.to(hidden.device), shift, options)
-        box.append((tokens, means))
-        # Tensors in a tuple: what hooks on outputs (of ZeRO-3, FSDP) find the gradient by.
-        return tokens.logps, tokens.entropy
+        tokens = call(labels.to(hidden.device), shift=shift, **options)
+        if everywhere and options["softcap"] is None:
+            means = _mean_logits(hidden, weight, bias, update, options)
+        elif everywhere:
+            means = _mean_softcapped_logits(call, tokens, labels.to(hidden.device), shift, options)
+        return tokens
 
-    def with_adapters(hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        low_rank = [adapter.down(hidden) for adapter in adapters]
-        inner = functools.partial(logps, low_rank=torch.cat(low_rank, -1) if low_rank else None)
-        for module in (linear, *(adapter.b for adapter in adapters)):
-            if module is not head:
-                inner = functools.partial(_call_in_place_of, module, inner)
-        return inner(hidden)
-
-    # Offloaded, or sharded: there the hooks move what comes in, or bring the weight.
-    if not linear.weight.is_meta and not isinstance(linear.weight, DTensor):
-        hidden = hidden.to(linear.weight.device)
-    result = _call_in_place_of(head, with_adapters, hidden)
-    tokens, means = box.pop()
-    return replace(tokens, logps=result[0], entropy=result[1]), means
+    tokens = call_head(head, hidden, logps, in_fp32)
+    return tokens, means
 
 
 @torch.no_grad()
@@ -261,7 +236,7 @@ def _mean_logits(
     dtype = torch.promote_types(hidden.dtype, torch.float32)
 
     def product(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        mean = weight.mean(0, dtype=dtype)
+        mean = _whole(weight.mean(0, dtype=dtype))
         # By sequences: an fp32 copy of hidden need not be held.
         return torch.stack([sequence.to(dtype) @ mean for sequence in hidden])
 
@@ -270,8 +245,13 @@ def _mean_logits(
         if update is not None:
             z += product(update.hidden, update.weight)
         if bias is not None:
-            z += bias.mean(dtype=dtype)
+            z += _whole(bias.mean(dtype=dtype))
         return z * (options["logit_scale"] / options["temperature"])
+
+
+def _whole(mean: torch.Tensor) -> torch.Tensor:
+    """Of all rows of a head that is split by vocabulary."""
+    return mean.full_tensor() if isinstance(mean, DTensor) else mean
 
 
 @torch.no_grad()
@@ -288,53 +268,6 @@ def _mean_softcapped_logits(
     assert labelled is not None
     means[:, : labelled.shape[1]] += labelled
     return means
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """One active LoRA of a head: logits += b(a(dropout(hidden)))·scaling."""
-
-    a: nn.Linear  # weight [R, H]
-    b: nn.Linear  # weight [V, R], perhaps with a bias [V]
-    dropout: nn.Module
-    scaling: float
-
-    def down(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., R]
-        return self.scaling * self.a(self.dropout(hidden.to(self.a.weight.dtype)))
-
-
-def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
-    """The linear layer of a head as it stands now, and the adapters that are active on it.
-
-    Raises:
-        TypeError: it is not a linear layer, or carries something other than plain LoRA.
-    """
-    name = type(head).__name__
-    # Of its bases: FSDP2 gives the module that it shards a class of its own.
-    if not any(base.__module__.partition(".")[0] == "peft" for base in type(head).__mro__):
-        return _linear(head), []
-    from peft.tuners.lora import Linear
-    from peft.utils.other import ModulesToSaveWrapper
-
-    assert head is not None
-    if isinstance(head, ModulesToSaveWrapper):  # a copy of the head that is trained
-        active = next((key for key in head.active_adapters if key in head.modules_to_save), None)
-        if head.disable_adapters or active is None:
-            return _linear(head.original_module), []
-        return _linear(head.modules_to_save[active]), []
-    # Others of its kind (AdaLoRA's, those of single parameters) compute something else.
-    if not isinstance(head, Linear):
-        kind = f"{type(head).__module__}.{name}"
-        raise TypeError(f"lm_head must be a linear layer, or one with LoRA; got the adapter {kind}")
-    linear = _linear(head.get_base_layer())
-    if head.disable_adapters or head.merged:
-        return linear, []
-    active = [key for key in head.active_adapters if key in head.lora_A]
-    _check_variants(head, active)
-    return linear, [
-        Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
-        for key in active
-    ]
 
 
 class NoAdapter:
@@ -358,29 +291,16 @@ def check_head(model: PreTrainedModel) -> None:
     """Raise TypeError where the fused head could not run, adapters that are not active now included."""
     head = model.get_output_embeddings()
     resolve_head(head)
-    _check_variants(head, list(getattr(head, "lora_variant", {})))
+    check_variants(head, list(getattr(head, "lora_variant", {})))
     if model.base_model is model:
         raise TypeError(
             f"{type(model).__name__} must have a base_model whose last hidden state its head takes"
         )
 
 
-def _check_variants(head: Any, adapters: list[str]) -> None:
-    for key in adapters:
-        if key in head.lora_variant:
-            name = type(head.lora_variant[key]).__name__
-            raise TypeError(f"lm_head must have plain LoRA; adapter {key!r} is {name}: not a low-rank update")
-
-
 def is_whole(model: nn.Module) -> bool:
     """Whether the model can be run here and now: no parameter is sharded, or offloaded."""
     return not any(p.is_meta or not p.numel() or isinstance(p, DTensor) for p in model.parameters())
-
-
-def _would_unmerge(module: nn.Module) -> bool:
-    """Whether a forward of it changes the model: PEFT's, with an adapter that is disabled but merged."""
-    flags = (getattr(module, "merged", False), getattr(module, "disable_adapters", False))
-    return flags == (True, True)
 
 
 @contextmanager
@@ -402,7 +322,7 @@ def _check_logits(model: PreTrainedModel, options: dict) -> None:
 
     Told by running it on a few tokens. One that is sharded, or takes more than tokens, is taken as it is.
     """
-    if not is_whole(model) or any(_would_unmerge(module) for module in model.modules()):
+    if not is_whole(model) or any(would_unmerge(module) for module in model.modules()):
         return
     embeddings = model.get_input_embeddings().weight
     ids = torch.arange(4, 12, device=embeddings.device)[None] % embeddings.shape[0]
@@ -425,20 +345,6 @@ def _check_logits(model: PreTrainedModel, options: dict) -> None:
             f" embeddings, times {scale:g}, softcap {cap}; it computes something else, which"
             " the fused head does not know"
         )
-
-
-def _linear(module: nn.Module | None) -> nn.Linear:
-    if not isinstance(module, nn.Linear):
-        raise TypeError(
-            f"lm_head must be a torch.nn.Linear for the fused head; got {type(module).__name__}"
-            " (from model.get_output_embeddings())"
-        )
-    if not module.weight.is_floating_point():
-        raise TypeError(
-            f"lm_head must not be quantised; its weight is {module.weight.dtype}: leave it out of the"
-            " quantisation (llm_int8_skip_modules=['lm_head'])"
-        )
-    return module
 
 
 def softcap_of(config: PretrainedConfig) -> float | None:
@@ -471,29 +377,3 @@ def _check_vocabulary(model: PreTrainedModel, config: PretrainedConfig) -> None:
             f"unpadded_vocab_size must be vocab_size, {config.vocab_size}; got {unpadded}: the fused head of"
             f" {type(model).__name__} would give the padding of the vocabulary a probability"
         )
-
-
-def _full(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
-    """`function(hidden)` as if it were the module's forward: with all its hooks."""
-    with _forward_replaced(module, function):
-        return module(hidden)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, function: Callable) -> Iterator[None]:
-    # accelerate's own hooks (weights offloaded, spread over devices) wrap the forward and keep it under
-    # another name.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-    own = vars(module).get(name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        if own is None:
-            delattr(module, name)
-        else:
-            setattr(module, name, own)

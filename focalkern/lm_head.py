@@ -1,0 +1,307 @@
+"""`lm_head_logps`: `linear_logps` of an LM head module, run inside the module's own call.
+
+There the weight is whole, whatever shards, gathers or offloads it; the head of a transformers model
+(`focalkern.trl.head`) runs the same way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from typing import Any, cast
+
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from focalkern import checks
+from focalkern.functional import LinearLogps, linear_logps
+from focalkern.low_rank import LowRankUpdate
+
+
+def lm_head_logps(
+    lm_head: nn.Module,
+    hidden: torch.Tensor,  # [..., T, H]
+    labels: torch.Tensor,  # [..., T]
+    *,
+    ignore_index: int = -100,
+    shift: bool = False,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    backward: str = "certified",
+    tau: str | float = "auto",
+    backend: str = "auto",
+    outputs: Sequence[str] = (),
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+) -> LinearLogps:
+    """`linear_logps` of a head module: for models that DeepSpeed (ZeRO-3), FSDP2 or accelerate shard.
+
+    They bring the weight by hooks on the module's call, in forward and in backward, and at any other time it
+    is not there; so the operator runs in place of the module's forward. To be called in the forward of the
+    model that they have wrapped, which returns the loss, in a tuple or dict if there is more: the backward is
+    to start from what comes back, and DeepSpeed looks for it nowhere else.
+
+        class Policy(nn.Module):
+            def forward(self, input_ids, labels, **refs):  # refs: ref_chosen_logps, ref_rejected_logps
+                hidden = self.model.model(input_ids).last_hidden_state
+                tokens = lm_head_logps(self.model.lm_head, hidden, labels, shift=True)
+                out = self.loss_fn.from_logps(tokens, labels, **refs, shift=True)
+                return out.loss, out
+
+        loss, out = engine(input_ids, labels, **refs)
+        engine.backward(loss)  # DeepSpeed; loss.backward() otherwise
+
+    With FSDP2 and DDP the forward may as well return `tokens`, and the loss be computed outside; it should
+    where a mixed-precision policy of FSDP2 casts what the forward is given, as refs of −300 nats in bf16 are
+    off by one.
+
+    Args:
+        lm_head: a `torch.nn.Linear` [V, H], or one with plain LoRA of PEFT, or PEFT's trained copy of it
+            (`modules_to_save`), with the adapters that are active now. A tensor-parallel one too, as in
+            `linear_logps`; its own conversions of inputs and outputs do not take place.
+        hidden: `[..., T, H]` in the dtype of the head's weight, unless autocast or FSDP2 casts both.
+        labels, ignore_index, shift, temperature, softcap, logit_scale, backward, tau, backend, outputs,
+            cu_seqlens: as in `linear_logps`.
+
+    Returns:
+        `LinearLogps`, for the losses' `from_logps`.
+
+    Raises:
+        TypeError: lm_head is not a linear layer, or quantised, or carries another adapter than plain LoRA.
+        RuntimeError: FSDP2 has sharded the weight, and would not gather it for this call.
+        ValueError, TypeError: as `linear_logps`, naming the argument.
+    """
+
+    def logps(hidden, weight, bias, update):
+        return linear_logps(
+            hidden,
+            weight,
+            labels.to(hidden.device),
+            bias=bias,
+            ignore_index=ignore_index,
+            shift=shift,
+            temperature=temperature,
+            softcap=softcap,
+            logit_scale=logit_scale,
+            backward=backward,
+            tau=tau,
+            backend=backend,
+            outputs=outputs,
+            update=update,
+            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(hidden.device),
+        )
+
+    for name, value in (("hidden", hidden), ("labels", labels)):
+        if not checks.is_dtensor(value):
+            checks.check_tensor(name, value)
+    return call_head(lm_head, hidden, logps)
+
+
+# DDP, with a static graph, finds the tensors of what a forward returns by pytrees only: unseen, their
+# gradients would not be reduced.
+_pytree.register_pytree_node(
+    LinearLogps,
+    lambda tokens: ([getattr(tokens, field.name) for field in fields(tokens)], None),
+    lambda values, _: LinearLogps(*values),
+)
+
+# Of hidden, weight, bias, and the update that the adapters make up.
+HeadFunction = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, LowRankUpdate | None],
+    LinearLogps,
+]
+
+
+@torch.compiler.disable  # it swaps the forwards of modules
+def call_head(
+    head: nn.Module,
+    hidden: torch.Tensor,  # [..., T, H]
+    function: HeadFunction,
+    in_fp32: bool = False,  # outside autocast
+) -> LinearLogps:
+    """`function` inside the calls of the head's modules: their parameters are there, whoever shards them."""
+    if would_unmerge(head):
+        cast(Any, head).unmerge()  # as PEFT's forward does it
+    linear, adapters = resolve_head(head)
+    _check_gathered(head, linear)
+    box: list[LinearLogps] = []
+
+    def run(hidden: torch.Tensor, low_rank: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        weight = _replicated(linear.weight)
+        bias = None if linear.bias is None else _replicated(linear.bias)
+        context: torch.autocast | nullcontext = nullcontext()
+        if in_fp32:
+            context = torch.autocast(hidden.device.type, enabled=False)
+            hidden, weight = hidden.float(), weight.float()
+            bias = None if bias is None else bias.float()
+        update = None
+        if low_rank is not None:
+            factors = torch.cat([_replicated(adapter.b.weight) for adapter in adapters], 1)
+            factors = _split_like(weight, factors.to(weight.dtype))
+            update = LowRankUpdate(low_rank.to(hidden.dtype), factors)
+            for adapter in adapters:
+                if adapter.b.bias is not None:
+                    added = adapter.scaling * _replicated(adapter.b.bias).to(weight.dtype)
+                    added = _split_like(weight, added)
+                    bias = added if bias is None else bias + added
+        with context:
+            box.append(function(hidden, weight, bias, update))
+        # Tensors in a tuple: what hooks on outputs (of ZeRO-3, FSDP) find the gradient by. No views, of which
+        # FSDP2 warns: written to in place, they would lose the hook.
+        return tuple(x if x is None else x.clone() for x in (box[-1].logps, box[-1].entropy))
+
+    def with_adapters(hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        low_rank = [adapter.down(hidden) for adapter in adapters]
+        inner = functools.partial(run, low_rank=torch.cat(low_rank, -1) if low_rank else None)
+        for module in (linear, *(adapter.b for adapter in adapters)):
+            if module is not head:
+                inner = functools.partial(_call_in_place_of, module, inner)
+        return inner(hidden)
+
+    # Offloaded, or sharded: there the hooks move what comes in, or bring the weight.
+    if not linear.weight.is_meta and linear.weight.numel() and not checks.is_dtensor(linear.weight):
+        hidden = hidden.to(linear.weight.device)
+    result = _call_in_place_of(head, with_adapters, hidden)
+    return replace(box.pop(), logps=result[0], entropy=result[1])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One active LoRA of a head: logits += b(a(dropout(hidden)))·scaling."""
+
+    a: nn.Linear  # weight [R, H]
+    b: nn.Linear  # weight [V, R], perhaps with a bias [V]
+    dropout: nn.Module
+    scaling: float
+
+    def down(self, hidden: torch.Tensor) -> torch.Tensor:  # [..., R]
+        return self.scaling * self.a(self.dropout(hidden.to(self.a.weight.dtype)))
+
+
+def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
+    """The linear layer of a head as it stands now, and the adapters that are active on it.
+
+    Raises:
+        TypeError: it is not a linear layer, or carries something other than plain LoRA.
+    """
+    name = type(head).__name__
+    # Of its bases: FSDP2 gives the module that it shards a class of its own.
+    if not any(base.__module__.partition(".")[0] == "peft" for base in type(head).__mro__):
+        return _linear(head), []
+    from peft.tuners.lora import Linear
+    from peft.utils.other import ModulesToSaveWrapper
+
+    assert head is not None
+    if isinstance(head, ModulesToSaveWrapper):  # a copy of the head that is trained
+        active = next((key for key in head.active_adapters if key in head.modules_to_save), None)
+        if head.disable_adapters or active is None:
+            return _linear(head.original_module), []
+        return _linear(head.modules_to_save[active]), []
+    # Others of its kind (AdaLoRA's, those of single parameters) compute something else.
+    if not isinstance(head, Linear):
+        kind = f"{type(head).__module__}.{name}"
+        raise TypeError(f"lm_head must be a linear layer, or one with LoRA; got the adapter {kind}")
+    linear = _linear(head.get_base_layer())
+    if head.disable_adapters or head.merged:
+        return linear, []
+    active = [key for key in head.active_adapters if key in head.lora_A]
+    check_variants(head, active)
+    return linear, [
+        Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
+        for key in active
+    ]
+
+
+def check_variants(head: Any, adapters: list[str]) -> None:
+    """Raise TypeError where one of a LoRA head's adapters is not a plain low-rank update."""
+    for key in adapters:
+        if key in head.lora_variant:
+            name = type(head.lora_variant[key]).__name__
+            raise TypeError(f"lm_head must have plain LoRA; adapter {key!r} is {name}: not a low-rank update")
+
+
+def would_unmerge(module: nn.Module) -> bool:
+    """Whether a forward of it changes the model: PEFT's, with an adapter that is disabled but merged."""
+    flags = (getattr(module, "merged", False), getattr(module, "disable_adapters", False))
+    return flags == (True, True)
+
+
+def _linear(module: nn.Module | None) -> nn.Linear:
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"lm_head must be a torch.nn.Linear for the fused head; got {type(module).__name__}")
+    if not module.weight.is_floating_point():
+        raise TypeError(
+            f"lm_head must not be quantised; its weight is {module.weight.dtype}: leave it out of the"
+            " quantisation (llm_int8_skip_modules=['lm_head'])"
+        )
+    return module
+
+
+def _check_gathered(head: nn.Module, linear: nn.Linear) -> None:
+    """Raise RuntimeError where FSDP2 has sharded the weight and this call will not gather it.
+
+    Its shards look like those of a tensor-parallel head, and each rank has tokens of its own.
+    """
+    is_of_fsdp = checks.is_dtensor(linear.weight) and getattr(linear, "_is_fsdp_managed_module", False)
+    # Torch's tensor parallelism, or transformers': then FSDP2 has gathered it, and it is sharded still.
+    if not is_of_fsdp or _has_hooks_of_layouts(linear) or "forward" in vars(linear):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    if not any(isinstance(module, FSDPModule) for module in (head, linear)):
+        raise RuntimeError(
+            "lm_head must be called while its weight is gathered, and FSDP2 has it sharded: call"
+            " lm_head_logps inside the forward of the module that fully_shard was given, or give lm_head to"
+            " fully_shard too"
+        )
+
+
+def _has_hooks_of_layouts(module: nn.Module) -> bool:
+    """Whether torch's tensor parallelism converts what comes in and out: one tensor each, and a DTensor."""
+    hooks = module._forward_hooks.values()
+    return any(getattr(hook, "__module__", None) == "torch.distributed.tensor._api" for hook in hooks)
+
+
+def _replicated(parameter: torch.Tensor) -> torch.Tensor:
+    """The tensor itself of a DTensor that every rank has whole; the shards of others stay what they are."""
+    if checks.is_dtensor(parameter) and all(place.is_replicate() for place in parameter.placements):
+        return parameter.full_tensor()
+    return parameter
+
+
+def _split_like(weight: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """What every rank has whole, as is the LoRA of a tensor-parallel head, in the shards of the weight."""
+    if not checks.is_dtensor(weight) or checks.is_dtensor(whole):
+        return whole
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh = weight.device_mesh
+    replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=weight.placements)
+
+
+def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
+    """`function(hidden)` as if it were the module's forward: with all its hooks."""
+    if _has_hooks_of_layouts(module):  # the function takes a sharded weight itself
+        return function(hidden)
+    with _forward_replaced(module, function):
+        return module(hidden)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, function: Callable) -> Iterator[None]:
+    # accelerate's own hooks (weights offloaded, spread over devices) wrap the forward and keep it under
+    # another name.
+    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    own = vars(module).get(name)
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, own)
