@@ -1,4 +1,4 @@
-"""The code in `README.md`, `docs/methods.md` and `docs/trl.md`: every Python block runs, in its order."""
+"""The code in `README.md` and of the pages in `docs`: every Python block runs, in its order."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from focalkern import FusedFocalPOLoss
@@ -83,6 +84,32 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
                 names["focalkern"].trl.unpatch()
         trainers += [names["trainer"]] if "trainer = " in block else []
     assert [trainer.state.global_step for trainer in trainers] == ([] if page == "docs/methods.md" else [1])
+
+
+def test_every_python_block_of_scaling_md_runs_on_a_group_of_one_rank():
+    """All of them give the loss of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        names = given()
+        names["hidden"] = names["hidden"].detach().requires_grad_()
+        refs = {name: names[name] for name in ("ref_chosen_logps", "ref_rejected_logps")}
+        loss_fn, hidden, weight, labels = FusedFocalPOLoss(), names["hidden"], names["head"], names["labels"]
+        names |= {"group": dist.group.WORLD, "weight": weight, "loss_fn": loss_fn, "refs": refs}
+        expected = loss_fn(hidden, weight, labels, shift=True, **refs).loss
+        engines, *heads = blocks("docs/scaling.md")
+        exec(compile(engines, "docs/scaling.md", "exec"), names)
+        model = torch.nn.Module()
+        model.model = lambda ids: SimpleNamespace(last_hidden_state=hidden)
+        model.lm_head = torch.nn.Linear(*weight.T.shape, bias=False)
+        model.lm_head.weight.data = weight.detach()
+        losses = [names["Policy"](model, loss_fn)(names["input_ids"], labels, **refs)]
+        assert len(heads) == 2
+        for block in heads:
+            exec(compile(block, "docs/scaling.md", "exec"), names)
+            losses.append(names["out"].loss)
+        torch.testing.assert_close(torch.stack(losses), expected.expand(3))
+    finally:
+        dist.destroy_process_group()
 
 
 def with_lora_on_the_head(hidden_size: int) -> object:
