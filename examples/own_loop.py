@@ -14,6 +14,7 @@ The model is a small Llama of random weights, the pairs are docstrings (see `pre
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,11 +22,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from preference_data import IGNORE_INDEX, Batch, PreferenceSet, docstring_pairs, encode_pairs
+from preference_data import IGNORE_INDEX, Batch, EncodedPair, PreferenceSet, docstring_pairs, encode_pairs
 from quickstart import train_tokenizer
 from torch import nn
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from focalkern import FusedFocalPOLoss, lm_head_logps
 
@@ -187,10 +188,8 @@ def adamw(policy: Policy) -> torch.optim.Optimizer:
 
 
 def prepare(device: torch.device) -> tuple[PreferenceSet, Policy]:
+    tokenizer, encoded = tokenized_pairs()
     torch.manual_seed(0)
-    pairs = docstring_pairs(seed=0)[:400]
-    tokenizer = train_tokenizer(pairs)
-    encoded, _ = encode_pairs(pairs, tokenizer, max_length=128)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -202,6 +201,13 @@ def prepare(device: torch.device) -> tuple[PreferenceSet, Policy]:
     )
     policy = Policy(LlamaForCausalLM(config), FusedFocalPOLoss(beta=0.5, gamma=0.05))
     return PreferenceSet(encoded, PAIRS_PER_STEP, device), policy.to(device)
+
+
+@functools.cache
+def tokenized_pairs() -> tuple[PreTrainedTokenizerBase, list[EncodedPair]]:
+    pairs = docstring_pairs(seed=0)[:400]
+    tokenizer = train_tokenizer(pairs)
+    return tokenizer, encode_pairs(pairs, tokenizer, max_length=128)[0]
 
 
 @contextmanager

@@ -273,9 +273,9 @@ def check_label_dtype(labels: torch.Tensor) -> None:
         raise TypeError(f"labels must be int64 or int32; got {labels.dtype}")
 
 
-def check_shift(shift: bool, labels: torch.Tensor) -> None:
+def check_shift(shift: bool, labels: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> None:
     check_flag("shift", shift)
-    if shift and labels.shape[-1] == 0:
+    if shift and labels.shape[-1] == 0 and cu_seqlens is None:
         raise ValueError(f"labels must have at least one position to shift; got {_shape(labels)}")
 
 
@@ -322,7 +322,7 @@ def check_pair_layout(
     is_odd = cu_seqlens.dim() == 1 and cu_seqlens.numel() % 2 == 1
     if not is_odd or (cu_seqlens.numel() == 1 and not _is_one_of_ranks()):
         raise ValueError(f"cu_seqlens must be [2B + 1], B chosen then B rejected; got {_shape(cu_seqlens)}")
-    check_cu_seqlens(cu_seqlens, tokens, sequences=0)
+    check_cu_seqlens(cu_seqlens, tokens)
 
 
 def _is_one_of_ranks() -> bool:
@@ -335,12 +335,12 @@ def check_packed_hidden(hidden: torch.Tensor) -> None:
         raise ValueError(f"hidden must be [N, H] when cu_seqlens is given; got {_shape(hidden)}")
 
 
-def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor, sequences: int = 1) -> None:
-    """Boundaries of packed sequences, at least so many, for `tokens` [N, ...]."""
+def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Boundaries of packed sequences, for `tokens` [N, ...]."""
     check_tensor("cu_seqlens", cu_seqlens)
     if cu_seqlens.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"cu_seqlens must be int64 or int32; got {cu_seqlens.dtype}")
-    if cu_seqlens.dim() != 1 or cu_seqlens.numel() <= sequences:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < (1 if _is_one_of_ranks() else 2):
         raise ValueError(
             f"cu_seqlens must be [S + 1], the boundaries of S sequences; got {_shape(cu_seqlens)}"
         )

@@ -5,6 +5,7 @@ Called by `focalkern.functional`, `focalkern.autograd`, `focalkern.pair_head` an
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -196,12 +197,12 @@ def check_shard(shard: VocabShard, hidden: torch.Tensor, weight: torch.Tensor, l
     of_inputs, shards = [sizes[:4] for sizes in gathered], sorted(sizes[4:] for sizes in gathered)
     if any(sizes != of_inputs[0] for sizes in of_inputs):
         raise ValueError(
-            "hidden and labels must be the same on all ranks of a head split by vocabulary (ranks with batches"
-            " of their own hold a weight of FSDP2, which is to be gathered: see lm_head_logps); the H, T,"
-            f" labels, sum of labels of its ranks are {of_inputs}"
+            "hidden and labels must be the same on all ranks of a head split by vocabulary (ranks with"
+            " batches of their own hold a weight of FSDP2, which is to be gathered: see lm_head_logps);"
+            f" the H, T, labels, sum of labels of its ranks are {of_inputs}"
         )
     ends = [0, *(end for _, end, _ in shards)]
-    expected = [[start, end, ends[-1]] for start, end in zip(ends, ends[1:], strict=False)]
+    expected = [[start, end, ends[-1]] for start, end in itertools.pairwise(ends)]
     if shards != expected:
         raise ValueError(
             "vocab_shard must place every entry of the vocabulary on one rank, with start and vocab_size; the"

@@ -110,7 +110,7 @@ def linear_logps(
     checks.check_head(hidden, weight, bias)
     update = checked_update(update, hidden, weight)
     checks.check_labels(labels, hidden)
-    checks.check_shift(shift, labels)
+    checks.check_shift(shift, labels, cu_seqlens)
     if cu_seqlens is not None:
         checks.check_packed_hidden(hidden)
         checks.check_cu_seqlens(cu_seqlens, hidden)

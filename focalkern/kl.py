@@ -73,7 +73,7 @@ def linear_kl(
     ref_hidden, ref_weight, ref_bias = autocast_tensors(hidden.device, ref_hidden, ref_weight, ref_bias)
     checks.check_ref_head(ref_hidden, ref_weight, ref_bias, hidden, weight)
     checks.check_labels(labels, hidden)
-    checks.check_shift(shift, labels)
+    checks.check_shift(shift, labels, cu_seqlens)
 
     if cu_seqlens is not None:
         checks.check_packed_hidden(hidden)

@@ -51,8 +51,8 @@ class PairOutput:
         For this the output holds the weight it was given: one that would else be freed lives as long as it.
 
         Raises:
-            RuntimeError: before `loss.backward()` has run, or after the weight has been changed in place
-                (not seen where it was changed through `.data`).
+            RuntimeError: before `loss.backward()` has run, after the weight has been changed in place (not
+                seen where it was changed through `.data`), or where ZeRO-3 or FSDP2 has sharded it again.
         """
         return certify(self.dropped, self.dropped_mass)
 
