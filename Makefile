@@ -6,7 +6,7 @@ RUN := $(VENV)/bin/python
 KERNEL_TESTS := tests/test_adaptive_margin.py tests/test_certified.py tests/test_diagnostics.py \
 	tests/test_from_logps.py tests/test_gradients.py tests/test_kl.py tests/test_linear_logps.py \
 	tests/test_loss.py tests/test_low_rank.py tests/test_methods.py tests/test_numerics.py \
-	tests/test_pair_loss.py tests/test_schedules.py tests/test_tma.py
+	tests/test_pair_loss.py tests/test_parallel_heads.py tests/test_schedules.py tests/test_tma.py
 
 # Where other processes want the cores too, threads that spin at every barrier cost several times the work.
 export OMP_WAIT_POLICY := PASSIVE

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from focalkern import checks
 from focalkern.backends import LogitTransform
 from focalkern.layout import Rows, spread_over_outputs
 from focalkern.selection import KeptCounts, Selection
@@ -113,7 +114,9 @@ class DroppedMass:
     @torch.no_grad()
     def largest_weight_norm(self) -> float:
         """max_v ‖W_v‖₂ in the dtype of the product."""
-        if not self.weight.numel() or not self.weight.untyped_storage().nbytes():
+        # An optimizer counts up the version of a DTensor, not that of its shard.
+        weight = self.weight.to_local() if checks.is_dtensor(self.weight) else self.weight
+        if not weight.numel() or not weight.untyped_storage().nbytes():
             raise RuntimeError(
                 "certificate() needs the weight of the forward, and it is sharded again: call it within"
                 " deepspeed.zero.GatheredParameters([lm_head.weight]), or, under FSDP2, between unshard() and"
@@ -124,7 +127,7 @@ class DroppedMass:
                 "certificate() needs the weight of the forward, and it has been changed since:"
                 " call it before optimizer.step()"
             )
-        chunks = (chunk.to(self.product_dtype).float() for chunk in self.weight.split(_NORM_ROWS))
+        chunks = (chunk.to(self.product_dtype).float() for chunk in weight.split(_NORM_ROWS))
         largest = torch.stack([torch.linalg.vector_norm(chunk, dim=1).amax() for chunk in chunks]).amax()
         if self.vocab_group is not None:
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.vocab_group)

@@ -102,10 +102,10 @@ def linear_logps(
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     outputs = checks.check_outputs(outputs)
+    given_weight = weight
     hidden, weight, bias, update, labels, vocab_shard = own_shard(
         hidden, weight, bias, update, labels, vocab_shard
     )
-    given_weight = weight
     hidden, weight, bias = autocast_head(hidden, weight, bias)
     checks.check_head(hidden, weight, bias)
     update = checked_update(update, hidden, weight)

@@ -153,10 +153,10 @@ class PairHead(nn.Module):
         vocab_shard: VocabShard | None,
         sequence_group: dist.ProcessGroup | None,
     ) -> tuple[PairHeadInputs, PairTokens]:
+        given_weight = weight
         hidden, weight, bias, update, labels, vocab_shard = own_shard(
             hidden, weight, bias, update, labels, vocab_shard
         )
-        given_weight = weight
         hidden, weight, bias = autocast_head(hidden, weight, bias)
         checks.check_head(hidden, weight, bias)
         checks.check_labels(labels, hidden)

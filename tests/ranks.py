@@ -34,7 +34,7 @@ def run_ranks(script: Path, *arguments: str, launcher: tuple[str, ...] = TORCHRU
 
 
 def compile_no_deepspeed_ops() -> None:
-    """Else an extension, for inference, is compiled on a machine's first run, whatever `DS_BUILD_OPS` says."""
+    """Else an extension is compiled on a machine's first run, whatever `DS_BUILD_OPS` says."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DEVICE
+from rank_threads import run_ranks_as_threads
 from test_loss import Batch
 from tolerance import assert_as_accurate, relative_error
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, linear_kl, reference
-from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments
+from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin
 from focalkern.methods import tdpo1, tdpo2
 
 LENGTHS = (4, 2, 5, 6, 3, 1, 5, 3, 6, 2)
@@ -358,35 +356,49 @@ def test_a_loss_made_on_the_meta_device_starts_afresh():
     assert all(value == 0 and value.dtype == torch.float64 for value in state.values())
 
 
-RANKS = 2
-WORKER = """
-import copy, os, torch, torch.distributed as dist
-from focalkern.adaptive_margin import RunningMoments
+def test_a_batch_is_that_of_all_ranks_of_the_process_group():
+    data = torch.arange(7, dtype=torch.float64) ** 2
+    none = torch.tensor(0.0)
 
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-data = torch.arange(7, dtype=torch.float64) ** 2
-moments = RunningMoments(0.9, bias_correction=True)
-own = data[:5] if rank == 0 else data[5:]  # ranks need not have equally many pairs
-none = torch.tensor(0.0)
-assert moments.update(own, torch.tensor(2.0**-30 * rank)) == 2.0**-30  # every rank goes by the largest
-expected = (own - data.mean()) / data.std()
-torch.testing.assert_close(moments.standardized(own, none), expected, rtol=1e-12, atol=1e-12)
-alone = RunningMoments(0.9, bias_correction=True, process_group=[dist.new_group([i]) for i in range(2)][rank])
-copy.deepcopy(alone)
-alone.update(own, none)
-expected = (own - own.mean()) / own.std()
-torch.testing.assert_close(alone.standardized(own, none), expected, rtol=1e-12, atol=1e-12)
-dist.destroy_process_group()
-"""
+    def run(group):
+        moments = RunningMoments(0.9, bias_correction=True, process_group=group)
+        copied = copy.deepcopy(moments)  # the group is shared
+        own = data[:5] if group.rank() == 0 else data[5:]  # ranks need not have equally many pairs
+        # Every rank goes by the largest.
+        assert copied.update(own, torch.tensor(2.0**-30 * group.rank())) == 2.0**-30
+        return own, copied.standardized(own, none)
+
+    for own, standardized in run_ranks_as_threads(2, run):
+        expected = (own - data.mean()) / data.std()
+        torch.testing.assert_close(standardized, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_batch_is_that_of_all_ranks_of_the_process_group(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
-    subprocess.run([*launcher, str(script)], check=True, timeout=120, env=environment)
+@pytest.mark.parametrize("pairs", [[5, 2, 1], [7, 1, 0], [0, 8, 0], [1, 0, 0], [0, 0, 0]])
+@pytest.mark.parametrize("copies", [1, 2, 3])
+def test_pairs_that_ranks_share_count_once(pairs, copies):
+    """`copies` ranks have each share of the pairs; a share may be empty."""
+    batches = [
+        torch.randn(sum(pairs), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
+        for k in range(3)
+    ]
+    alone = RunningMoments(0.9, bias_correction=True)
+    for batch in batches:
+        alone.update(batch, NONE)
+
+    def run(group):
+        moments = RunningMoments(0.9, bias_correction=True, process_group=group)
+        for batch in batches:
+            moments.update(batch.split(pairs)[group.rank() // copies], NONE, copies)
+        return moments.state_dict()
+
+    for state in run_ranks_as_threads(3 * copies, run):
+        torch.testing.assert_close(state, alone.state_dict(), rtol=1e-12, atol=1e-12)
+
+
+def test_a_rank_without_pairs_has_a_margin_of_none_of_them():
+    margin, rounding = implicit_margin("policy_over_reference", 2.0, torch.zeros(0), torch.zeros(0), None)
+    assert margin.shape == (0,)
+    assert rounding == 0
 
 
 # What it needs

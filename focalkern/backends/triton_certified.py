@@ -34,6 +34,7 @@ from focalkern.backends.triton_launch import (
     unit_strides,
     with_aligned_update,
 )
+from focalkern.backends.triton_products import spread_over_hidden
 from focalkern.layout import Rows
 from focalkern.selection import KeptPairs
 
@@ -136,9 +137,14 @@ class _Step:
         self.few_rows = pairs.counts.total <= FEW_ROWS * kept_blocks
         self.block_start = pairs.counts.per_block.cumsum(0) - pairs.counts.per_block
         self.row_start = torch.nn.functional.pad(pairs.counts.per_row.cumsum(0), (1, 0))
-        self.sums, dtype = sums, head.hidden.dtype if sums is None else torch.float32
+        # Shards exchange rows, as in an exact backward: which of the two each takes is its own affair.
+        self.sums, n = sums, rows.targets.numel()
+        self.dhidden_index = rows.hidden_index
+        if sums is not None:
+            self.dhidden_index = torch.arange(n, device=head.hidden.device)
+        dtype, height = (head.hidden.dtype, len(head.hidden)) if sums is None else (torch.float32, n)
         self.dhidden = [
-            torch.zeros_like(hidden, dtype=dtype, memory_format=torch.contiguous_format) if needed else None
+            torch.zeros((height, hidden.shape[1]), dtype=dtype, device=hidden.device) if needed else None
             for (hidden, _), needed in zip(head.products, needs[0::3], strict=False)
         ]
         self.dweight = [
@@ -153,9 +159,13 @@ class _Step:
             self.sums.start(*(x for x in self.dhidden if x is not None))
 
     def result(self) -> Gradients:
-        if self.sums is not None:
-            self.sums.wait()
-        dhidden = [None if x is None else x.to(self.dtype) for x in self.dhidden]
+        if self.sums is None:
+            return gradients_in_order(self.dhidden, self.dweight, self.dbias)
+        self.sums.wait()
+        dhidden = [
+            None if x is None else spread_over_hidden(x, hidden, self.rows)
+            for x, (hidden, _) in zip(self.dhidden, self.head.products, strict=True)
+        ]
         return gradients_in_order(dhidden, self.dweight, self.dbias)
 
     def slice_of_blocks(self, blocks: tuple[int, int]) -> _Slice:
@@ -282,7 +292,7 @@ class _Step:
                 product,
                 row_places[0],
                 self.row_start,
-                self.rows.hidden_index,
+                self.dhidden_index,
                 self.rows.count,
                 dhidden,
                 rows[0],
