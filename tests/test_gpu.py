@@ -9,9 +9,11 @@ import sys
 import warnings
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from tolerance import assert_as_accurate, relative_error
 
 from csrc_triton import launch
@@ -352,3 +354,8 @@ torch.cuda.synchronize()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert "device-side assert" in done.stderr
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_head_split_by_vocabulary_over_two_processes(backend):
+    run_ranks(Path(__file__).with_name("gpu_shards_worker.py"), "cuda", backend)

@@ -4,9 +4,6 @@ limits; what is refused."""
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +14,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import run_ranks
 from test_loss import Batch
 from tolerance import assert_as_accurate, relative_error
 
@@ -507,9 +505,7 @@ dist.destroy_process_group()
 def test_kto_kl_is_the_mean_over_all_ranks_of_its_group(tmp_path):
     script = tmp_path / "ranks.py"
     script.write_text(DISTRIBUTED, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([*launcher, str(script)], check=True, timeout=120, env=environment)
+    run_ranks(script)
 
 
 @few

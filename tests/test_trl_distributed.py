@@ -51,7 +51,7 @@ IN_FP32 = ("--mixed_precision", "no")
 # Launcher, and what is run in one launch.
 LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ZeRO-3": (accelerate("zero3", *IN_FP32), (*FP32, f"resumed {ALPHA}")),
-    "FSDP2": (accelerate("fsdp2", *IN_FP32), (*FP32, f"resumed {ALPHA}", "refused")),
+    "FSDP2": (accelerate("fsdp2", *IN_FP32), (*FP32, f"resumed {ALPHA}", "refused", "tensor-parallel head")),
     "ZeRO-2": (accelerate("zero2", *IN_FP32), (*FP32, f"resumed {ALPHA}")),
     "ZeRO-1": (accelerate("zero2", *IN_FP32, "--zero_stage", "1"), (*FP32, f"resumed {ALPHA}")),
     "DDP": (TORCHRUN, (*FP32, f"resumed {ALPHA}")),
@@ -220,6 +220,13 @@ def test_under_a_patch_trl_s_dpo_keeps_fp32_log_probs_as_well(ranks):
         for entry in logged(ours)
     ]
     assert_same_history(logged(theirs), expected, 1e-4, 1e-4)
+
+
+@on("FSDP2")
+def test_a_tensor_parallel_head_is_the_whole_one(ranks):
+    errors = json.loads((ranks / "tensor_parallel_head.json").read_text(encoding="utf-8"))
+    assert len(errors) == 6
+    assert max(errors.values()) <= RTOL, errors
 
 
 # -------------------------------------------------------------------------------------------- what is refused

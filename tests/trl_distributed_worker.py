@@ -18,14 +18,18 @@ import torch
 from accelerate import DistributedType, ParallelismConfig
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from tolerance import relative_error
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl_tiny import history, settings, trainer_of
 
 import focalkern.trl
 from focalkern.trl import FocalPOConfig, FocalPOTrainer
+from focalkern.trl.head import add_fused_lm_head
 
 RANKS = int(os.environ.get("WORLD_SIZE", "1"))
 BATCH = 4  # pairs of all ranks
@@ -164,10 +168,32 @@ def refused(inputs: Path, out: Path) -> None:
         (out / "refused.json").write_text(json.dumps(messages), encoding="utf-8")
 
 
+def tensor_parallel_head(inputs: Path, out: Path) -> None:
+    """How far a head split by vocabulary is from the whole one, in all that the fused head gives."""
+    outputs = ("log_probs", "entropy", "mean_logits", "mean_logits_everywhere")
+    whole, split = (AutoModelForCausalLM.from_pretrained(inputs / "model") for _ in range(2))
+    parallelize_module(split, init_device_mesh("cpu", (RANKS,)), {"lm_head": ColwiseParallel()})
+    ids = torch.arange(48).view(4, 12) % whole.config.vocab_size
+    found = []
+    for model in (whole, split):
+        add_fused_lm_head(model, outputs=outputs)
+        output = model(input_ids=ids, labels=ids, fused_lm_head=True)
+        output.loss.backward()
+        head = model.lm_head.weight.grad
+        gradients = {"head": head.full_tensor() if isinstance(head, DTensor) else head}
+        gradients["body"] = model.model.layers[0].mlp.up_proj.weight.grad
+        found.append({name: getattr(output, name) for name in outputs} | gradients)
+    errors = {name: relative_error(found[1][name], found[0][name]) for name in found[0]}
+    if os.environ["RANK"] == "0":
+        (out / "tensor_parallel_head.json").write_text(json.dumps(errors), encoding="utf-8")
+
+
 def main(inputs: str, out: str, *names: str) -> None:
     for name in names:
         if name == "refused":
             refused(Path(inputs), Path(out))
+        elif name == "tensor-parallel head":
+            tensor_parallel_head(Path(inputs), Path(out))
         elif name.startswith("resumed "):
             resume(name.removeprefix("resumed "), Path(inputs), Path(out))
         else:
