@@ -104,15 +104,16 @@ class LinearLogpsFunction(torch.autograd.Function):
         head, rows = HeadInputs(*tensors[:5]), Rows(*tensors[5:], ctx.output_shape)
         forward = (head, rows, ctx.transform, lse, one_minus_p)
         needs, backend, dropped = ctx.needs_input_grad[:5], ctx.backend, ctx.dropped
-        sums, shards = None, 1
+        sums, share = None, 1.0
         if ctx.shard is not None:
-            sums, shards = PendingSums(ctx.shard.process_group), ctx.shard.process_group.size()
+            sums = PendingSums(ctx.shard.process_group)
+            share = head.weight.shape[0] / ctx.shard.vocab_size
         with torch.autocast(head.hidden.device.type, enabled=False):
             g = pairs = left_out = None
             if block_lse is not None and grad_entropy is None and rows.targets.numel():
                 g = row_gradients(grad_logps, rows)
                 rest_mass = one_minus_p if rest_mass is None else rest_mass
-                selection = select_pairs(block_lse, lse, rest_mass, rows.targets, g, ctx.tau, shards)
+                selection = select_pairs(block_lse, lse, rest_mass, rows.targets, g, ctx.tau, share)
                 counts = count_pairs(selection, rows)
                 if counts.share <= backend.EXACT_ABOVE_KEPT_SHARE:
                     pairs = list_pairs(selection, counts)

@@ -6,6 +6,8 @@ Called by `focalkern.functional`, `focalkern.autograd`, `focalkern.pair_head` an
 from __future__ import annotations
 
 import itertools
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,24 +25,23 @@ if TYPE_CHECKING:
 
 # Labels in another shard: of no vocabulary block, however it is divided and rounded.
 _ELSEWHERE = -VOCAB_BLOCK
-# Groups whose ranks have been seen to agree in the sizes of a call: on CUDA, looking means waiting.
-_agreed: set[str] = set()
+# Uses of groups whose ranks have been seen to agree: on CUDA looking means waiting, so it happens once.
+_agreed: set[tuple] = set()
 
 
 @dataclass(frozen=True)
 class VocabShard:
     """Where this rank's rows of a head stand in the vocabulary, for a head split by vocabulary over ranks.
 
-        rank, size = group.rank(), group.size()
-        weight = full_weight.chunk(size)[rank]                       # [V_rank, H], as uneven as you like
-        shard = VocabShard(group, start=rank * full_weight.chunk(size)[0].shape[0], vocab_size=V)
-        out = loss_fn(hidden, weight, labels, vocab_shard=shard, ...)
+        rows = torch.arange(V).tensor_split(group.size())[group.rank()]      # or as uneven as you like
+        shard = VocabShard(group, start=int(rows[0]), vocab_size=V)
+        out = loss_fn(hidden, full_weight[rows], labels, vocab_shard=shard, ...)
 
     All ranks of the group call together, with the same hidden, labels and options and their own rows of
     weight, bias and `update.weight`. Loss and log-probs come out the same on all of them, bit by bit; so does
     the gradient of hidden, which is summed over the group: nothing else must reduce it. Those of weight and
     bias are of the own rows. A DTensor weight with the placement `Shard(0)` on a mesh of one dimension brings
-    its shard itself.
+    its shard itself. That the ranks agree is looked at in every call on the CPU, on CUDA in the first.
 
     Args:
         process_group: the ranks that hold the head together.
@@ -82,17 +83,28 @@ def check_group(name: str, group: object) -> None:
         raise TypeError(f"{name} must be a torch.distributed process group; got {type(group).__name__}")
 
 
-def check_same_sizes(
-    group: dist.ProcessGroup, device: torch.device, sizes: dict[str, int], expected: str
-) -> None:
-    """Raise on every rank where they differ: what is exchanged next would hang, or abort."""
-    if device.type == "cuda" and group.group_name in _agreed:
-        return
-    own = torch.tensor([*sizes.values()], device=device)
-    gathered = all_gather(own, group)
-    if (gathered != own).any():
-        raise ValueError(f"{expected}; the {', '.join(sizes)} of its ranks are {gathered.tolist()}")
-    _agreed.add(group.group_name)
+def all_gather_once(
+    group: dist.ProcessGroup, device: torch.device, use: tuple, numbers: Callable[[], list[int]]
+) -> list[list[int]] | None:
+    """The numbers of all ranks, to be compared: where they differ, the next exchange would hang, or abort.
+
+    On CUDA None from the second time on, for what a group is used for.
+    """
+    use = (group.group_name, *use)
+    if device.type == "cuda" and use in _agreed:
+        return None
+    _agreed.add(use)
+    return all_gather(torch.tensor(numbers(), device=device), group).tolist()
+
+
+def check_same_pairs(group: dist.ProcessGroup, labels: torch.Tensor, sequences: int) -> None:
+    """Raise on every rank where they have different numbers of sequences."""
+    gathered = all_gather_once(group, labels.device, ("sequences",), lambda: [sequences])
+    if gathered is not None and any(numbers != [sequences] for numbers in gathered):
+        raise ValueError(
+            "labels must be slices of the same pairs on all ranks of sequence_group; the numbers of sequences"
+            f" are {[numbers[0] for numbers in gathered]}"
+        )
 
 
 def all_gather(values: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:  # [ranks, ...]
@@ -185,22 +197,33 @@ def _replicated(name: str, value: DTensor, mesh: Any) -> torch.Tensor:
     return value.redistribute(placements=[Replicate()]).to_local()
 
 
-def check_shard(shard: VocabShard, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+def check_shard(
+    shard: VocabShard, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, options: tuple
+) -> None:
     """Raise on every rank where they do not fit together; what one rank sees alone, the others wait for."""
-    group, device = shard.process_group, hidden.device
-    if device.type == "cuda" and group.group_name in _agreed:
-        return
-    # The sum tells labels that differ: of one that is out of range on one rank, no other would know.
-    own = (hidden.shape[-1], hidden.shape[-2], labels.numel(), int(labels.sum()))
     rows = (shard.start, shard.start + weight.shape[0], shard.vocab_size)
-    gathered = all_gather(torch.tensor([*own, *rows], device=device), group).tolist()
-    of_inputs, shards = [sizes[:4] for sizes in gathered], sorted(sizes[4:] for sizes in gathered)
-    if any(sizes != of_inputs[0] for sizes in of_inputs):
+
+    def numbers() -> list[int]:
+        # The sum tells labels that differ: of one that is out of range on one rank, no other would know.
+        inputs = [hidden.shape[-1], hidden.shape[-2], labels.numel(), int(labels.sum())]
+        return [*inputs, zlib.crc32(repr(options).encode()), *rows]
+
+    gathered = all_gather_once(shard.process_group, hidden.device, ("vocabulary", *rows), numbers)
+    if gathered is None:
+        return
+    inputs = [of_rank[:4] for of_rank in gathered]
+    if any(of_rank != inputs[0] for of_rank in inputs):
         raise ValueError(
             "hidden and labels must be the same on all ranks of a head split by vocabulary (ranks with"
-            " batches of their own hold a weight of FSDP2, which is to be gathered: see lm_head_logps);"
-            f" the H, T, labels, sum of labels of its ranks are {of_inputs}"
+            " batches of their own hold a weight of FSDP2, which is to be gathered: see lm_head_logps); the"
+            f" H, T, labels, sum of labels of its ranks are {inputs}"
         )
+    if len({of_rank[4] for of_rank in gathered}) > 1:
+        raise ValueError(
+            "dtype, whether gradients are taken, and all options must be the same on all ranks of a head"
+            f" split by vocabulary; here they are {options}"
+        )
+    shards = sorted(of_rank[5:] for of_rank in gathered)
     ends = [0, *(end for _, end, _ in shards)]
     expected = [[start, end, ends[-1]] for start, end in itertools.pairwise(ends)]
     if shards != expected:
@@ -208,7 +231,6 @@ def check_shard(shard: VocabShard, hidden: torch.Tensor, weight: torch.Tensor, l
             "vocab_shard must place every entry of the vocabulary on one rank, with start and vocab_size; the"
             f" [start, start + rows of weight, vocab_size] of its ranks are {shards}"
         )
-    _agreed.add(group.group_name)
 
 
 def rows_of_shard(rows: Rows, shard: VocabShard, weight: torch.Tensor) -> Rows:

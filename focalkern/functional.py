@@ -34,7 +34,7 @@ class LinearLogps:
     vocab_group: dist.ProcessGroup | None = field(default=None, repr=False)
 
     def certificate(self) -> Certificate:
-        """Summary of what the backward left out; waits for the device. Errors as `FocalPOOutput`'s."""
+        """Summary of what the backward left out, as `FocalPOOutput`'s, which see: it may wait for ranks."""
         return certify(self.dropped, self.dropped_mass)
 
 
@@ -102,6 +102,45 @@ def linear_logps(
     """
     checks.check_head_options(ignore_index, temperature, softcap, logit_scale, backward, tau, backend)
     outputs = checks.check_outputs(outputs)
+    head = checked_head(hidden, weight, labels, bias, update, vocab_shard)
+    checks.check_shift(shift, head.labels, cu_seqlens)
+    if cu_seqlens is not None:
+        checks.check_packed_hidden(head.hidden)
+        checks.check_cu_seqlens(cu_seqlens, head.hidden)
+    return head_logps(
+        head,
+        aligned_labels(head.labels, ignore_index, shift, cu_seqlens),
+        ignore_index,
+        LogitTransform(float(temperature), softcap, float(logit_scale)),
+        backward,
+        tau,
+        select_backend(backend, head.hidden),
+        outputs,
+    )
+
+
+@dataclass(frozen=True)
+class CheckedHead:
+    """What log-probs are computed from: plain tensors of this rank, as autocast leaves them, checked."""
+
+    hidden: torch.Tensor  # [..., T, H]
+    weight: torch.Tensor  # [V, H], or the rows of a shard
+    labels: torch.Tensor  # [..., T], not aligned
+    bias: torch.Tensor | None  # [V]
+    update: LowRankUpdate | None
+    given_weight: torch.Tensor  # as the caller gave it
+    vocab_shard: VocabShard | None
+
+
+def checked_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LowRankUpdate | None,
+    vocab_shard: VocabShard | None,
+) -> CheckedHead:
+    """The inputs as the public functions are given them."""
     given_weight = weight
     hidden, weight, bias, update, labels, vocab_shard = own_shard(
         hidden, weight, bias, update, labels, vocab_shard
@@ -110,25 +149,7 @@ def linear_logps(
     checks.check_head(hidden, weight, bias)
     update = checked_update(update, hidden, weight)
     checks.check_labels(labels, hidden)
-    checks.check_shift(shift, labels, cu_seqlens)
-    if cu_seqlens is not None:
-        checks.check_packed_hidden(hidden)
-        checks.check_cu_seqlens(cu_seqlens, hidden)
-    return head_logps(
-        hidden,
-        weight,
-        bias,
-        aligned_labels(labels, ignore_index, shift, cu_seqlens),
-        ignore_index,
-        LogitTransform(float(temperature), softcap, float(logit_scale)),
-        backward,
-        tau,
-        select_backend(backend, hidden),
-        outputs,
-        given_weight,
-        update,
-        vocab_shard,
-    )
+    return CheckedHead(hidden, weight, labels, bias, update, given_weight, vocab_shard)
 
 
 def autocast_head(
@@ -166,9 +187,7 @@ def checked_update(
 
 
 def head_logps(
-    hidden: torch.Tensor,  # [..., H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
+    head: CheckedHead,
     labels: torch.Tensor,  # aligned
     ignore_index: int,
     transform: LogitTransform,
@@ -176,32 +195,33 @@ def head_logps(
     tau: str | float,
     backend: Backend,
     outputs: tuple[str, ...],
-    given_weight: torch.Tensor,  # before autocast
-    update: LowRankUpdate | None = None,  # behind `checked_update`
-    shard: VocabShard | None = None,
 ) -> LinearLogps:
     """`linear_logps` behind its checks; what remains to be looked at are the values of the labels."""
+    hidden, weight, shard = head.hidden, head.weight, head.vocab_shard
     if shard is not None:
-        check_shard(shard, hidden, weight, labels)
+        takes_gradient = hidden.requires_grad and torch.is_grad_enabled()
+        options = (hidden.dtype, takes_gradient, transform, backward, tau, outputs, ignore_index)
+        check_shard(shard, hidden, weight, labels, options)
     checks.check_label_values(labels, weight.shape[0] if shard is None else shard.vocab_size, ignore_index)
     rows = pick_rows(labels, hidden.shape[-2], ignore_index, synchronize=backend.EXACT_ROW_COUNT)
     dropped, threshold = None, 0.0
     if backward == "certified":
         dropped = DroppedMass(
-            rows, given_weight, weight.dtype, transform, None if shard is None else shard.process_group
+            rows, head.given_weight, weight.dtype, transform, None if shard is None else shard.process_group
         )
         if hidden.dtype != torch.float64:
             threshold = automatic_tau(hidden.dtype) if isinstance(tau, str) else float(tau)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    bias = None if bias is None else bias.contiguous()
+    bias = None if head.bias is None else head.bias.contiguous()
     update_hidden = update_weight = None
-    if update is not None:
-        update_hidden, update_weight = update.hidden.reshape(-1, update.hidden.shape[-1]), update.weight
-    head = (flat, weight, bias, update_hidden, update_weight)
+    if head.update is not None:
+        update_hidden = head.update.hidden.reshape(-1, head.update.hidden.shape[-1])
+        update_weight = head.update.weight
+    inputs = (flat, weight, bias, update_hidden, update_weight)
     logps, entropy, mean_logits, is_top1, log_sum_sq_probs = (
         x if x is None else x.view(labels.shape)
         for x in LinearLogpsFunction.apply(
-            *head, rows, transform, outputs, threshold, dropped, backend, shard
+            *inputs, rows, transform, outputs, threshold, dropped, backend, shard
         )
     )
     return LinearLogps(

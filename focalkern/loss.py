@@ -83,7 +83,8 @@ class FusedFocalPOLoss(PairHead):
         stop_gradient: False lets the gradient through M (never through μ and σ).
         process_group: the ranks whose pairs make up one batch of the statistics; None is the default group of
             torch.distributed, where it is initialised. In training mode all of them must call together. Ranks
-            that share their pairs, by `vocab_shard` or `sequence_group`, count once.
+            that share their pairs, by `vocab_shard` or `sequence_group`, count once; where others do (whole
+            heads on tensor-parallel ranks), give the data-parallel ranks.
 
     `state_dict()` holds the step of the schedule and the statistics.
 
@@ -258,7 +259,7 @@ class FusedFocalPOLoss(PairHead):
             cu_seqlens: `[2B + 1]` int32 or int64, boundaries of the packed sequences, from 0 to N.
             chosen_kl, rejected_kl: `[B]` Σ_t KL(π_ref ‖ π_θ) over the completion tokens in nats, as
                 `linear_kl(...).sum(-1)` has it; needed, and taken, by `implicit_reference="sequence_kl"`
-                alone.
+                alone; under `sequence_group` those of the slice.
             update: a low-rank update of the weight, such as LoRA's; see `LowRankUpdate`.
             vocab_shard: where the rows of weight stand in the vocabulary, for a head that is split over
                 ranks; see `VocabShard`. A DTensor weight, `Shard(0)`, brings it itself.
@@ -334,7 +335,7 @@ class FusedFocalPOLoss(PairHead):
         if self.alpha:
             kl = None
             if chosen_kl is not None and rejected_kl is not None:
-                kl = torch.cat([chosen_kl, rejected_kl]).to(logps.dtype)
+                kl = tokens.over_slices(torch.cat([chosen_kl, rejected_kl]).to(logps.dtype))
             copies = copies_within(
                 self.margin_statistics.process_group, head.vocab_group, tokens.sequence_group
             )

@@ -15,8 +15,8 @@ from focalkern import checks
 from focalkern.autograd import SequenceSumFunction
 from focalkern.backends import Backend, LogitTransform, select_backend
 from focalkern.certificate import Certificate, DroppedMass, certify
-from focalkern.distributed import SumOverSlices, VocabShard, check_group, check_same_sizes, own_shard
-from focalkern.functional import LinearLogps, autocast_head, checked_update, head_logps
+from focalkern.distributed import SumOverSlices, VocabShard, check_group, check_same_pairs, copies_within
+from focalkern.functional import CheckedHead, LinearLogps, checked_head, head_logps
 from focalkern.layout import Sequences, aligned_labels, sequence_ranges, tail_weights
 from focalkern.low_rank import LowRankUpdate
 
@@ -47,7 +47,8 @@ class PairOutput:
 
     def certificate(self) -> Certificate:
         """Summary of what `loss.backward()` left out, with the bound on the error of any row of dhidden:
-        max_t |g_t|·δ_t · max_v ‖W_v‖₂, times the largest slope of the logit transform. Waits for the device.
+        max_t |g_t|·δ_t · max_v ‖W_v‖₂, times the largest slope of the logit transform. Waits for the device,
+        and, where the head is split by vocabulary, for the other ranks: all of them must call.
         For this the output holds the weight it was given: one that would else be freed lives as long as it.
 
         Raises:
@@ -74,19 +75,11 @@ class PairTokens:
     def sums(self, values: torch.Tensor) -> torch.Tensor:  # [2B]
         """Per-token values, 0 where ignored, summed over each sequence; differentiable."""
         sums = SequenceSumFunction.apply(values.reshape(-1), self.sequences, self.backend)
+        return self.over_slices(sums)
+
+    def over_slices(self, sums: torch.Tensor) -> torch.Tensor:  # [2B]
+        """Sums over the tokens of this rank, summed over the ranks that have the others."""
         return sums if self.sequence_group is None else SumOverSlices.apply(sums, self.sequence_group)
-
-
-@dataclass(frozen=True)
-class PairHeadInputs:
-    """What the log-probs of a batch are computed from."""
-
-    hidden: torch.Tensor  # [2B, T, H], or packed [N, H]
-    weight: torch.Tensor  # [V, H]
-    bias: torch.Tensor | None  # [V]
-    update: LowRankUpdate | None
-    given_weight: torch.Tensor  # before autocast
-    vocab_shard: VocabShard | None
 
 
 class PairHead(nn.Module):
@@ -152,18 +145,11 @@ class PairHead(nn.Module):
         update: LowRankUpdate | None,
         vocab_shard: VocabShard | None,
         sequence_group: dist.ProcessGroup | None,
-    ) -> tuple[PairHeadInputs, PairTokens]:
-        given_weight = weight
-        hidden, weight, bias, update, labels, vocab_shard = own_shard(
-            hidden, weight, bias, update, labels, vocab_shard
-        )
-        hidden, weight, bias = autocast_head(hidden, weight, bias)
-        checks.check_head(hidden, weight, bias)
-        checks.check_labels(labels, hidden)
-        checks.check_pair_layout("hidden", hidden, shift, cu_seqlens, features=", H")
-        update = checked_update(update, hidden, weight)
-        head = PairHeadInputs(hidden, weight, bias, update, given_weight, vocab_shard)
-        return head, self._tokens(labels, shift, cu_seqlens, hidden, sequence_group)
+    ) -> tuple[CheckedHead, PairTokens]:
+        head = checked_head(hidden, weight, labels, bias, update, vocab_shard)
+        checks.check_pair_layout("hidden", head.hidden, shift, cu_seqlens, features=", H")
+        vocab_group = None if head.vocab_shard is None else head.vocab_shard.process_group
+        return head, self._tokens(head.labels, shift, cu_seqlens, head.hidden, vocab_group, sequence_group)
 
     def given_logps(
         self,
@@ -189,7 +175,7 @@ class PairHead(nn.Module):
             )
         checks.check_label_dtype(labels)
         checks.check_pair_layout("labels", labels, shift, cu_seqlens)
-        tokens = self._tokens(labels, shift, cu_seqlens, logps, sequence_group)
+        tokens = self._tokens(labels, shift, cu_seqlens, logps, token_logps.vocab_group, sequence_group)
         if logps.shape != tokens.labels.shape or logps.device != labels.device:
             raise ValueError(
                 "token_logps must be of these labels (shifted alike, on their device),"
@@ -204,34 +190,33 @@ class PairHead(nn.Module):
         shift: bool,
         cu_seqlens: torch.Tensor | None,
         like: torch.Tensor,
+        vocab_group: dist.ProcessGroup | None,
         sequence_group: dist.ProcessGroup | None,
     ) -> PairTokens:
         labels = aligned_labels(labels, self.ignore_index, shift, cu_seqlens)
         sequences = sequence_ranges(labels, self.ignore_index, cu_seqlens)
         if sequence_group is not None:
             check_group("sequence_group", sequence_group)
+            if vocab_group is not None and copies_within(vocab_group, sequence_group) > 1:
+                raise ValueError(
+                    "sequence_group must not share ranks with the group that the head is split over: those"
+                    " have the same tokens. Gathered before such a head, sequences are whole, and need none"
+                )
             for name, given, why in (
                 ("shift", shift, "the label of a slice's last position is in the next slice: shift first"),
                 ("ld_alpha", self.ld_alpha is not None, "a slice does not know how many tokens come before"),
             ):
                 if given:
                     raise ValueError(f"{name} must not be given with sequence_group: {why}")
-            check_same_sizes(
-                sequence_group,
-                labels.device,
-                {"sequences": sequences.lengths.numel()},
-                "labels must be slices of the same pairs on all ranks of sequence_group",
-            )
+            check_same_pairs(sequence_group, labels, sequences.lengths.numel())
             dist.all_reduce(sequences.lengths, group=sequence_group)
         return PairTokens(labels, sequences, select_backend(self.backend, like), like, sequence_group)
 
     def token_logps(
-        self, head: PairHeadInputs, tokens: PairTokens, outputs: tuple[str, ...] = ()
+        self, head: CheckedHead, tokens: PairTokens, outputs: tuple[str, ...] = ()
     ) -> LinearLogps:
         return head_logps(
-            head.hidden,
-            head.weight,
-            head.bias,
+            head,
             tokens.labels,
             self.ignore_index,
             LogitTransform(self.temperature, self.softcap, self.logit_scale),
@@ -239,9 +224,6 @@ class PairHead(nn.Module):
             self.tau,
             tokens.backend,
             outputs,
-            head.given_weight,
-            head.update,
-            head.vocab_shard,
         )
 
     def sequence_logps(self, tokens: PairTokens, token_logps: torch.Tensor) -> torch.Tensor:  # [2B]

@@ -207,7 +207,8 @@ class FusedPairLoss(PairHead):
         Args:
             ref_chosen_logps, ref_rejected_logps: needed where the function takes them.
             tensors: given to the function by name: one value per pair `[B, ...]`, or 0-dim; with their
-                gradients, if they require them.
+                gradients, if they require them. Under `sequence_group` each rank has all of these, and of the
+                gradients of the function's own parameters: they are not to be summed over the group.
 
         Raises:
             ValueError, TypeError: naming the argument; from the function, whatever it raises.

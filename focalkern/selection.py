@@ -73,12 +73,12 @@ def select_pairs(
     targets: torch.Tensor,  # [n]; negative where the label is in another shard
     g: torch.Tensor,  # [n]
     tau: float,
-    shards: int = 1,  # of the vocabulary; the blocks are those of one
+    share: float = 1.0,  # of the vocabulary that these blocks are
 ) -> Selection:
     """Keep (t, b) if |g_t|·P[t, b] > τ·ĝ, or if b holds the label; nothing of a row with g_t = 0.
 
     P[t, b] = exp(block_lse[t, b] − lse[t]), and ĝ is `gradient_scale`. Where a row would drop more than
-    `MAX_WEIGHTED_MASS` allows, of which every shard has an equal part, its τ is halved until it does not.
+    `MAX_WEIGHTED_MASS` allows, of which every shard has its share, its τ is halved until it does not.
     What is not a number is kept, so that it comes out as NaN.
     """
     n, blocks = block_lse.shape
@@ -93,12 +93,12 @@ def select_pairs(
             targets[rows],
             relative[rows],
             tau,
-            MAX_WEIGHTED_MASS / shards,
+            MAX_WEIGHTED_MASS * share,
         )
     live = g != 0
     return Selection(
         keep=keep.logical_and_(live[:, None]),
-        dropped_mass=torch.where(live, dropped_mass, 1.0 / shards),
+        dropped_mass=torch.where(live, dropped_mass, share),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from parallel_common import (
     BACKEND,
+    EXACT,
     IGNORED,
     LENGTHS,
     PAIRS,
@@ -33,7 +34,7 @@ from parallel_common import (
 )
 from tolerance import relative_error
 
-from focalkern import FusedPairLoss, VocabShard, linear_logps
+from focalkern import FusedFocalPOLoss, FusedPairLoss, LinearLogps, VocabShard, linear_logps
 from focalkern.methods import hinge
 
 SEQUENCES, DATA, GRID = "sequences", "data", "vocabulary and sequences"
@@ -243,10 +244,36 @@ def mistakes_with_slices_are_raised_on_every_rank() -> None:
     fewer = pairs_of(part, [0, 1, 2][: 3 - rank])
     raised_on_ranks(
         ValueError,
-        rf"^labels must be slices of the same pairs.*\[\[{2 * PAIRS}\], \[{2 * PAIRS - 2}\]\]",
+        rf"^labels must be slices of the same pairs.*\[{2 * PAIRS}, {2 * PAIRS - 2}\]",
         partial(run_pairs, make_loss("FocalPO"), fewer, **group),
     )
+    # Ranks that share a head have the same tokens, and no slices.
+    shard = {"vocab_shard": VocabShard(dist.group.WORLD, 0, V)}
+    shared = "^sequence_group must not share ranks with the group that the head is split over"
+    call = partial(make_loss("FocalPO"), part.hidden, part.weight, part.labels, **part.references)
+    raised_on_ranks(ValueError, shared, lambda: call(**shard, **group))
+    tokens = LinearLogps(torch.zeros(part.labels.shape), vocab_group=dist.group.WORLD)
+    given = partial(make_loss("FocalPO").from_logps, tokens, part.labels, **part.references)
+    raised_on_ranks(ValueError, shared, lambda: given(**group))
     same_on_ranks(loss=run_pairs(make_loss("FocalPO"), part, **group)[0].loss)
+
+
+@check_of(SEQUENCES)
+def kl_of_slices_is_summed_like_log_probs() -> None:
+    batch, rank = make_batch(), dist.get_rank()
+    part, _ = slice_of(batch, "uneven", rank)
+    loss_fn = FusedFocalPOLoss.alpha_dpo(implicit_reference="sequence_kl", normalize_margin=False)
+    kl = torch.rand(2, 2 * PAIRS, generator=torch.Generator().manual_seed(0))  # of each rank's tokens
+
+    def run(batch: Batch, kl: torch.Tensor, **group) -> torch.Tensor:
+        chosen, rejected = kl.chunk(2)
+        kls = {"chosen_kl": chosen, "rejected_kl": rejected}
+        return loss_fn(batch.hidden, batch.weight, batch.labels, **batch.references, **kls, **group).losses
+
+    expected = run(batch, kl.sum(0))
+    assert not torch.allclose(expected, run(batch, kl[rank])), "the KL does not matter"
+    losses = run(part, kl[rank], sequence_group=dist.group.WORLD)
+    assert relative_error(losses, expected) <= EXACT
 
 
 # ---------------------------------------------------------------------------------------- pairs of each rank

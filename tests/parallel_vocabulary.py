@@ -469,9 +469,9 @@ def one_rank_falls_back_to_the_exact_backward(labels_there: int = 0, shift: bool
     n, blocks = int(is_live.sum()), (-(-SPLIT // 128), -(-(V - SPLIT) // 128))
     kept = n * blocks[0] + int((g[labels >= SPLIT] != 0).sum())
     assert abs(result.kept_share - kept / (n * sum(blocks))) < 1e-6, "kept_share is not that of both ranks"
-    # All of a row without a gradient is left out by the one, nothing by the other: half is what they tell.
+    # Of a row without a gradient all is left out by the one, nothing by the other: its share is what is told.
     told = result.dropped_mass[is_live & (g == 0)]
-    assert torch.equal(told, torch.full_like(told, 0.5))
+    assert torch.equal(told, torch.full_like(told, (V - SPLIT) / V))
     assert result.dropped_mass[is_live & (g != 0)].max() < 1e-6
     same_on_ranks(dropped_mass=result.dropped_mass, kept_share=result.kept_share)
 
@@ -576,11 +576,12 @@ def dhidden_is_sent_before_dweight_is_computed(backward: str = "certified") -> N
 def mistakes_are_raised_on_every_rank() -> None:
     batch, rank = make_batch(), dist.get_rank()
 
-    def call(labels=batch.labels, hidden=batch.hidden, rows=None, start=None, vocab_size=V):
+    def call(labels=batch.labels, hidden=batch.hidden, rows=None, start=None, vocab_size=V, **options):
         rows = own_rows() if rows is None else slice(*rows[rank])
         start = rows.start if start is None else start[rank]
         vocab_shard = VocabShard(dist.group.WORLD, start, vocab_size)
-        return linear_logps(hidden, batch.weight[rows], labels, vocab_shard=vocab_shard)
+        weight = batch.weight[rows].to(hidden.dtype)
+        return linear_logps(hidden, weight, labels, vocab_shard=vocab_shard, **options)
 
     def with_first(values):
         changed = batch.labels.clone()
@@ -598,6 +599,16 @@ def mistakes_are_raised_on_every_rank() -> None:
     raised_on_ranks(ValueError, of_row, lambda: call(with_first(first + torch.tensor([-rank, rank]))))
     outside = rf"^labels must be in \[0, {V}\) or ignore_index = -100; got {V} at position \[0, {PROMPT}\]"
     raised_on_ranks(ValueError, outside, lambda: call(with_first(torch.tensor([V, 5]))))
+
+    of_options = "^dtype, whether gradients are taken, and all options must be the same on all ranks"
+    for one, other in (
+        ({"temperature": 1.0}, {"temperature": 2.0}),
+        ({"outputs": ("entropy",)}, {"outputs": ("mean_logits",)}),
+        ({"backward": "exact"}, {"backward": "certified"}),
+        ({"hidden": batch.hidden}, {"hidden": batch.hidden.bfloat16()}),
+        ({"hidden": batch.hidden}, {"hidden": leaf(batch.hidden)}),
+    ):
+        raised_on_ranks(ValueError, of_options, lambda options=(one, other)[rank]: call(**options))
 
     overlap, gap = ((0, SPLIT), (SPLIT - 100, V)), ((0, SPLIT), (SPLIT + 100, V))
     for rows in (overlap, gap, ((0, SPLIT), (SPLIT, V - 1)), ((10, SPLIT), (SPLIT, V)), ((0, V), (0, V))):

@@ -117,10 +117,12 @@ def test_shards_select_by_the_rule_and_share_what_may_be_left_out(n, vocab_size,
     g[1::5] = 0.0
     relative = torch.where(g == 0, 0.0, g.abs() / gradient_scale(g)).double()
     total = torch.zeros(n, dtype=torch.float64)
-    for *statistics, targets, mass in shards:
-        selection = select_pairs(*statistics, targets, g, tau, len(shards))
+    ends = [0, *cuts, vocab_size]
+    for (*statistics, targets, mass), (start, end) in zip(shards, itertools.pairwise(ends), strict=True):
+        share = (end - start) / vocab_size
+        selection = select_pairs(*statistics, targets, g, tau, share)
         total += selection.dropped_mass.double()
-        most = MAX_WEIGHTED_MASS / len(shards)
+        most = MAX_WEIGHTED_MASS * share
         for t in range(n):
             keep = selection.keep[t]
             own = targets[t].item() // 128
@@ -147,7 +149,7 @@ def test_a_block_is_kept_for_the_sake_of_a_label_in_its_own_shard_alone():
     block_lse, lse = torch.full((3, blocks), -20.0), torch.zeros(3)  # no block has mass to speak of
     rest_mass = block_lse.exp().sum(1)
     targets = torch.tensor([300, -128, 0])  # the second row's label is in another shard
-    selection = select_pairs(block_lse, lse, rest_mass, targets, torch.ones(3), 1e-3, shards=2)
+    selection = select_pairs(block_lse, lse, rest_mass, targets, torch.ones(3), 1e-3, share=0.5)
     assert selection.keep.nonzero().tolist() == [[0, 2], [2, 0]]
 
 

@@ -59,11 +59,12 @@ def shard_statistics(
     targets: torch.Tensor,  # [n] within the shard, negative where the label is in another
 ) -> ShardStatistics:
     rest_lse = torch.logsumexp(blocks.lse, dim=-1)
-    log_share = torch.where(blocks.lse == -torch.inf, -torch.inf, blocks.lse - rest_lse[:, None])
-    entropy = log_sum_sq = to_reach = None
-    if blocks.entropy is not None:
+    entropy = log_sum_sq = to_reach = log_share = None
+    if blocks.entropy is not None or blocks.log_sum_sq is not None:
+        log_share = torch.where(blocks.lse == -torch.inf, -torch.inf, blocks.lse - rest_lse[:, None])
+    if log_share is not None and blocks.entropy is not None:
         entropy = _mixed_entropy(log_share, blocks.entropy, dim=-1)
-    if blocks.log_sum_sq is not None:
+    if log_share is not None and blocks.log_sum_sq is not None:
         log_sum_sq = _mixed_log_sum_sq(log_share, blocks.log_sum_sq, dim=-1)
     if blocks.max_z is not None:
         own_block, target_z = (targets // VOCAB_BLOCK)[:, None], blocks.target_z[:, None]

@@ -36,6 +36,7 @@ _LEAST_CHUNK = 4096
 _DZ_BYTES = 64 * 2**20
 _MAX_DZ_BYTES = 256 * 2**20
 _MAX_SPLITS = 8
+_ROWS_AT_ONCE = 4096
 
 
 class HeadGradients:
@@ -206,7 +207,10 @@ def spread_over_hidden(
     # What is not real lands in one extra row.
     place = torch.where(position < rows.count, rows.hidden_index, hidden.shape[0])
     dhidden = torch.zeros((hidden.shape[0] + 1, hidden.shape[1]), dtype=hidden.dtype, device=dh.device)
-    return dhidden.index_copy_(0, place, dh.to(hidden.dtype))[:-1]
+    # Some rows at a time: a copy of all in their own dtype would come on top of both.
+    for rows_of_place, values in zip(place.split(_ROWS_AT_ONCE), dh.split(_ROWS_AT_ONCE), strict=True):
+        dhidden.index_copy_(0, rows_of_place, values.to(hidden.dtype))
+    return dhidden[:-1]
 
 
 def splits_of_sum(tiles: int, programs: int) -> int:
