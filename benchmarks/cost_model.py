@@ -591,9 +591,9 @@ def head_transfers(plan: Plan, exact: bool) -> list[Transfer]:
 
 
 def sequence_sums_sent(plan: Plan) -> float:
-    """Log-probs and lengths of the group's 2B sequences, summed; up to 8 bytes a number."""
+    """Lengths (int64) and log-probs (fp32) of the group's 2B sequences, summed."""
     pairs = plan.batch.pairs * plan.mode.sequence
-    return all_reduce(2 * 2 * pairs * 8, plan.mode.sequence)
+    return all_reduce(2 * pairs * (8 + 4), plan.mode.sequence)
 
 
 def alpha_transfer(plan: Plan) -> Transfer:

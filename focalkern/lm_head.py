@@ -260,9 +260,12 @@ def _check_gathered(head: nn.Module, linear: nn.Linear) -> None:
 
 
 def _has_hooks_of_layouts(module: nn.Module) -> bool:
-    """Whether torch's tensor parallelism converts what comes in and out: one tensor each, and a DTensor."""
-    hooks = module._forward_hooks.values()
-    return any(getattr(hook, "__module__", None) == "torch.distributed.tensor._api" for hook in hooks)
+    return any(_is_hook_of_layouts(hook) for hook in module._forward_hooks.values())
+
+
+def _is_hook_of_layouts(hook: Callable) -> bool:
+    """Of torch's tensor parallelism, which converts what comes in and out: one tensor each, and a DTensor."""
+    return getattr(hook, "__module__", None) == "torch.distributed.tensor._api"
 
 
 def _replicated(parameter: torch.Tensor) -> torch.Tensor:
@@ -284,11 +287,25 @@ def _split_like(weight: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
 
 
 def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
-    """`function(hidden)` as if it were the module's forward: with all its hooks."""
-    if _has_hooks_of_layouts(module):  # the function takes a sharded weight itself
-        return function(hidden)
-    with _forward_replaced(module, function):
+    """`function(hidden)` as if it were the module's forward: with all its hooks but those of layouts, as the
+    function takes a sharded weight itself."""
+    with _forward_replaced(module, function), _without_hooks_of_layouts(module):
         return module(hidden)
+
+
+@contextmanager
+def _without_hooks_of_layouts(module: nn.Module) -> Iterator[None]:
+    kept = [(hooks, hooks.copy()) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
+    for hooks, copy in kept:
+        for key, hook in copy.items():
+            if _is_hook_of_layouts(hook):
+                del hooks[key]
+    try:
+        yield
+    finally:
+        for hooks, copy in kept:  # in their order
+            hooks.clear()
+            hooks.update(copy)
 
 
 @contextmanager

@@ -571,16 +571,17 @@ def split_by_vocabulary() -> dict[str, float]:
         split = ColwiseParallel(output_layouts=Replicate())
         parallelize_module(resolve_head(policy.head)[0], mesh, split)
 
-    def with_fsdp2(policy: Policy, mesh: DeviceMesh) -> None:
+    def with_fsdp2(policy: Policy, mesh: DeviceMesh, head: str = "in the root") -> None:
         both = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("dp", "tp"))
         by_columns(policy, both["tp"])
-        Fsdp2.sharded(policy, "in the root", mesh=both["dp"])
+        Fsdp2.sharded(policy, head, mesh=both["dp"])
 
     cases = {
         "replicated": (llama, lambda policy, mesh: distribute_module(policy.head, mesh)),
         "by columns": (llama, by_columns),
         "by columns, LoRA": (lambda: with_lora(llama()), by_columns),
         "by columns, FSDP2": (llama, with_fsdp2),
+        "by columns, FSDP2 of the head alone": (llama, functools.partial(with_fsdp2, head="alone")),
     }
     batch, mesh, found = collate(pairs_of(0), "padded"), init_device_mesh("cpu", (WORLD,)), {}
     for name, (make, split) in cases.items():

@@ -138,7 +138,11 @@ def test_fsdp2_in_bf16_has_log_probs_in_fp32():
         assert rank["kept share"] < 0.4
 
 
-@pytest.mark.parametrize("case", ["replicated", "by columns", "by columns, LoRA", "by columns, FSDP2"])
+DTENSORS = ["replicated", "by columns", "by columns, LoRA"]
+DTENSORS += ["by columns, FSDP2", "by columns, FSDP2 of the head alone"]
+
+
+@pytest.mark.parametrize("case", DTENSORS)
 def test_heads_that_are_dtensors(case):
     for rank in found("fsdp2", "split by vocabulary"):
         assert rank[case] <= TOLERANCE

@@ -134,7 +134,7 @@ def test_bytes_of_a_vocabulary_parallel_head():
 
 def test_bytes_of_groups():
     pairs_of_four_ranks = CASE_8B.plan(replace(scaling.ZERO_3, sequence=4))  # 16 pairs, 32 sequences
-    assert sequence_sums_sent(pairs_of_four_ranks) == 2 * 3 / 4 * 2 * 32 * 8
+    assert sequence_sums_sent(pairs_of_four_ranks) == 2 * 3 / 4 * 32 * (8 + 4)
     # 4096 of queries, 4096 of outputs, 1024 of keys, 1024 of values; three passes; 3/4 to others.
     layers = 32 * 3 * 2 * 16384 * 10240 * 3 / 4
     assert sent(pairs_of_four_ranks, "queries, keys, values, outputs") == layers
