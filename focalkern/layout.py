@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+# Rows that are converted to the dtype of hidden together.
+_ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -97,6 +100,22 @@ def spread_over_outputs(values: torch.Tensor, rows: Rows) -> torch.Tensor:  # [o
     # As in `pick_rows`: what is not real lands in one extra slot.
     place = torch.where(position < rows.count, rows.output_index, outputs)
     return values.new_zeros(outputs + 1).scatter_(0, place, values)[:outputs]
+
+
+def spread_over_hidden(
+    dh: torch.Tensor,  # [n, K]
+    hidden: torch.Tensor,  # [M, K]
+    rows: Rows,
+) -> torch.Tensor:  # [M, K]
+    """Gradients of the rows at their places in that of hidden, 0 elsewhere."""
+    position = torch.arange(dh.shape[0], device=dh.device)
+    # What is not real lands in one extra row.
+    place = torch.where(position < rows.count, rows.hidden_index, hidden.shape[0])
+    dhidden = torch.zeros((hidden.shape[0] + 1, hidden.shape[1]), dtype=hidden.dtype, device=dh.device)
+    # Some rows at a time: a copy of all in their own dtype would come on top of both.
+    for rows_of_place, values in zip(place.split(_ROWS_AT_ONCE), dh.split(_ROWS_AT_ONCE), strict=True):
+        dhidden.index_copy_(0, rows_of_place, values.to(hidden.dtype))
+    return dhidden[:-1]
 
 
 def sequence_ranges(

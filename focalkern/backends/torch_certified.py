@@ -24,11 +24,10 @@ from focalkern.backends.torch_tiles import (
     empty_gradients,
     has_native_product,
     matmul,
-    spread_over_hidden,
     targets_in,
     transform_logits,
 )
-from focalkern.layout import Rows
+from focalkern.layout import Rows, spread_over_hidden
 from focalkern.selection import KeptPairs
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from focalkern.backends import VOCAB_BLOCK, Gradients, HeadInputs, LogitTransform, Needs, gradients_in_order
-from focalkern.layout import Rows
+from focalkern.layout import Rows, spread_over_hidden
 
 if TYPE_CHECKING:
     from focalkern.distributed import PendingSums
@@ -205,10 +205,3 @@ def empty_gradients(
         torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else None
         for x, needed in zip(tensors, needs, strict=False)
     ]
-
-
-def spread_over_hidden(dh: torch.Tensor, hidden: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Gradients of the rows [n, K] at their places in that of hidden [M, K], 0 elsewhere."""
-    dhidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format)
-    dhidden[rows.hidden_index] = dh.to(hidden.dtype)
-    return dhidden

@@ -34,8 +34,7 @@ from focalkern.backends.triton_launch import (
     unit_strides,
     with_aligned_update,
 )
-from focalkern.backends.triton_products import spread_over_hidden
-from focalkern.layout import Rows
+from focalkern.layout import Rows, spread_over_hidden
 from focalkern.selection import KeptPairs
 
 if TYPE_CHECKING:

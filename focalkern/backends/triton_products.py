@@ -23,7 +23,7 @@ from focalkern.backends.triton_launch import (
     tma_if_readable,
     without_tma,
 )
-from focalkern.layout import Rows
+from focalkern.layout import Rows, spread_over_hidden
 
 if TYPE_CHECKING:
     from focalkern.distributed import PendingSums
@@ -36,7 +36,6 @@ _LEAST_CHUNK = 4096
 _DZ_BYTES = 64 * 2**20
 _MAX_DZ_BYTES = 256 * 2**20
 _MAX_SPLITS = 8
-_ROWS_AT_ONCE = 4096
 
 
 class HeadGradients:
@@ -195,22 +194,6 @@ class _ProductGradients:
                 width,
                 BLOCK_N=1024,
             )
-
-
-def spread_over_hidden(
-    dh: torch.Tensor,  # [n, K]
-    hidden: torch.Tensor,  # [M, K]
-    rows: Rows,
-) -> torch.Tensor:  # [M, K]
-    """Gradients of the rows at their places in that of hidden, 0 elsewhere."""
-    position = torch.arange(dh.shape[0], device=dh.device)
-    # What is not real lands in one extra row.
-    place = torch.where(position < rows.count, rows.hidden_index, hidden.shape[0])
-    dhidden = torch.zeros((hidden.shape[0] + 1, hidden.shape[1]), dtype=hidden.dtype, device=dh.device)
-    # Some rows at a time: a copy of all in their own dtype would come on top of both.
-    for rows_of_place, values in zip(place.split(_ROWS_AT_ONCE), dh.split(_ROWS_AT_ONCE), strict=True):
-        dhidden.index_copy_(0, rows_of_place, values.to(hidden.dtype))
-    return dhidden[:-1]
 
 
 def splits_of_sum(tiles: int, programs: int) -> int:
