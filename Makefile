@@ -36,7 +36,7 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 .PHONY: report
-# The numbers and plots of README.md and docs/performance.md, from benchmarks/results.
+# The numbers and plots of README.md and docs, from benchmarks/results and the cost model.
 report: $(VENV)/ready
 	$(RUN) benchmarks/publish.py
 
