@@ -101,12 +101,16 @@ def make_trainer(name: str, inputs: Path, folder: Path, **changes) -> FocalPOTra
     pairs = load_dataset("json", data_files={"train": str(inputs / "pairs.jsonl")}, cache_dir=cache)["train"]
     if in_memory:
         pairs = Dataset.from_list(list(pairs))
+    model: Any = str(inputs / "model")
     given = {"peft_config": peft} if peft else {}
     if reference:
         given["ref_model"] = AutoModelForCausalLM.from_pretrained(inputs / reference)
-    return trainer_of(
-        args, str(inputs / "model"), trainer_class=trainer_class, records=pairs, eval_dataset=pairs, **given
-    )
+    if peft:
+        # The adapters are drawn before the trainer sets its seed, and how much loading a model draws depends
+        # on what the process has run before.
+        model = AutoModelForCausalLM.from_pretrained(model)
+        torch.manual_seed(0)
+    return trainer_of(args, model, trainer_class=trainer_class, records=pairs, eval_dataset=pairs, **given)
 
 
 def train(name: str, inputs: Path, out: Path, resume_from: Path | None = None, **changes) -> None:
