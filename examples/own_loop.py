@@ -71,10 +71,14 @@ def main() -> None:
     parser.add_argument("--engine", choices=ENGINES, default="none")
     parser.add_argument("--steps", type=int, default=10, help="default: %(default)s")
     args = parser.parse_args()
+    if args.engine == "none" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise SystemExit("torchrun starts several ranks: name an --engine")
     with process_group(args.engine) as device:
         losses = train(args.engine, args.steps, device)
         if not dist.is_initialized() or dist.get_rank() == 0:
-            print(" ".join(f"{loss:.6f}" for loss in losses))
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
+            print(f"--engine {args.engine}, {ranks} rank(s), loss of each step (the same for every engine):")
+            print(" ".join(f"{loss:.5f}" for loss in losses))
 
 
 def train(engine: str, steps: int, device: torch.device) -> list[float]:
@@ -223,6 +227,8 @@ def process_group(engine: str) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device else "gloo")
     try:
+        if PAIRS_PER_STEP % dist.get_world_size():
+            raise SystemExit(f"the {PAIRS_PER_STEP} pairs of a step must divide by the number of ranks")
         yield device or torch.device("cpu")
     finally:
         dist.destroy_process_group()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Iterable
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, TypeGuard
@@ -378,6 +379,12 @@ def check_ref_logps(
             )
         return
     check_per_pair(name, ref_logps, pairs, like)
+    if ref_logps.dtype in (torch.bfloat16, torch.float16):
+        warnings.warn(
+            f"{name} is {ref_logps.dtype}, in which a sum of log-probs is off by up to whole nats: keep it in"
+            " fp32 (what a forward is given FSDP2's mixed precision casts, unless cast_forward_inputs=False)",
+            stacklevel=4,
+        )
     if ref_logps.requires_grad:
         raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
 

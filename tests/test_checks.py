@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import focalkern.backends
-from focalkern import FusedFocalPOLoss, linear_logps
+from focalkern import FusedFocalPOLoss, FusedPairLoss, linear_logps
+from focalkern.methods import hinge
 
 B, T, H, V = 2, 3, 8, 10
 
@@ -448,3 +449,12 @@ def test_what_is_easily_mistaken_for_the_arguments_is_recognised(loss):
 def test_gamma_of_another_type_is_told_what_it_can_be():
     with pytest.raises(TypeError, match=r"^gamma must be a number or a GammaSchedule; got str 'cosine'"):
         FusedFocalPOLoss(gamma="cosine")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("loss_fn", [FusedFocalPOLoss(), FusedPairLoss(hinge)], ids=["focal", "pair"])
+def test_sums_of_log_probs_in_16_bits_are_warned_of(loss_fn, dtype):
+    with pytest.warns(
+        UserWarning, match=rf"^ref_rejected_logps is {dtype}, in which a sum of log-probs is off"
+    ):
+        loss_fn(**loss_inputs(ref_rejected_logps=torch.zeros(B, dtype=dtype)))

@@ -38,3 +38,10 @@ def test_an_engine_without_ranks_says_how_to_start_them(monkeypatch):
         own_loop.process_group("ddp"),
     ):
         pass
+
+
+def test_ranks_without_an_engine_are_told_to_name_one(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(sys, "argv", ["own_loop.py"])
+    with pytest.raises(SystemExit, match="name an --engine"):
+        own_loop.main()

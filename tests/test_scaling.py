@@ -346,3 +346,33 @@ def test_bytes_as_text(size, text):
 )
 def test_times_as_text(time, text):
     assert scaling.seconds(time) == text
+
+
+# The command line
+
+
+def test_other_cases_get_tables_and_no_conclusions(capsys):
+    assert scaling.main([]) == 0
+    printed = capsys.readouterr().out
+    assert "Without short" not in printed
+    assert "do not fit" in printed
+    scaling.main(["--memory", "80"])
+    printed = capsys.readouterr().out
+    assert "Without short, choice, overlap" in printed
+    assert "do not fit" not in printed
+    assert "| ZeRO-2 |" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--pairs 0 1", "--pairs must be > 0"),
+        ("--link-share 0", "--link-share must be in (0, 1]"),
+        ("--memory 0", "--memory must be > 0"),
+        ("--length 512 --completion 1024", "--completion must be in [1, --length = 512]"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        scaling.main(arguments.split())
+    assert message in capsys.readouterr().err
