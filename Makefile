@@ -24,7 +24,7 @@ test: $(VENV)/ready
 	$(RUN) -m pytest
 	@if $(RUN) -c "import triton" 2> /dev/null; then \
 		echo "Triton kernels on the CPU, through the interpreter:"; \
-		TRITON_INTERPRET=1 $(RUN) -m pytest $(KERNEL_TESTS); \
+		TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(KERNEL_TESTS); \
 	else \
 		echo "No triton on this platform: the kernels were not tested."; \
 	fi

@@ -17,7 +17,15 @@ trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("tr
 peers = [f'{name}; platform_system == "Linux"' for name in ("liger-kernel>=0.8.5", "cut-cross-entropy>=25.1")]
 bench = [*trl, *peers, "matplotlib>=3.9", "psutil>=6", "rich>=13", "tqdm>=4.66"]
 deepspeed = "deepspeed>=0.17"
-tools = ["hypothesis>=6.100", "mypy>=1.18", "numpy", "pytest>=8", "ruff>=0.14", "setuptools>=77"]
+tools = [
+    "hypothesis>=6.100",
+    "mypy>=1.18",
+    "numpy",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.14",
+    "setuptools>=77",
+]
 test = [*bench, f'{deepspeed}; platform_system == "Linux"', *tools]
 
 setup(
