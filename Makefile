@@ -13,6 +13,8 @@ export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: demo test gpu reproduce lint clean
 
+# DeepSpeed, which the tests bring and transformers imports, would warn that there is no GPU for it.
+demo: export DS_ACCELERATOR ?= cpu
 demo: $(VENV)/ready
 	$(RUN) examples/quickstart.py
 
