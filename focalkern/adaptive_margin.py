@@ -143,9 +143,9 @@ class RunningMoments(nn.Module):
         """Count, mean and unbiased standard deviation over all ranks, and the largest rounding."""
         mean = values.sum() / max(values.numel(), 1)  # of a rank without pairs 0
         squares = (values - mean).square().sum()
-        moments = torch.stack([mean.new_full((), values.numel()), mean, squares, rounding])[None]
-        if dist.is_available() and dist.is_initialized():
-            moments = all_gather(moments[0], self.process_group)
+        own = torch.stack([mean.new_full((), values.numel()), mean, squares, rounding])
+        among_ranks = dist.is_available() and dist.is_initialized()
+        moments = all_gather(own, self.process_group) if among_ranks else own[None]
         counts, means, sums_of_squares, roundings = moments.unbind(1)
         mean = (counts * means).sum() / counts.sum()
         sum_of_squares = sums_of_squares.sum() + (counts * (means - mean).square()).sum()

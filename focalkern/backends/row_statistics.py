@@ -54,6 +54,17 @@ class ShardStatistics:
         return cls(**{name.name: given.get(name.name) for name in fields(cls)})  # type: ignore[arg-type]
 
 
+def first_maximum_verdict(
+    target_z: torch.Tensor,  # [n]
+    others: torch.Tensor,  # [n, ...]
+    before: torch.Tensor,  # [n, ...] which of them stand before the label
+) -> torch.Tensor:  # [n]
+    """−inf where the label is the first maximum: above all before it, at least equal to the rest; or inf."""
+    target_z = target_z[:, None]
+    wins = torch.where(before, target_z > others, target_z >= others).all(-1)
+    return torch.where(wins, -torch.inf, torch.inf).to(others.dtype)
+
+
 def shard_statistics(
     blocks: BlockStatistics,
     targets: torch.Tensor,  # [n] within the shard, negative where the label is in another
@@ -67,10 +78,9 @@ def shard_statistics(
     if log_share is not None and blocks.log_sum_sq is not None:
         log_sum_sq = _mixed_log_sum_sq(log_share, blocks.log_sum_sq, dim=-1)
     if blocks.max_z is not None:
-        own_block, target_z = (targets // VOCAB_BLOCK)[:, None], blocks.target_z[:, None]
+        own_block = (targets // VOCAB_BLOCK)[:, None]
         before = torch.arange(blocks.max_z.shape[1], device=own_block.device) < own_block
-        wins = torch.where(before, target_z > blocks.max_z, target_z >= blocks.max_z).all(-1)
-        verdict = torch.where(wins, -torch.inf, torch.inf)
+        verdict = first_maximum_verdict(blocks.target_z, blocks.max_z, before)
         to_reach = torch.where(targets < 0, blocks.max_z.amax(-1), verdict)
     return ShardStatistics(blocks.target_z, rest_lse, entropy, log_sum_sq, blocks.sum_z, to_reach)
 

@@ -24,6 +24,7 @@ from focalkern.backends import (
 from focalkern.backends.row_statistics import (
     BlockStatistics,
     ShardStatistics,
+    first_maximum_verdict,
     head_forward_of,
     shard_statistics,
 )
@@ -194,12 +195,10 @@ class _BlockStats:
 
         block_max = z.amax(-1)
         if self.max_z is not None:
-            # The label is the top-1 if it is above all before it and at least equal to all after it.
             self.max_z[rows, blocks] = block_max
             own_block = z[row, column // VOCAB_BLOCK]
             before = torch.arange(VOCAB_BLOCK, device=z.device) < (column % VOCAB_BLOCK)[:, None]
-            wins = torch.where(before, target_z[:, None] > own_block, target_z[:, None] >= own_block).all(-1)
-            verdict = torch.where(wins, -torch.inf, torch.inf).to(block_max.dtype)
+            verdict = first_maximum_verdict(target_z, own_block, before)
             self.max_z[rows, blocks][row, column // VOCAB_BLOCK] = verdict
 
         shift = torch.where(block_max == -torch.inf, 0.0, block_max)
