@@ -73,16 +73,20 @@ def test_selection_is_the_rule(n, vocab_size, sharpness, tau, seed):
         dropped = mass[t][~keep].sum().item()
         assert selection.dropped_mass[t].item() == pytest.approx(dropped, abs=1e-6, rel=0)
         assert relative[t] * dropped <= MAX_WEIGHTED_MASS * (1 + 1e-5)
-        others = [b for b in range(mass.shape[1]) if b != own]
-        weighted = relative[t] * mass[t]
-        # The smallest kept and the largest dropped block are on either side of a threshold, which is τ or,
-        # where the row would drop too much, τ halved as often as it takes.
-        threshold = min(tau, 1.0)
-        while sum(m for m in weighted[others].tolist() if m <= threshold) > MAX_WEIGHTED_MASS:
-            threshold /= 2
-        for b in others:
-            if abs(weighted[b].item() / threshold - 1) > 1e-4:
-                assert keep[b].item() == (weighted[b].item() > threshold)
+        assert_kept_above_threshold(keep, relative[t] * mass[t], own, tau, MAX_WEIGHTED_MASS)
+
+
+def assert_kept_above_threshold(keep, weighted, own, tau, most):
+    """Of the blocks [NB] of a row; `own` is the label's, if it is not negative."""
+    others = [b for b in range(len(weighted)) if b != own]
+    # The smallest kept and the largest dropped block are on either side of a threshold, which is τ or, where
+    # the row would drop too much, τ halved as often as it takes.
+    threshold = min(tau, 1.0)
+    while sum(m for m in weighted[others].tolist() if m <= threshold) > most:
+        threshold /= 2
+    for b in others:
+        if abs(weighted[b].item() / threshold - 1) > 1e-4:
+            assert keep[b].item() == (weighted[b].item() > threshold)
 
 
 def statistics_of_shards(n, vocab_size, cuts, sharpness, seed=0):
@@ -122,7 +126,6 @@ def test_shards_select_by_the_rule_and_share_what_may_be_left_out(n, vocab_size,
         share = (end - start) / vocab_size
         selection = select_pairs(*statistics, targets, g, tau, share)
         total += selection.dropped_mass.double()
-        most = MAX_WEIGHTED_MASS * share
         for t in range(n):
             keep = selection.keep[t]
             own = targets[t].item() // 128
@@ -132,14 +135,7 @@ def test_shards_select_by_the_rule_and_share_what_may_be_left_out(n, vocab_size,
             assert own < 0 or keep[own]
             dropped = mass[t][~keep].sum().item()
             assert selection.dropped_mass[t].item() == pytest.approx(dropped, abs=1e-6, rel=0)
-            others = [b for b in range(mass.shape[1]) if b != own]
-            weighted = relative[t] * mass[t]
-            threshold = min(tau, 1.0)
-            while sum(m for m in weighted[others].tolist() if m <= threshold) > most:
-                threshold /= 2
-            for b in others:
-                if abs(weighted[b].item() / threshold - 1) > 1e-4:
-                    assert keep[b].item() == (weighted[b].item() > threshold)
+            assert_kept_above_threshold(keep, relative[t] * mass[t], own, tau, MAX_WEIGHTED_MASS * share)
     assert (relative * torch.where(g == 0, 0.0, total) <= MAX_WEIGHTED_MASS * (1 + 1e-5)).all()
     torch.testing.assert_close(total[g == 0], torch.ones_like(total[g == 0]))
 
