@@ -37,7 +37,14 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["focalkern", "focalkern.backends", "focalkern.trl", "csrc_triton"],
+    packages=[
+        "focalkern",
+        "focalkern.kl",
+        "focalkern.logps",
+        "focalkern.pairs",
+        "focalkern.trl",
+        "csrc_triton",
+    ],
     package_data={"focalkern": ["py.typed"]},
     install_requires=["torch>=2.8", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={

@@ -1,8 +1,8 @@
 """Kernels of the pairwise objective: sums over sequences, then per pair u, p, the loss and its gradient.
 
 Between the two stand the statistics of α-DPO's adaptive margin, over the batch and all ranks; it comes in as
-one value per pair. The same formulas, with their sources, are in `focalkern/objective.py`. Launched by
-`focalkern.backends.triton_backend`.
+one value per pair. The same formulas, with their sources, are in `focalkern/pairs/objective.py`. Launched by
+`focalkern.pairs.triton_form`.
 """
 
 import triton
@@ -10,26 +10,22 @@ import triton.language as tl
 
 from csrc_triton.scalar import softplus
 
-FOCALPO = tl.constexpr(0)
-INVERSE = tl.constexpr(1)
-FOCAL = tl.constexpr(2)
-
 
 @triton.jit
 def sequence_sum_fwd_kernel(
-    logps_ptr,  # [outputs], 0 where ignored
+    values_ptr,  # [n]
     offsets_ptr,  # [S + 1] int64
     sums_ptr,  # [S] out
     BLOCK: tl.constexpr,
 ):
-    """Σ of the log-probs of one sequence per program, in fp32, in a fixed order."""
+    """Σ over the rows of one sequence per program, in fp32, in a fixed order."""
     i_s = tl.program_id(0)
     start = tl.load(offsets_ptr + i_s)
     end = tl.load(offsets_ptr + i_s + 1)
     o_t = tl.arange(0, BLOCK)
     b_sum = tl.zeros([BLOCK], dtype=tl.float32)
     for i_t in range(start, end, BLOCK):
-        b_sum += tl.load(logps_ptr + i_t + o_t, mask=i_t + o_t < end, other=0.0)
+        b_sum += tl.load(values_ptr + i_t + o_t, mask=i_t + o_t < end, other=0.0)
     tl.store(sums_ptr + i_s, tl.sum(b_sum, axis=0))
 
 
@@ -38,17 +34,19 @@ def modulated_nll(b_u, gamma, MODULATION: tl.constexpr):
     """ℓ(u) = −w(p)·log p and dℓ/du, each product as one exponent."""
     b_nll = softplus(-b_u)  # −log p
     b_flipped = softplus(b_u)  # −log(1−p)
-    if MODULATION == FOCALPO:
+    if MODULATION == "focalpo":
         b_loss = tl.exp(-gamma * b_nll) * b_nll
         b_slope = -tl.exp(-gamma * b_nll - b_flipped) * (1.0 - gamma * b_nll)
-    elif MODULATION == INVERSE:
+    elif MODULATION == "inverse":
         # log softplus(−u) = −u for large u, where softplus(−u) itself underflows.
         b_log_nll = tl.where(b_u > 20.0, -b_u, tl.log(tl.where(b_u > 20.0, 1.0, b_nll)))
         b_loss = tl.exp(gamma * b_flipped + b_log_nll)
         b_slope = -tl.exp((gamma - 1.0) * b_flipped) * ((1.0 - gamma) + gamma * one_minus_r(b_u, b_nll))
-    else:
+    elif MODULATION == "focal":
         b_loss = tl.exp(-gamma * b_flipped) * b_nll
         b_slope = -tl.exp(-gamma * b_flipped) * (tl.exp(-b_flipped) + gamma * tl.exp(-b_nll) * b_nll)
+    else:
+        tl.static_assert(False, "modulation without a formula in this kernel")
     return b_loss, b_slope
 
 
@@ -71,54 +69,40 @@ def one_minus_r(b_u, b_nll):
 @triton.jit
 def pair_loss_fwd_kernel(
     logps_ptr,  # [2B] sums over completion tokens
-    ref_logps_ptr,  # [2B]
-    lengths_ptr,  # [2B] int64
-    adaptive_margin_ptr,  # [B]
-    losses_ptr,  # [B] out
-    prob_ptr,  # [B] out
-    slope_ptr,  # [B] out: dL/du
-    rewards_ptr,  # [2B] out: β·score
-    grad_logps_ptr,  # [2B] out: dL/dlogps of every token of the sequence
+    constants,  # PairConstants
+    out,  # PairForward
     pairs,
-    beta,
-    gamma,
-    margin,
-    label_smoothing,
-    MODULATION: tl.constexpr,
-    HAS_REF: tl.constexpr,
-    HAS_ADAPTIVE_MARGIN: tl.constexpr,
-    LENGTH_NORMALIZE: tl.constexpr,
-    LABEL_SMOOTHING: tl.constexpr,
+    objective,  # PairObjective; its modulation, switches and an ε of 0 are constants
     BLOCK: tl.constexpr,
 ):
     o_b = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_b = o_b < pairs
     b_score_w = tl.load(logps_ptr + o_b, mask=m_b, other=0.0)
     b_score_l = tl.load(logps_ptr + pairs + o_b, mask=m_b, other=0.0)
-    if HAS_REF:
-        b_score_w -= tl.load(ref_logps_ptr + o_b, mask=m_b, other=0.0)
-        b_score_l -= tl.load(ref_logps_ptr + pairs + o_b, mask=m_b, other=0.0)
+    if constants.ref_logps is not None:
+        b_score_w -= tl.load(constants.ref_logps + o_b, mask=m_b, other=0.0)
+        b_score_l -= tl.load(constants.ref_logps + pairs + o_b, mask=m_b, other=0.0)
     b_per_w = tl.full([BLOCK], 1.0, tl.float32)
     b_per_l = tl.full([BLOCK], 1.0, tl.float32)
-    if LENGTH_NORMALIZE:
-        b_per_w = 1.0 / tl.load(lengths_ptr + o_b, mask=m_b, other=1).to(tl.float32)
-        b_per_l = 1.0 / tl.load(lengths_ptr + pairs + o_b, mask=m_b, other=1).to(tl.float32)
+    if objective.length_normalize:
+        b_per_w = 1.0 / tl.load(constants.lengths + o_b, mask=m_b, other=1).to(tl.float32)
+        b_per_l = 1.0 / tl.load(constants.lengths + pairs + o_b, mask=m_b, other=1).to(tl.float32)
     b_score_w *= b_per_w
     b_score_l *= b_per_l
 
-    b_u = beta * (b_score_w - b_score_l) - margin
-    if HAS_ADAPTIVE_MARGIN:
-        b_u -= tl.load(adaptive_margin_ptr + o_b, mask=m_b, other=0.0)
-    b_loss, b_slope = modulated_nll(b_u, gamma, MODULATION)
-    if LABEL_SMOOTHING:
-        b_loss_flipped, b_slope_flipped = modulated_nll(-b_u, gamma, MODULATION)
-        b_loss = (1.0 - label_smoothing) * b_loss + label_smoothing * b_loss_flipped
-        b_slope = (1.0 - label_smoothing) * b_slope - label_smoothing * b_slope_flipped
+    b_u = objective.beta * (b_score_w - b_score_l) - objective.margin
+    if constants.adaptive_margin is not None:
+        b_u -= tl.load(constants.adaptive_margin + o_b, mask=m_b, other=0.0)
+    b_loss, b_slope = modulated_nll(b_u, objective.gamma, objective.modulation)
+    if objective.label_smoothing is not None:
+        b_loss_flipped, b_slope_flipped = modulated_nll(-b_u, objective.gamma, objective.modulation)
+        b_loss = (1.0 - objective.label_smoothing) * b_loss + objective.label_smoothing * b_loss_flipped
+        b_slope = (1.0 - objective.label_smoothing) * b_slope - objective.label_smoothing * b_slope_flipped
 
-    tl.store(losses_ptr + o_b, b_loss, mask=m_b)
-    tl.store(prob_ptr + o_b, tl.exp(-softplus(-b_u)), mask=m_b)
-    tl.store(slope_ptr + o_b, b_slope, mask=m_b)
-    tl.store(rewards_ptr + o_b, beta * b_score_w, mask=m_b)
-    tl.store(rewards_ptr + pairs + o_b, beta * b_score_l, mask=m_b)
-    tl.store(grad_logps_ptr + o_b, beta * b_slope * b_per_w, mask=m_b)
-    tl.store(grad_logps_ptr + pairs + o_b, -beta * b_slope * b_per_l, mask=m_b)
+    tl.store(out.losses + o_b, b_loss, mask=m_b)
+    tl.store(out.prob + o_b, tl.exp(-softplus(-b_u)), mask=m_b)
+    tl.store(out.slope + o_b, b_slope, mask=m_b)
+    tl.store(out.rewards + o_b, objective.beta * b_score_w, mask=m_b)
+    tl.store(out.rewards + pairs + o_b, objective.beta * b_score_l, mask=m_b)
+    tl.store(out.grad_logps + o_b, objective.beta * b_slope * b_per_w, mask=m_b)
+    tl.store(out.grad_logps + pairs + o_b, -objective.beta * b_slope * b_per_l, mask=m_b)

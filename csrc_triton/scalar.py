@@ -48,18 +48,18 @@ def logaddexp(a, b):
 
 
 @triton.jit
-def logit_transform(b_x, in_scale, out_scale, HAS_SOFTCAP: tl.constexpr):
-    """z = T(x) and dz/dx: x·in_scale, or out_scale·tanh(x·in_scale) with a softcap. None is a scale of 1."""
+def logit_transform(b_x, scales):
+    """z = T(x) and dz/dx: x·inner, or outer·tanh(x·inner) with a softcap. None is a scale of 1."""
     b_y = b_x
     b_slope = 1.0
-    if in_scale is not None:
-        b_y = b_x * in_scale
-        b_slope = in_scale
+    if scales.inner is not None:
+        b_y = b_x * scales.inner
+        b_slope = scales.inner
     b_z = b_y
-    if HAS_SOFTCAP:
+    if scales.outer is not None:
         # 1 − tanh² = 4e/(1 + e)² with e = exp(−2|y|): no cancellation where the cap saturates.
         b_e = fast_exp(-2.0 * tl.abs(b_y))
         b_t = (1.0 - b_e) / (1.0 + b_e)
-        b_z = out_scale * tl.where(b_y < 0.0, -b_t, b_t)
-        b_slope = b_slope * out_scale * 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
+        b_z = scales.outer * tl.where(b_y < 0.0, -b_t, b_t)
+        b_slope = b_slope * scales.outer * 4.0 * b_e / ((1.0 + b_e) * (1.0 + b_e))
     return b_z, b_slope

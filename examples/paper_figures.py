@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from focalkern import CosineGamma, ExponentialGamma, LinearGamma
-from focalkern.objective import modulated_nll
+from focalkern.pairs.objective import modulated_nll
 
 MARGINS = torch.linspace(-10, 10, 2001, dtype=torch.float64)  # u = β·(s_w − s_l)
 TOTAL_STEPS = 1000

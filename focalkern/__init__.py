@@ -1,13 +1,14 @@
 """focalkern: preference-optimisation losses fused with the LM head."""
 
-from focalkern.certificate import Certificate
+from focalkern import diagnostics, methods, recipes, reference
 from focalkern.distributed import VocabShard
-from focalkern.functional import LinearLogps, linear_logps
-from focalkern.kl import linear_kl
+from focalkern.kl.operator import linear_kl
 from focalkern.lm_head import lm_head_logps
-from focalkern.loss import FocalPOOutput, FusedFocalPOLoss
+from focalkern.logps.certificate import Certificate
+from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
-from focalkern.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
+from focalkern.pairs.focalpo import FocalPOOutput, FusedFocalPOLoss
+from focalkern.pairs.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
 from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
 
 __version__ = "0.1.0"
@@ -27,7 +28,11 @@ __all__ = [
     "Pairs",
     "VocabShard",
     "check_pair_loss",
+    "diagnostics",
     "linear_kl",
     "linear_logps",
     "lm_head_logps",
+    "methods",
+    "recipes",
+    "reference",
 ]

@@ -1,6 +1,6 @@
 """Argument checks of the public functions: what was expected, what came, and the argument's name.
 
-Values that live on a GPU are checked there by a device-side assertion, so that no check waits for the device.
+Values on a GPU are not looked at here: `focalkern.rows` brings all that are needed in one transfer.
 """
 
 from __future__ import annotations
@@ -15,17 +15,11 @@ from typing import TYPE_CHECKING, TypeGuard
 import torch
 import torch.distributed as dist
 
-from focalkern.objective import MODULATIONS
+from focalkern.records import OUTPUTS
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-    from focalkern.low_rank import LowRankUpdate
-
-BACKENDS = ("auto", "triton", "torch")
-BACKWARDS = ("certified", "exact")
-REDUCTIONS = ("mean", "sum", "none")
-OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -67,48 +61,6 @@ def check_integer(name: str, value: object, low: float = -math.inf) -> None:
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False; got {type(value).__name__} {value!r}")
-
-
-def check_head_options(
-    ignore_index: object,
-    temperature: object,
-    softcap: object,
-    logit_scale: object,
-    backward: object,
-    tau: object,
-    backend: object,
-) -> None:
-    """The options of every loss and of `linear_logps`."""
-    check_logit_options(ignore_index, temperature, softcap, logit_scale)
-    check_choice("backward", backward, BACKWARDS)
-    if isinstance(tau, str):
-        if tau != "auto":
-            raise ValueError(f"tau must be 'auto' or a number >= 0; got {tau!r}")
-    else:
-        check_number("tau", tau, low=0.0)
-    check_choice("backend", backend, BACKENDS)
-
-
-def check_logit_options(
-    ignore_index: object, temperature: object, softcap: object, logit_scale: object
-) -> None:
-    check_integer("ignore_index", ignore_index)
-    check_number("temperature", temperature, low=0.0, exclude_low=True)
-    if softcap is not None:
-        check_number("softcap", softcap, low=0.0, exclude_low=True)
-    check_number("logit_scale", logit_scale)
-
-
-def check_objective_options(
-    beta: object,
-    modulation: object,
-    margin: object,
-    label_smoothing: object,
-) -> None:
-    check_number("beta", beta, low=0.0, exclude_low=True)
-    check_choice("modulation", modulation, MODULATIONS)
-    check_number("margin", margin)
-    check_number("label_smoothing", label_smoothing, low=0.0, high=0.5)
 
 
 def check_outputs(outputs: object) -> tuple[str, ...]:
@@ -182,12 +134,13 @@ def check_head(
 
 
 def check_update(
-    update: LowRankUpdate,
+    update_hidden: torch.Tensor,  # [..., R]
+    update_weight: torch.Tensor,  # [V, R]
     hidden: torch.Tensor,  # [..., H]
     weight: torch.Tensor,  # [V, H]
 ) -> None:
     """A low-rank update beside the head, all after autocast: same tokens, same vocabulary, one rank."""
-    for name, value in (("update.hidden", update.hidden), ("update.weight", update.weight)):
+    for name, value in (("update.hidden", update_hidden), ("update.weight", update_weight)):
         check_tensor(name, value)
         if value.dtype != hidden.dtype:
             raise TypeError(
@@ -196,16 +149,16 @@ def check_update(
             )
         _check_device(name, value, hidden)
     vocab_size = weight.shape[0]
-    if update.weight.dim() != 2 or update.weight.shape[0] != vocab_size or not update.weight.numel():
+    if update_weight.dim() != 2 or update_weight.shape[0] != vocab_size or not update_weight.numel():
         raise ValueError(
             f"update.weight must be [V, R] with V = {vocab_size}, the vocabulary of weight, and R > 0;"
-            f" got {_shape(update.weight)}"
+            f" got {_shape(update_weight)}"
         )
-    expected = [*hidden.shape[:-1], update.weight.shape[1]]
-    if list(update.hidden.shape) != expected:
+    expected = [*hidden.shape[:-1], update_weight.shape[1]]
+    if list(update_hidden.shape) != expected:
         raise ValueError(
             f"update.hidden must be [..., T, R] = {expected}, the tokens of hidden and the rank of"
-            f" update.weight; got {_shape(update.hidden)}"
+            f" update.weight; got {_shape(update_hidden)}"
         )
 
 
@@ -258,14 +211,14 @@ def check_ref_head(
 
 
 def check_labels(labels: torch.Tensor, hidden: torch.Tensor) -> None:
-    """dtype, device and shape; the values are checked by `check_label_values` once they are aligned."""
+    """dtype, shape and device, which may be the host; values are looked at by `focalkern.rows`."""
     check_label_dtype(labels)
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must be {list(hidden.shape[:-1])}, the shape of hidden without its last dimension;"
             f" got {_shape(labels)}"
         )
-    _check_device("labels", labels, hidden)
+    _check_device("labels", labels, hidden, or_host=True)
 
 
 def check_label_dtype(labels: torch.Tensor) -> None:
@@ -278,21 +231,6 @@ def check_shift(shift: bool, labels: torch.Tensor, cu_seqlens: torch.Tensor | No
     check_flag("shift", shift)
     if shift and labels.shape[-1] == 0 and cu_seqlens is None:
         raise ValueError(f"labels must have at least one position to shift; got {_shape(labels)}")
-
-
-def check_label_values(
-    labels: torch.Tensor,  # aligned
-    vocab_size: int,
-    ignore_index: int,
-) -> None:
-    bad = ((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)
-
-    def describe() -> str:
-        position = bad.nonzero()[0].tolist()
-        return f"; got {labels[tuple(position)].item()} at position {position} of the (shifted) labels"
-
-    expected = f"labels must be in [0, {vocab_size}) or ignore_index = {ignore_index}"
-    fail_if(bad.any(), expected, describe)
 
 
 def check_pair_layout(
@@ -345,23 +283,17 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, tokens: torch.Tensor) -> None:
         raise ValueError(
             f"cu_seqlens must be [S + 1], the boundaries of S sequences; got {_shape(cu_seqlens)}"
         )
-    _check_device("cu_seqlens", cu_seqlens, tokens)
-    n = tokens.shape[0]
-    in_order = (cu_seqlens[0] == 0) & (cu_seqlens[-1] == n) & (cu_seqlens[1:] >= cu_seqlens[:-1]).all()
-    fail_if(
-        ~in_order,
-        f"cu_seqlens must start at 0, never decrease and end at N = {n}",
-        lambda: f"; got {cu_seqlens.tolist()}",
-    )
+    _check_device("cu_seqlens", cu_seqlens, tokens, or_host=True)
 
 
 def check_completions(lengths: torch.Tensor) -> None:
     """Length normalisation divides by the number of completion tokens: 0/0 is an error, not a value."""
-    fail_if(
-        (lengths == 0).any(),
-        "labels must leave at least one completion token in every sequence when length_normalize=True",
-        lambda: f"; got none in sequences {(lengths == 0).nonzero().squeeze(-1).tolist()}",
-    )
+    empty = (lengths == 0).nonzero().squeeze(-1).tolist()
+    if empty:
+        raise ValueError(
+            "labels must leave at least one completion token in every sequence when length_normalize=True;"
+            f" got none in sequences {empty}"
+        )
 
 
 def check_ref_logps(
@@ -409,14 +341,9 @@ def _shape(tensor: torch.Tensor) -> str:
     return str(list(tensor.shape))
 
 
-def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor) -> None:
-    if tensor.device != hidden.device:
-        raise ValueError(f"{name} must be on the device of hidden, {hidden.device}; got {tensor.device}")
-
-
-def fail_if(condition: torch.Tensor, expected: str, describe) -> None:
-    """Raise ValueError where the value is at hand; on CUDA fail the step there, without waiting for it."""
-    if condition.is_cuda:
-        torch._assert_async(~condition, expected)
-    elif condition.item():
-        raise ValueError(expected + describe())
+def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor, or_host: bool = False) -> None:
+    if tensor.device != hidden.device and not (or_host and tensor.device.type == "cpu"):
+        host = ", or on the CPU" if or_host else ""
+        raise ValueError(
+            f"{name} must be on the device of hidden, {hidden.device}{host}; got {tensor.device}"
+        )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from focalkern.layout import sequence_of_output
-from focalkern.loss import FocalPOOutput
-from focalkern.pair_head import PairOutput
-from focalkern.pair_loss import PairLossOutput
+from focalkern.pairs.base import PairOutput
+from focalkern.pairs.focalpo import FocalPOOutput
+from focalkern.pairs.pair_loss import PairLossOutput
+from focalkern.rows import sequence_of
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def pair_gradient_norms(
         offsets = cu_seqlens.long()
         per_token = dhidden.float().square().sum(-1)
         squares = per_token.new_zeros(offsets.numel() - 1)
-        squares.index_add_(0, sequence_of_output(offsets, per_token.numel()), per_token)
+        squares.index_add_(0, sequence_of(offsets, per_token.numel()), per_token)
     chosen, rejected = squares.chunk(2)
     return (chosen + rejected).sqrt()
 

@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils import _pytree
 
 from focalkern import checks
-from focalkern.functional import LinearLogps, linear_logps
+from focalkern.compiler import not_compiled
+from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
 
 
@@ -79,7 +80,7 @@ def lm_head_logps(
         return linear_logps(
             hidden,
             weight,
-            labels.to(hidden.device),
+            on_host_or_beside(hidden, labels),
             bias=bias,
             ignore_index=ignore_index,
             shift=shift,
@@ -91,13 +92,18 @@ def lm_head_logps(
             backend=backend,
             outputs=outputs,
             update=update,
-            cu_seqlens=None if cu_seqlens is None else cu_seqlens.to(hidden.device),
+            cu_seqlens=None if cu_seqlens is None else on_host_or_beside(hidden, cu_seqlens),
         )
 
     for name, value in (("hidden", hidden), ("labels", labels)):
         if not checks.is_dtensor(value):
             checks.check_tensor(name, value)
     return call_head(lm_head, hidden, logps)
+
+
+def on_host_or_beside(hidden: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
+    """Labels on the host stay there, so that their forward does not wait for the device of hidden."""
+    return given if given.device.type == "cpu" else given.to(hidden.device)
 
 
 # DDP, with a static graph, finds the tensors of what a forward returns by pytrees only: unseen, their
@@ -115,7 +121,7 @@ HeadFunction = Callable[
 ]
 
 
-@torch.compiler.disable  # it swaps the forwards of modules
+@not_compiled  # it swaps the forwards of modules
 def call_head(
     head: nn.Module,
     hidden: torch.Tensor,  # [..., T, H]

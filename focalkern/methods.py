@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from focalkern import checks
-from focalkern.pair_loss import PairLoss, Pairs, check_function, function_name, parameters_of
+from focalkern.pairs.pair_loss import PairLoss, Pairs, check_function, function_name, parameters_of
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 

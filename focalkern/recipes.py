@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from focalkern.loss import FusedFocalPOLoss
+from focalkern.pairs.focalpo import FusedFocalPOLoss
 
 _FOCALPO = "FocalPO, section 4 and App. C"
 _DYNAMIC = "DynamicFocalPO, section 5 and Table 3"

@@ -155,12 +155,17 @@ def agree(
     assert error <= most, f"{name}: {error:.2e} relative, at most {most:.1e} expected"
 
 
-def agree_in_fields(actual: object, expected: object, *left_out: str) -> None:
+def agree_in_fields(
+    actual: object,
+    expected: object,
+    *left_out: str,
+    exact: object = None,  # in float64, as in `agree`
+) -> None:
     """The tensors of two outputs of a loss."""
     for field in fields(actual):  # type: ignore[arg-type]
         value = getattr(actual, field.name)
         if isinstance(value, torch.Tensor) and field.name not in left_out:
-            agree(field.name, value, getattr(expected, field.name))
+            agree(field.name, value, getattr(expected, field.name), getattr(exact, field.name, None))
 
 
 def same_on_ranks(**values: torch.Tensor) -> None:

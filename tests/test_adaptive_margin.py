@@ -14,8 +14,8 @@ from test_loss import Batch
 from tolerance import assert_as_accurate, relative_error
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, linear_kl, reference
-from focalkern.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin
 from focalkern.methods import tdpo1, tdpo2
+from focalkern.pairs.adaptive_margin import IMPLICIT_REFERENCES, RunningMoments, implicit_margin
 
 LENGTHS = (4, 2, 5, 6, 3, 1, 5, 3, 6, 2)
 

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tolerance import assert_as_accurate, relative_error
 
-import focalkern.autograd
+import focalkern.logps.function
 from focalkern import FusedFocalPOLoss, linear_logps
 
 DTYPES = [torch.float32, *LOW_PRECISION]
@@ -106,8 +106,8 @@ def kept(monkeypatch):
         found["keep"] = selection.keep
         return list_pairs(selection, counts)
 
-    list_pairs = focalkern.autograd.list_pairs
-    monkeypatch.setattr(focalkern.autograd, "list_pairs", spy)
+    list_pairs = focalkern.logps.function.list_pairs
+    monkeypatch.setattr(focalkern.logps.function, "list_pairs", spy)
 
     def in_labels(problem):
         keep = torch.zeros(len(problem.labels), found["keep"].shape[1], dtype=torch.bool, device=DEVICE)
@@ -291,7 +291,7 @@ def test_a_token_without_gradient_spreads_no_nan(backend):
 def test_the_triton_workspace_is_honoured(backend, monkeypatch):
     if backend != "triton":
         pytest.skip("the torch backend works on groups of a fixed size")
-    from focalkern.backends import triton_certified
+    from focalkern.logps import triton_certified
 
     sizes, empty = [], torch.empty
 
@@ -302,7 +302,7 @@ def test_the_triton_workspace_is_honoured(backend, monkeypatch):
 
     problem = Problem(tokens=150)
     largest_block_bytes = 150 * (128 + 128) * 4
-    monkeypatch.setattr(focalkern.autograd, "WORKSPACE_BYTES", largest_block_bytes)
+    monkeypatch.setattr(focalkern.logps.function, "WORKSPACE_BYTES", largest_block_bytes)
     monkeypatch.setattr(triton_certified.torch, "empty", recorded)
     problem.run(backend)
     # dz and its product, of which two never live at once.
@@ -313,7 +313,7 @@ def test_the_triton_workspace_is_honoured(backend, monkeypatch):
 def test_the_workspace_does_not_change_the_result(workspace_bytes, backend, monkeypatch):
     problem = Problem(tokens=150, has_bias=True, softcap=50.0)
     whole = problem.run(backend)[1]
-    monkeypatch.setattr(focalkern.autograd, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(focalkern.logps.function, "WORKSPACE_BYTES", workspace_bytes)
     for sliced, gradient in zip(problem.run(backend)[1], whole, strict=True):
         # A row stands elsewhere in its tile, so that the last digit of its logits may differ; in the exponent
         # of p, which the kernels form as the hardware does, by a product with log2 e, that is another digit.

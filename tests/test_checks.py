@@ -427,9 +427,9 @@ class TestTritonBackendRefuses:
 
 def test_auto_takes_the_torch_backend_where_triton_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert focalkern.backends.select_backend("auto", torch.zeros(1)).__name__.endswith("torch_backend")
+    assert focalkern.backends.select_backend("auto", torch.zeros(1)) == "torch"
     double = torch.zeros(1, dtype=torch.float64)
-    assert focalkern.backends.select_backend("auto", double).__name__.endswith("torch_backend")
+    assert focalkern.backends.select_backend("auto", double) == "torch"
 
 
 @pytest.mark.parametrize("loss", [FusedFocalPOLoss(reference_free=True), linear_logps], ids=["loss", "logps"])

@@ -27,8 +27,15 @@ from rank_threads import default_group, run_ranks_as_threads
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from focalkern import LinearLogps, VocabShard, linear_logps
-from focalkern.checks import OUTPUTS
-from focalkern.distributed import PendingSums, SumOverSlices, all_gather, all_gather_once, copies_within
+from focalkern.distributed import (
+    AsyncReduction,
+    SumOverSlices,
+    all_gather,
+    check_same_pairs,
+    copies_within,
+    gathered_numbers,
+)
+from focalkern.records import OUTPUTS
 
 
 @pytest.fixture
@@ -101,6 +108,77 @@ def test_labels_are_those_of_the_whole_vocabulary():
             ValueError, match=rf"^labels must be in \[0, {V}\) .*; got {V} at position \[0, 2\]"
         ):
             linear_logps(batch.hidden, batch.weight[rows], labels, vocab_shard=shard)
+
+    run_ranks_as_threads(2, run)
+
+
+OTHER_LABELS = {
+    "a label less": [IGNORED, 11, 12],
+    "a label more": [10, 11, 12, 13],
+    "another label": [10, 11, 13],
+    "another order": [11, 10, 12],
+    "another order, apart": [12, 11, 10],
+    "labels that add up to as much": [9, 12, 12],
+    "the same labels elsewhere": [10, IGNORED, 11, 12],
+    "out of range": [10, V, 12],
+    "negative": [10, -1, 12],
+    "out of range beyond int32": [10, 2**40, 12],
+}
+
+
+@pytest.mark.parametrize("other", OTHER_LABELS)
+@pytest.mark.parametrize("is_shifted", [False, True])
+def test_labels_that_differ_between_the_ranks_are_refused_by_all_in_every_call(other, is_shifted):
+    """Before any rank looks whether its own are in range: what only one raised, the others would wait for."""
+    hidden, weight = torch.randn(5, H), torch.randn(V, H)
+    of_first, of_last = torch.full((2, 5), IGNORED)
+    of_first[1:4] = torch.tensor([10, 11, 12])
+    of_last[1 : 1 + len(OTHER_LABELS[other])] = torch.tensor(OTHER_LABELS[other])
+
+    def run(group):
+        rows, shard = shard_of(group, [0, 300, 600, V])
+
+        def call(labels):
+            return linear_logps(hidden, weight[rows], labels, shift=is_shifted, vocab_shard=shard)
+
+        expected = call(of_first).logps
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"^hidden and labels must be the same.*checksums of labels"):
+                call(of_last if group.rank() == 2 else of_first)
+            assert torch.equal(call(of_first).logps, expected)
+
+    run_ranks_as_threads(3, run)
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+def test_what_takes_a_gradient_on_one_rank_alone_is_refused_by_all(name):
+    """The backward of one rank would wait for that of the other."""
+    labels = torch.tensor([IGNORED, 10, 11, 12, IGNORED])
+    inputs = {"hidden": torch.randn(5, H), "weight": torch.randn(V, H)}
+
+    def run(group):
+        rows, shard = shard_of(group, [0, 600, V])
+        own = {"hidden": inputs["hidden"].clone(), "weight": inputs["weight"][rows].clone()}
+        own[name].requires_grad_(group.rank() == 0)
+        with pytest.raises(ValueError, match="whether gradients are taken"):
+            linear_logps(**own, labels=labels, vocab_shard=shard)
+
+    run_ranks_as_threads(2, run)
+
+
+@pytest.mark.parametrize("other", OTHER_LABELS)
+def test_a_loss_refuses_labels_that_differ_between_the_ranks_too(other):
+    batch = make_batch()
+    labels = batch.labels.clone()
+    labels[1, 2:6] = torch.tensor([10, 11, 12, IGNORED])
+    others = labels.clone()
+    others[1, 2 : 2 + len(OTHER_LABELS[other])] = torch.tensor(OTHER_LABELS[other])
+
+    def run(group):
+        rows, shard = shard_of(group, [0, 600, V])
+        given = others if group.rank() else labels
+        with pytest.raises(ValueError, match=r"^hidden and labels must be the same.*checksums of labels"):
+            make_loss("SimPO")(batch.hidden, batch.weight[rows], given, vocab_shard=shard)
 
     run_ranks_as_threads(2, run)
 
@@ -326,14 +404,14 @@ def test_sums_over_slices_do_not_count_a_gradient_twice():
         assert torch.equal(grad, 2 * values.sum(0))
 
 
-def test_pending_sums_are_there_after_waiting():
+def test_reductions_are_complete_after_waiting():
     def run(group):
-        sums = PendingSums(group)
+        reduction = AsyncReduction(group)
         first, second = torch.ones(3), torch.full((2,), float(group.rank()))
-        sums.start(first)
-        sums.start(second)
-        sums.wait()
-        sums.wait()  # nothing is under way any more
+        reduction.start(first)
+        reduction.start(second)
+        reduction.wait()
+        reduction.wait()  # nothing is under way any more
         return first, second
 
     for first, second in run_ranks_as_threads(3, run):
@@ -354,13 +432,25 @@ def test_what_is_gathered_keeps_its_bits_and_its_shape():
         assert gathered[1, 0].view(torch.int32).tolist() == [1, -5, 2**31 - 1]
 
 
-def test_numbers_of_all_ranks_come_in_their_order():
+def test_numbers_of_all_ranks_come_in_their_order_in_every_call():
+    large = 2**63 - 1  # a checksum may be any int64
+
     def run(group):
-        for _ in range(2):  # on the CPU in every call
-            gathered = all_gather_once(group, torch.device("cpu"), ("use",), lambda: [1, group.rank()])
-            assert gathered == [[1, 0], [1, 1]]
+        for call in range(3):
+            gathered = gathered_numbers(group, torch.device("cpu"), [call, group.rank(), large])
+            assert gathered == [[call, 0, large], [call, 1, large]]
 
     run_ranks_as_threads(2, run)
+
+
+def test_numbers_of_sequences_are_compared_in_every_call():
+    def run(group):
+        for _ in range(2):
+            check_same_pairs(group, torch.device("cpu"), 4)
+            with pytest.raises(ValueError, match=r"^labels must be slices of the same.*are \[4, 6, 8\]"):
+                check_same_pairs(group, torch.device("cpu"), 4 + 2 * group.rank())
+
+    run_ranks_as_threads(3, run)
 
 
 @pytest.mark.parametrize(

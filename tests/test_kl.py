@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from largest import Largest
 from tolerance import assert_as_accurate, relative_error
 
-from focalkern import reference
-from focalkern.kl import linear_kl
+from focalkern import linear_kl, reference
 
 DTYPES = [torch.float32, *LOW_PRECISION]
 EPS = torch.finfo(torch.float32).eps

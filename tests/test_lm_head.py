@@ -66,6 +66,21 @@ def assert_same(ours: LinearLogps, theirs: LinearLogps, parameters: list[torch.T
         assert relative_error(actual, expected) <= TOLERANCE
 
 
+def test_labels_on_the_host_stay_there(hidden, labels, monkeypatch):
+    """Whatever the device of hidden: on one that computes, the forward would wait to look at them."""
+    given = []
+
+    def recorded(hidden, weight, labels, *, cu_seqlens, **options):
+        given.append((hidden.device.type, labels.device.type, cu_seqlens.device.type))
+        return LinearLogps(torch.zeros(labels.shape))
+
+    monkeypatch.setattr("focalkern.lm_head.linear_logps", recorded)
+    on_meta, cu_seqlens = hidden[0].to("meta"), torch.tensor([0, 9])
+    lm_head_logps(head().to("meta"), on_meta, labels[0], cu_seqlens=cu_seqlens)
+    lm_head_logps(head().to("meta"), on_meta, labels[0].to("meta"), cu_seqlens=cu_seqlens.to("meta"))
+    assert given == [("meta", "cpu", "cpu"), ("meta", "meta", "meta")]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "options",

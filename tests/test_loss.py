@@ -15,7 +15,7 @@ from conftest import DEVICE, LOW_PRECISION
 from tolerance import assert_as_accurate
 
 from focalkern import Certificate, FocalPOOutput, FusedFocalPOLoss, linear_logps, reference
-from focalkern.objective import MODULATIONS
+from focalkern.pairs.objective import MODULATIONS
 
 FIELDS = ("losses", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "prob", "weight")
 OBJECTIVES = {

@@ -11,7 +11,7 @@ from tolerance import assert_as_accurate, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import focalkern.autograd
+import focalkern.logps.function
 from focalkern import LowRankUpdate, linear_logps, reference
 
 DTYPES = [torch.float32, *LOW_PRECISION]
@@ -261,13 +261,13 @@ def test_two_runs_are_bitwise_equal(tau, dtype, backend):
 def kept(monkeypatch):
     """The (completion token, block) pairs of the last certified backward."""
     found = []
-    list_pairs = focalkern.autograd.list_pairs
+    list_pairs = focalkern.logps.function.list_pairs
 
     def spy(selection, counts):
         found.append(selection.keep)
         return list_pairs(selection, counts)
 
-    monkeypatch.setattr(focalkern.autograd, "list_pairs", spy)
+    monkeypatch.setattr(focalkern.logps.function, "list_pairs", spy)
     return found
 
 
@@ -362,7 +362,7 @@ def test_the_workspace_does_not_change_the_result(workspace_bytes, backend, monk
         return head.gradients(vars(head.run(leaves, backend, tau=TAU)), leaves)
 
     whole = measure()
-    monkeypatch.setattr(focalkern.autograd, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(focalkern.logps.function, "WORKSPACE_BYTES", workspace_bytes)
     for name, gradient in measure().items():
         # Each logit is summed anew, in a tile with other rows.
         assert relative_error(gradient, whole[name]) <= head.conditioning() / 10 * EPS, name

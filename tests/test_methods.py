@@ -19,7 +19,7 @@ from test_loss import Batch
 from tolerance import assert_as_accurate, relative_error
 
 from focalkern import FusedPairLoss, check_pair_loss, methods
-from focalkern.pair_loss import Pairs
+from focalkern.pairs.pair_loss import Pairs
 
 PAIRS = 5
 LOG_SUM_SQ = ("log_sum_sq_probs",)

@@ -14,9 +14,10 @@ from conftest import DEVICE, INTERPRETED, LOW_PRECISION
 from tolerance import assert_as_accurate, relative_error
 
 from focalkern import FusedFocalPOLoss, linear_logps, reference
-from focalkern.backends import HeadInputs, LogitTransform, PairObjective, select_backend
-from focalkern.layout import Sequences, pick_rows
-from focalkern.objective import MODULATIONS, modulated_nll, pair_loss
+from focalkern.logps.function import form_of
+from focalkern.pairs import functions as pair_functions
+from focalkern.pairs.objective import MODULATIONS, modulated_nll, pair_loss
+from focalkern.records import Head, LogitTransform, PairConstants, PairObjective
 
 EPS = torch.finfo(torch.float32).eps
 FLOAT_OUTPUTS = ("entropy", "mean_logits", "log_sum_sq_probs")
@@ -80,12 +81,12 @@ def test_the_forward_keeps_one_minus_p_to_rounding(one_minus_p, backend):
     rest = z.scatter(1, labels[:, None], -math.inf).logsumexp(-1)
     exact = torch.sigmoid(rest - z.gather(1, labels[:, None]).squeeze(1))
 
-    rows = pick_rows(labels, len(labels), -100, synchronize=True)
-    module = select_backend(backend, hidden)
-    result = module.head_forward(HeadInputs(hidden, weight), rows, LogitTransform(), ())
+    form, head = form_of(backend), Head(hidden, weight)
+    blocks = form.block_statistics(head, labels, LogitTransform(), ())
+    values, saved = form.reduced(blocks, labels, head, ())
     # 25·eps of the logit, as above, and a few roundings of the sum.
-    assert ((result.one_minus_p.double() / exact - 1).abs() <= 40 * EPS).all()
-    assert ((result.logps.double() / torch.log1p(-exact) - 1).abs() <= 40 * EPS).all()
+    assert ((saved.one_minus_p.double() / exact - 1).abs() <= 40 * EPS).all()
+    assert ((values.logps.double() / torch.log1p(-exact) - 1).abs() <= 40 * EPS).all()
 
 
 # Offsets, long sums, saturation
@@ -131,8 +132,7 @@ def test_the_sum_over_a_long_sequence_keeps_fp32_accuracy(length, backend):
     # Of one sign and of like size, as in a real sequence: added one by one in fp32 they are off by 1e-5.
     logps = -torch.rand(2 * length, generator=torch.Generator().manual_seed(0)).to(DEVICE) - 0.3
     offsets = torch.tensor([0, length, 2 * length], device=DEVICE)
-    sequences = Sequences(offsets, offsets.diff())
-    sums = select_backend(backend, logps).sequence_sums(logps, sequences)
+    sums = pair_functions.form_of(backend).sequence_sums(logps, offsets)
     exact = logps.double().view(2, -1).sum(-1)
     # 8 additions in each of 1024 lanes and a tree of 10 levels: 18 roundings of half an eps at worst.
     assert ((sums.double() / exact - 1).abs() <= 1e-6).all()
@@ -354,7 +354,7 @@ def test_pair_loss_is_accurate_and_finite_for_any_logit(modulation, gamma, label
     logps = torch.cat([u, torch.zeros_like(u)])
     lengths = torch.ones(2 * pairs, dtype=torch.int64, device=DEVICE)
     objective = PairObjective(1.0, gamma, modulation, 0.0, False, label_smoothing)
-    result = select_backend(backend, logps).pair_forward(logps, None, lengths, None, objective)
+    result = pair_functions.form_of(backend).pair_forward(logps, PairConstants(lengths), objective)
 
     rounded_gamma = torch.tensor(gamma).item()
     losses, slope = pair_loss(u.double(), rounded_gamma, modulation, label_smoothing)

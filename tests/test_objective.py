@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from focalkern import reference
-from focalkern.autograd import PairLossFunction, SequenceSumFunction
-from focalkern.backends import PairObjective, torch_backend
-from focalkern.layout import Sequences
-from focalkern.objective import MODULATIONS, modulated_nll, pair_loss, sequence_scores
+from focalkern.pairs.functions import PairLossFunction, SequenceSumFunction
+from focalkern.pairs.objective import MODULATIONS, modulated_nll, pair_loss, sequence_scores
+from focalkern.records import PairConstants, PairObjective
 
 GAMMAS = (0.0, 0.05, 0.5, 1.0)
 EPS = torch.finfo(torch.float64).eps
@@ -159,8 +158,8 @@ def test_gradient_in_the_log_probs_passes_gradcheck(modulation, reference_free, 
     chosen = objective(modulation=modulation, **changes)
 
     def losses(logps, margin):
-        sums = SequenceSumFunction.apply(logps, Sequences(offsets, lengths), torch_backend)
-        return PairLossFunction.apply(sums, ref_logps, lengths, margin, chosen, torch_backend)[0]
+        sums = SequenceSumFunction.apply(logps, offsets, "torch")
+        return PairLossFunction.apply(sums, margin, PairConstants(lengths, ref_logps), chosen, "torch")[0]
 
     margin = torch.randn(3, dtype=torch.float64)
     assert torch.autograd.gradcheck(losses, (logps.requires_grad_(), margin.requires_grad_()))
@@ -186,7 +185,7 @@ def test_gamma_zero_is_dpo_in_loss_and_gradient(modulation):
     ref_logps = torch.randn(8, dtype=torch.float64)
     lengths = torch.ones(8, dtype=torch.int64)
     dpo = objective(gamma=0.0, modulation=modulation)
-    losses = PairLossFunction.apply(logps, ref_logps, lengths, None, dpo, torch_backend)[0]
+    losses = PairLossFunction.apply(logps, None, PairConstants(lengths, ref_logps), dpo, "torch")[0]
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
 
     chosen, rejected = (logps - ref_logps).chunk(2)

@@ -20,7 +20,7 @@ from test_loss import Batch
 from tolerance import assert_as_accurate
 
 from focalkern import Certificate, FusedFocalPOLoss, FusedPairLoss, check_pair_loss, methods, reference
-from focalkern.pair_loss import Pairs
+from focalkern.pairs.pair_loss import Pairs
 
 EPS = torch.finfo(torch.float32).eps
 VALUES = ("losses", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "prob")

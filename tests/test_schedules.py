@@ -14,7 +14,8 @@ import torch
 from test_loss import Batch
 from tolerance import relative_error
 
-from focalkern import CosineGamma, ExponentialGamma, FusedFocalPOLoss, GammaSchedule, LinearGamma, loss
+from focalkern import CosineGamma, ExponentialGamma, FusedFocalPOLoss, GammaSchedule, LinearGamma
+from focalkern.pairs import focalpo
 
 SCHEDULES = {
     LinearGamma: lambda t, T: 0.1 - (0.1 - 0.01) * t / T,
@@ -151,7 +152,7 @@ def test_a_bad_step_is_refused(step, exception):
 
 
 def test_a_schedule_that_nobody_moves_is_pointed_out(monkeypatch):
-    monkeypatch.setattr(loss, "_BATCHES_BEFORE_WARNING", 3)
+    monkeypatch.setattr(focalpo, "_BATCHES_BEFORE_WARNING", 3)
     batch = Batch((2, 1))
     forgotten, moved = (FusedFocalPOLoss.dynamic(10) for _ in range(2))
     moved.set_step(0)

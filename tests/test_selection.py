@@ -10,18 +10,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import focalkern.selection
-from focalkern.certificate import LeftOut
-from focalkern.layout import Rows
-from focalkern.selection import (
+import focalkern.logps.selection
+from focalkern.logps.certificate import DroppedMass
+from focalkern.logps.selection import (
     MAX_WEIGHTED_MASS,
-    automatic_tau,
+    Selection,
     count_pairs,
     gradient_scale,
     list_pairs,
-    row_gradients,
     select_pairs,
 )
+from focalkern.options import automatic_tau
 
 
 def block_statistics(n, vocab_size, sharpness, seed=0):
@@ -37,13 +36,6 @@ def block_statistics(n, vocab_size, sharpness, seed=0):
     block_lse = rest.unflatten(1, (-1, 128)).logsumexp(-1)
     mass = (block_lse - lse[:, None]).exp()
     return block_lse.float(), lse.float(), one_minus_p.float(), targets, g.float(), mass
-
-
-def rows_of(targets, count=None):
-    n = len(targets)
-    index = torch.arange(n)
-    count = torch.tensor([n if count is None else count], dtype=torch.int32)
-    return Rows(index, index, targets, count, torch.Size([n]))
 
 
 @given(
@@ -155,7 +147,7 @@ def test_largest_error_is_that_of_the_worst_row():
     dropped = torch.where(selection.keep, 0.0, mass).sum(1)
     assert dropped.amax() > 0
     expected = (g.double().abs() * dropped).amax().item()
-    left_out = LeftOut.of(selection, count_pairs(selection, rows_of(targets)), g)
+    left_out = DroppedMass.of(selection, count_pairs(selection), g)
     assert left_out.largest_error.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -190,7 +182,7 @@ def test_an_infinite_gradient_is_kept_whole():
 def test_lists_are_per_block_with_ascending_rows():
     block_lse, lse, one_minus_p, targets, g, _ = block_statistics(30, 1500, 6.0)
     selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
-    counts = count_pairs(selection, rows_of(targets))
+    counts = count_pairs(selection)
     pairs = list_pairs(selection, counts)
     expected = [(b, t) for b in range(12) for t in range(30) if selection.keep[t, b]]
     assert list(zip(pairs.block.tolist(), pairs.row.tolist(), strict=True)) == expected
@@ -206,33 +198,17 @@ def test_selection_in_pieces_is_the_same(name, value, monkeypatch):
 
     def select():
         selection = select_pairs(*statistics, targets, g, 1e-3)
-        pairs = list_pairs(selection, count_pairs(selection, rows_of(targets)))
+        pairs = list_pairs(selection, count_pairs(selection))
         return selection.keep, selection.dropped_mass, pairs.row, pairs.block
 
     whole = select()
-    monkeypatch.setattr(focalkern.selection, name, value)
+    monkeypatch.setattr(focalkern.logps.selection, name, value)
     assert all(torch.equal(a, b) for a, b in zip(select(), whole, strict=True))
 
 
-def test_entries_past_the_count_take_no_part():
-    block_lse, lse, one_minus_p, targets, g, _ = block_statistics(30, 1500, 6.0)
-    rows = rows_of(targets, count=20)
-    for statistic in (block_lse, lse, one_minus_p):
-        statistic[20:] = math.nan
-    gradients = row_gradients(g, rows)
-    assert gradients[:20].equal(g[:20])
-    selection = select_pairs(block_lse, lse, one_minus_p, targets, gradients, 1e-3)
-    counts = count_pairs(selection, rows)
-    assert not selection.keep[20:].any()
-    assert counts.share == counts.total / (12 * 20)
-    assert math.isfinite(LeftOut.of(selection, counts, gradients).largest_error)
-
-
 def test_no_token_is_a_share_of_one():
-    *statistics, targets, g, _ = block_statistics(5, 300, 6.0)
-    rows = rows_of(targets, count=0)
-    selection = select_pairs(*statistics, targets, row_gradients(g, rows), 1e-3)
-    assert count_pairs(selection, rows).share == 1.0
+    selection = Selection(torch.empty(0, 3, dtype=torch.bool), torch.empty(0))
+    assert count_pairs(selection).share == 1.0
 
 
 def test_automatic_threshold_follows_the_dtype():

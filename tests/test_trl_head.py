@@ -15,9 +15,8 @@ from tiny import TINY
 from tolerance import relative_error
 from torch import nn
 
-from focalkern import FusedFocalPOLoss
-from focalkern.functional import linear_logps
-from focalkern.trl.head import add_fused_lm_head, check_head, logit_scale_of
+from focalkern import FusedFocalPOLoss, LinearLogps, linear_logps
+from focalkern.trl.head import add_fused_lm_head, check_head, logit_scale_of, module_logps
 
 VOCAB_SIZE = 300
 OUTPUTS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs", "mean_logits_everywhere")
@@ -570,6 +569,23 @@ def test_options_reach_the_operator(batch):
 
     add_fused_lm_head(model, backward="exact")
     assert model(**batch, fused_lm_head=True).dropped_mass is None
+
+
+def test_labels_on_the_host_stay_there(batch, monkeypatch):
+    """Whatever the device of hidden: on one that computes, the forward would wait to look at them."""
+    given = []
+
+    def recorded(hidden, weight, labels, **options):
+        given.append((hidden.device.type, labels.device.type))
+        return LinearLogps(torch.zeros(labels.shape))
+
+    monkeypatch.setattr("focalkern.trl.head.linear_logps", recorded)
+    head, hidden = nn.Linear(8, VOCAB_SIZE, device="meta"), torch.empty(4, 12, 8, device="meta")
+    for labels in (batch["labels"], batch["labels"].to("meta")):
+        module_logps(
+            head, hidden, labels, shift=True, in_fp32=False, options={"outputs": (), "softcap": None}
+        )
+    assert given == [("meta", "cpu"), ("meta", "meta")]
 
 
 def test_labels_must_be_given(batch):

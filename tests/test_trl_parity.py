@@ -21,7 +21,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 from trl_tiny import tokenizer_of
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, methods
-from focalkern.pair_loss import Pairs
+from focalkern.pairs.pair_loss import Pairs
 
 THINGS = {"sky": "blue", "sea": "green", "door": "brown", "hat": "red", "old stone house": "grey"}
 RECORDS = [

@@ -172,8 +172,8 @@ def test_training_is_what_it_was(case, tokenizer, saved_model, tmp_path, monkeyp
 
     own, own_update = train(tmp_path / "own")
     calls = []
-    own_logps = head_module.head_logps
-    monkeypatch.setattr(head_module, "head_logps", lambda *args: calls.append(1) or own_logps(*args))
+    own_logps = head_module.module_logps
+    monkeypatch.setattr(head_module, "module_logps", lambda *args: calls.append(1) or own_logps(*args))
     with focalkern.trl.patch():
         ours, update = train(tmp_path / "ours")
 

@@ -407,13 +407,17 @@ def test_autocast_costs_no_more_than_in_trl(tmp_path):
 
 
 def test_the_reference_of_an_adapter_is_computed_in_advance_as_it_is_in_training(tmp_path):
-    """Under autocast too, which nothing but the trainer puts around a model before training."""
+    """Under autocast too, which nothing but the trainer puts around a model before training.
+
+    All batches are of one shape: on some CPUs (AMD EPYC, torch 2.13), a bf16 product of other rows rounds
+    otherwise.
+    """
     losses = []
     for precompute in (False, True):
         trainer = focal_trainer(
             tmp_path,
             seeded(llama),
-            options={"peft_config": lora(ADAPTERS["body"])},
+            options={"peft_config": lora(ADAPTERS["body"]), "records": RECORDS[:2]},
             bf16=True,
             precompute_ref_log_probs=precompute,
         )

@@ -9,25 +9,19 @@ from typing import Any
 from trl import DPOConfig
 
 from focalkern import checks
-from focalkern.adaptive_margin import IMPLICIT_REFERENCES, needs_reference
-from focalkern.loss import FusedFocalPOLoss
 from focalkern.methods import F_DIVERGENCES
-from focalkern.objective import MODULATIONS
+from focalkern.options import BACKENDS, BACKWARDS, HeadOptions
+from focalkern.pairs.adaptive_margin import IMPLICIT_REFERENCES, needs_reference
+from focalkern.pairs.focalpo import FusedFocalPOLoss
+from focalkern.pairs.objective import MODULATIONS
 from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
-from focalkern.trl.loss_types import FOCALPO, LOSS_TYPES
+from focalkern.trl.loss_types import FOCALPO, LOSS_TYPES, SMOOTHED
 
 GAMMA = 0.05
 SCHEDULES: dict[str, type[GammaSchedule]] = {
     "linear": LinearGamma,
     "exponential": ExponentialGamma,
     "cosine": CosineGamma,
-}
-# TRL's losses with label smoothing, and which ends of [0, 0.5] they leave out.
-_SMOOTHED: dict[str, dict[str, bool]] = {
-    "exo_pair": {"exclude_low": True},
-    "robust": {"exclude_high": True},
-    "aot": {},
-    "aot_unpaired": {},
 }
 _OF_LOG_RATIOS = frozenset(
     ("nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down")
@@ -96,7 +90,7 @@ _COUNTS_WITH: tuple[_Condition, ...] = (
     (
         ("label_smoothing",),
         "a loss_type that has it (DPO with label smoothing is 'focalpo' with gamma=0)",
-        lambda config: not {FOCALPO, *_SMOOTHED}.isdisjoint(config.loss_type),
+        lambda config: not {FOCALPO, *SMOOTHED}.isdisjoint(config.loss_type),
     ),
     (("discopop_tau",), "loss_type 'discopop'", lambda config: "discopop" in config.loss_type),
     (
@@ -239,7 +233,7 @@ class FocalPOConfig(DPOConfig):
         metadata={
             "help": "Backward of the LM head: 'certified' leaves out the vocabulary blocks that are "
             "negligible to a token and says how much that was; 'exact' leaves nothing out.",
-            "choices": list(checks.BACKWARDS),
+            "choices": list(BACKWARDS),
         },
     )
     tau: str = field(
@@ -250,7 +244,7 @@ class FocalPOConfig(DPOConfig):
         default="auto",
         metadata={
             "help": "What the head runs on: 'auto', 'triton' or 'torch'.",
-            "choices": list(checks.BACKENDS),
+            "choices": list(BACKENDS),
         },
     )
 
@@ -273,7 +267,7 @@ class FocalPOConfig(DPOConfig):
             checks.check_number("loss_weights", weight)
         checks.check_number("beta", self.beta, low=0.0, exclude_low=True)
         checks.check_number("alpha", self.alpha, low=0.0)
-        checks.check_head_options(-100, 1.0, None, 1.0, self.backward, self.tau, self.backend)
+        HeadOptions(backward=self.backward, tau=self.tau, backend=self.backend)
         self._check_trl_losses()
         for names, condition, holds in _COUNTS_WITH:
             for name in names:
@@ -325,8 +319,8 @@ class FocalPOConfig(DPOConfig):
 
     def _check_trl_losses(self) -> None:
         """What the losses themselves, or TRL's trainer, would refuse later and by other names."""
-        for name in _SMOOTHED.keys() & set(self.loss_type):
-            bounds: dict[str, Any] = {"low": 0.0, "high": 0.5, **_SMOOTHED[name]}
+        for name in SMOOTHED.keys() & set(self.loss_type):
+            bounds: dict[str, Any] = {"low": 0.0, "high": 0.5, **SMOOTHED[name]}
             checks.check_number("label_smoothing", self.label_smoothing, **bounds)
         if "discopop" in self.loss_type:
             checks.check_number("discopop_tau", self.discopop_tau, low=0.0, exclude_low=True)

@@ -24,15 +24,17 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from focalkern import checks
-from focalkern.backends import LogitTransform, select_backend
-from focalkern.backends.torch_tiles import transform_logits
-from focalkern.certificate import DroppedMass
-from focalkern.functional import LinearLogps, linear_logps
-from focalkern.lm_head import call_head, check_variants, resolve_head, would_unmerge
+from focalkern.backends import select_backend
+from focalkern.lm_head import call_head, check_variants, on_host_or_beside, resolve_head, would_unmerge
+from focalkern.logps.certificate import BackwardRecord
+from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.options import HeadOptions
+from focalkern.records import OUTPUTS, LogitTransform
+from focalkern.torch_logits import transform_logits
 
 # Beside `log_probs`, which is always there: what `linear_logps` has too, and one of our own.
-_OUTPUTS = (*checks.OUTPUTS, "mean_logits_everywhere")
+_OUTPUTS = (*OUTPUTS, "mean_logits_everywhere")
 # How architectures name what they do to the product of hidden and weight. MPT has a `logit_scale` that its
 # model in transformers does not look at.
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -52,7 +54,7 @@ class FusedHeadOutput(FusedCausalLMOutput):
     mean_logits_everywhere: torch.Tensor | None = None
     dropped_mass: torch.Tensor | None = None
     kept_share: torch.Tensor | None = None
-    dropped: DroppedMass | None = None  # behind `certificate()` of what comes of it
+    dropped: BackwardRecord | None = None  # behind `certificate()` of what comes of it
     vocab_group: dist.ProcessGroup | None = None  # the ranks that share the head
 
     def token_logps(self) -> LinearLogps:
@@ -115,7 +117,7 @@ def add_fused_lm_head(
         "tau": tau,
         "backend": backend,
     }
-    checks.check_head_options(ignore_index=-100, **options)
+    HeadOptions(**options)
     if not torch.cuda.is_available():  # else a model may yet be moved there
         select_backend(backend, model.get_output_embeddings().weight)
     _check_logits(model, options)
@@ -153,7 +155,7 @@ def _fused_forward(
         kwargs.setdefault("output_router_logits", True)
     backbone = model.base_model(*args, **kwargs)
 
-    tokens, mean_logits_everywhere = head_logps(
+    tokens, mean_logits_everywhere = module_logps(
         model.get_output_embeddings(), backbone.last_hidden_state, targets, shift, in_fp32, options
     )
     label_mask = (targets[:, 1:] if shift else targets).to(tokens.logps.device) != -100
@@ -186,7 +188,7 @@ def _fused_forward(
     )
 
 
-def head_logps(
+def module_logps(
     head: nn.Module,
     hidden: torch.Tensor,  # [S, T, H]
     labels: torch.Tensor,  # [S, T]
@@ -199,7 +201,7 @@ def head_logps(
     Beside it the mean logits of every position [S, T], where the outputs name them.
     """
     everywhere = "mean_logits_everywhere" in options["outputs"]
-    outputs = tuple(name for name in options["outputs"] if name in checks.OUTPUTS)
+    outputs = tuple(name for name in options["outputs"] if name in OUTPUTS)
     if everywhere and options["softcap"] is not None:
         outputs = (*outputs, "mean_logits")
     options = {**options, "outputs": outputs}
@@ -213,11 +215,12 @@ def head_logps(
     ) -> LinearLogps:
         nonlocal means
         call = functools.partial(linear_logps, hidden, weight, bias=bias, update=update)
-        tokens = call(labels.to(hidden.device), shift=shift, **options)
+        targets = on_host_or_beside(hidden, labels)
+        tokens = call(targets, shift=shift, **options)
         if everywhere and options["softcap"] is None:
             means = _mean_logits(hidden, weight, bias, update, options)
         elif everywhere:
-            means = _mean_softcapped_logits(call, tokens, labels.to(hidden.device), shift, options)
+            means = _mean_softcapped_logits(call, tokens, targets, shift, options)
         return tokens
 
     tokens = call_head(head, hidden, logps, in_fp32)

@@ -9,12 +9,12 @@ from collections.abc import Callable
 
 import torch
 
-from focalkern.adaptive_margin import RunningMoments
 from focalkern.diagnostics import pair_values
-from focalkern.functional import LinearLogps
-from focalkern.layout import aligned_labels
-from focalkern.loss import FocalPOOutput
-from focalkern.pair_head import PairOutput
+from focalkern.logps.operator import LinearLogps
+from focalkern.pairs.adaptive_margin import RunningMoments
+from focalkern.pairs.base import PairOutput
+from focalkern.pairs.focalpo import FocalPOOutput
+from focalkern.rows import aligned_labels
 
 # A sum over ranks of a 1-D tensor, and the values of all ranks of a per-pair one.
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -52,7 +52,7 @@ def token_metrics(
     }
 
 
-def pair_metrics(out: PairOutput, gather: Reduce) -> dict[str, torch.Tensor]:
+def logged_pair_metrics(out: PairOutput, gather: Reduce) -> dict[str, torch.Tensor]:
     """Means over the pairs of all ranks."""
     found = pair_values(out)
     values = {name: x for name, x in found.items() if name.startswith(("rewards/", "logps/"))}

@@ -24,7 +24,7 @@ from packaging.version import Version
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from focalkern import checks
+from focalkern.options import HeadOptions
 from focalkern.trl.head import FusedHeadOutput, NoAdapter, add_fused_lm_head, replaced
 from focalkern.trl.sharding import keep_output_dtype
 
@@ -94,7 +94,7 @@ def patch(*, backward: str = "certified", tau: str | float = "auto", backend: st
         ImportError, RuntimeError: TRL is not one that this was written for. Nothing is replaced then.
     """
     global _active
-    checks.check_head_options(-100, 1.0, None, 1.0, backward, tau, backend)
+    HeadOptions(backward=backward, tau=tau, backend=backend)
     options: dict[str, Any] = {"backward": backward, "tau": tau, "backend": backend}
     undo = ExitStack()
     if _active is not None:
@@ -286,7 +286,8 @@ def _orpo_forward(trainer: Any, model: torch.nn.Module, batch: dict) -> tuple[to
     nll_labels[pairs:] = -100
     # One head for both: TRL's collator makes the labels out of the ids.
     differ = (completion != -100) & (nll_labels != -100) & (completion != nll_labels)
-    checks.fail_if(differ.any(), "chosen_labels must be the input ids, or -100, in ORPO's batches", str)
+    if differ.any():
+        raise ValueError("chosen_labels must be the input ids, or -100, in ORPO's batches")
     outputs = _fused(trainer, model, inputs, torch.where(completion != -100, completion, nll_labels))
 
     token_logps = outputs.log_probs

@@ -21,8 +21,8 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import get_config_model_id, use_adapter
 
-from focalkern.functional import LinearLogps
-from focalkern.loss import FusedFocalPOLoss
+from focalkern.logps.operator import LinearLogps
+from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
@@ -34,8 +34,8 @@ from focalkern.trl.head import (
     is_whole,
     replaced,
 )
-from focalkern.trl.loss_types import MixedLoss
-from focalkern.trl.metrics import backward_metrics, margin_metrics, pair_metrics, token_metrics
+from focalkern.trl.metrics import backward_metrics, logged_pair_metrics, margin_metrics, token_metrics
+from focalkern.trl.mixed_loss import MixedLoss
 from focalkern.trl.sharding import check_sequences_are_whole, keep_output_dtype
 
 STATE_NAME = "focalpo_state.pt"
@@ -293,7 +293,7 @@ class FocalPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss
 
         metrics = token_metrics(tokens, labels, cu_seqlens, self._sum_over_ranks)
-        metrics |= pair_metrics(out, self.accelerator.gather)
+        metrics |= logged_pair_metrics(out, self.accelerator.gather)
         focal = self.loss_fn.focal
         if focal is not None and focal.alpha and focal.normalize_margin:
             metrics |= margin_metrics(focal.margin_statistics)
