@@ -1,8 +1,8 @@
-"""Ahead-of-time compilation of what the launcher would launch, for a GPU that need not be there.
+"""The kernels that the launchers would launch on a GPU, compiled for it ahead of time; it need not be there.
 
-`recorded_launches` runs the real launchers of `focalkern.backends` with every kernel replaced by a recorder;
-`launch_head` and `launch_kl` call them for a Llama-3 head on tensors without storage; `compile_launch`
-compiles a recorded launch and asks ptxas for its resources. Used by `resources.py` and by the tests.
+`compiled_launches` runs launchers on tensors without storage. Triton's own JIT specialises what it is given
+and compiles, for a driver that knows the architecture and nothing else; only the launch is left out.
+`launch_head` and `launch_kl` call the launchers for a Llama-3 head. Used by `resources.py` and by the tests.
 """
 
 from __future__ import annotations
@@ -18,153 +18,143 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-import triton
+from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
+from triton.backends.driver import DriverBase
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
-from focalkern.autograd import WORKSPACE_BYTES
-from focalkern.backends import (
-    VOCAB_BLOCK,
-    HeadInputs,
+from focalkern import triton_launch
+from focalkern.distributed import AsyncReduction
+from focalkern.kl import triton_form as kl
+from focalkern.logps import triton_form as logps
+from focalkern.logps.function import WORKSPACE_BYTES
+from focalkern.records import (
+    OUTPUTS,
+    Head,
+    KeptCounts,
+    KeptPairs,
+    KLForward,
     LogitTransform,
-    triton_backend,
-    triton_certified,
-    triton_kl,
-    triton_launch,
-    triton_products,
-    triton_tma,
+    Needs,
+    RowGradients,
+    Saved,
+    Tile,
 )
-from focalkern.distributed import PendingSums
-from focalkern.layout import Rows
-from focalkern.selection import KeptCounts, KeptPairs
-
-_TYPES = {
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.float32: "*fp32",
-    torch.int64: "*i64",
-    torch.int32: "*i32",
-    torch.int8: "*i8",
-}
-_OPTIONS = ("num_warps", "num_stages")
-MULTIPROCESSORS = 108  # of the GPU that is not there: an A100's
 
 
 @dataclass(frozen=True)
-class KernelLaunch:
-    """A kernel with the types its launcher gave it, as the JIT would specialise them."""
+class CompiledLaunch:
+    """A kernel as the JIT compiled it for one launch, and all that are alike."""
 
-    kernel: triton.JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    divisible_by_16: tuple[str, ...]
-    options: tuple[tuple[str, int], ...]
+    kernel: CompiledKernel
+    tile: Tile | None  # of kernels that multiply
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__
+        return self.kernel.metadata.name
+
+    @property
+    def num_warps(self) -> int:
+        return self.kernel.metadata.num_warps
+
+    @property
+    def num_stages(self) -> int:
+        return self.kernel.metadata.num_stages
+
+    @property
+    def shared_bytes(self) -> int:
+        return self.kernel.metadata.shared
+
+    @property
+    def ptx(self) -> str:
+        return self.kernel.asm["ptx"]
+
+    @property
+    def registers(self) -> int:
+        return self._resources["REG"]
+
+    @property
+    def spilled_bytes(self) -> int:
+        """The stack of a thread: the kernels put nothing there themselves."""
+        return self._resources["STACK"] + self._resources["LOCAL"]
+
+    @functools.cached_property
+    def _resources(self) -> dict[str, int]:
+        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._disassembled("-res-usage"))
+        return {name: int(number) for name, number in found}
+
+    @functools.cached_property
+    def machine_code(self) -> list[str]:
+        """The instructions, each with its address."""
+        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?;)", self._disassembled("-sass"), re.M)
+
+    def _disassembled(self, what: str) -> str:
+        # Shipped with Triton.
+        disassembler = Path(nvidia.__path__[0], "bin", "cuobjdump")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.kernel.asm["cubin"])
+            file.flush()
+            command = [disassembler, what, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def __str__(self) -> str:
-        flags = [f"{name}={value}" for name, value in self.constants if value not in (False, None)]
-        types = {kind for _, kind in self.signature if kind.startswith("*")}
-        return f"{self.name}({', '.join(flags + sorted(types))}) {dict(self.options)}"
+        types = sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature))))
+        return f"{self.name} {self.tile} {self.num_warps} warps, {self.num_stages} stages, {types}"
 
 
-@dataclass(frozen=True)
-class Resources:
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    ptx: str
+class _Driver(DriverBase):
+    """Of a GPU that is not there. Each architecture is a device to the JIT, with kernels of its own."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+    def get_benchmarker(self) -> None:
+        raise NotImplementedError
 
 
-def recorded_launches(arch: str, run: Callable[[], object]) -> list[KernelLaunch]:
-    """The distinct launches of `run()`, with the tiles of architecture `sm_{arch}`."""
-    launches: dict[KernelLaunch, None] = {}
-    with contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(triton_launch, "arch_of", lambda device: arch))
-        for module in (triton_products, triton_tma):
-            count = mock.patch.object(module, "multiprocessors", lambda device: MULTIPROCESSORS)
-            patches.enter_context(count)
-        backends = (triton_backend, triton_certified, triton_kl, triton_tma)
-        for module in (*(backend.kernels for backend in backends), triton_backend.pair_kernels):
-            for name, kernel in list(vars(module).items()):
-                if name.endswith("_kernel"):
-                    patches.enter_context(mock.patch.object(module, name, _Recorder(kernel, launches)))
-        run()
-    return list(launches)
+def compiled_launches(arch: str, run: Callable[[], object]) -> list[CompiledLaunch]:
+    """The distinct kernels that `run()` launches, with the tiles of architecture `sm_{arch}`."""
+    launches: dict[int, CompiledLaunch] = {}
+    compile_or_launch = JITFunction.run
 
-
-@functools.cache
-def compile_launch(launch: KernelLaunch, arch: str) -> Resources:
-    compiled = compiled_kernel(launch, arch)
-    capability, ptx = int(arch.removeprefix("sm_")), compiled.asm["ptx"]
-    suffix = "a" if capability >= 90 else ""
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name=sm_{capability}{suffix}", file.name]
-        report = subprocess.run(
-            [*command, "-o", "/dev/null"], capture_output=True, text=True, check=True
-        ).stderr
-    registers = re.search(r"Used (\d+) registers", report)
-    spills = re.findall(r"(\d+) bytes spill", report)
-    assert registers and spills, report
-    return Resources(int(registers[1]), sum(map(int, spills)), compiled.metadata.shared, ptx)
-
-
-def compiled_kernel(launch: KernelLaunch, arch: str) -> triton.compiler.CompiledKernel:
-    names = launch.kernel.arg_names
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in launch.divisible_by_16}
-    source = ASTSource(launch.kernel, dict(launch.signature), dict(launch.constants), attributes)
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    return triton.compile(source, target=target, options=dict(launch.options))
-
-
-def machine_code(launch: KernelLaunch, arch: str) -> list[str]:
-    """The instructions of the kernel, each with its address, from the disassembler shipped with Triton."""
-    disassembler = Path(get_ptxas(int(arch.removeprefix("sm_"))).path).with_name("cuobjdump")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled_kernel(launch, arch).asm["cubin"])
-        file.flush()
-        text = subprocess.run(
-            [disassembler, "-sass", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?;)", text, re.M)
-
-
-class _Recorder:
-    def __init__(self, kernel: triton.JITFunction, launches: dict[KernelLaunch, None]) -> None:
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+    def compile_only(
+        jit: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool, **kwargs: object
+    ) -> CompiledKernel:
         assert all(size > 0 for size in grid)
-        return self._record
+        kernel = compile_or_launch(jit, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in launches:
+            tile = next((Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, Tile)), None)
+            launches[id(kernel)] = CompiledLaunch(kernel, tile)
+        return kernel
 
-    def _record(self, *args: object, **kwargs: object) -> None:
-        options = tuple((name, kwargs.pop(name)) for name in _OPTIONS if name in kwargs)
-        arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
-        assert set(arguments) == set(self.kernel.arg_names), "the launcher's arguments are not the kernel's"
-        constexprs = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
-        signature, constants, divisible = {}, {}, []
-        for name in self.kernel.arg_names:
-            value = arguments[name]
-            if name in constexprs or value is None or (type(value) is int and value == 1):
-                signature[name], constants[name] = "constexpr", value
-            elif isinstance(value, torch.Tensor):
-                signature[name] = _TYPES[value.dtype]
-                divisible.append(name)
-            elif isinstance(value, int):
-                signature[name] = "i32" if abs(value) < 2**31 else "i64"
-                if value % 16 == 0:
-                    divisible.append(name)
-            else:
-                signature[name] = "fp32"
-        launch = KernelLaunch(
-            self.kernel, tuple(signature.items()), tuple(constants.items()), tuple(divisible), options
-        )
-        self.launches[launch] = None
+    with (
+        mock.patch.object(triton_launch, "arch_of", lambda device: arch),
+        mock.patch.object(driver, "_active", _Driver(int(arch.removeprefix("sm_")))),
+        mock.patch.object(JITFunction, "run", compile_only),
+    ):
+        run()
+    return list(launches.values())
 
 
 @contextlib.contextmanager
@@ -187,56 +177,29 @@ def launch_head(
     bias: bool = False,
     hidden_size: int = 4096,
     outputs: bool = False,
-    rank: int | None = None,
+    rank: int = 0,
     n: int = 8192,
     vocab_size: int = 128256,
     is_shard: bool = False,
 ) -> None:
-    """Run forward and backward launches of a Llama-3 head, or a shard of one, on tensors without storage."""
+    """Run forward, exact and certified backward of a Llama-3 head, or a shard of one, without storage."""
+    head = _head(dtype, n, hidden_size, vocab_size, bias)
+    if rank:
+        update = meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)
+        head = head._replace(update_hidden=update[0], update_weight=update[1])
+    names = OUTPUTS if outputs else ()
+    needs = Needs(True, True, bias, rank > 0, rank > 0)
+    common = head, meta(n, dtype=torch.int64), LogitTransform(softcap=softcap)
+    reduction = _NoReduction() if is_shard else None
 
-    head = HeadInputs(
-        meta(n, hidden_size, dtype=dtype),
-        meta(vocab_size, hidden_size, dtype=dtype),
-        meta(vocab_size, dtype=dtype) if bias else None,
-        *((meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)) if rank else ()),
-    )
-    needs = (True, True, bias, rank is not None, rank is not None)
-    index = meta(n, dtype=torch.int64)
-    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
-    transform = LogitTransform(softcap=softcap)
-    names = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs") if outputs else ()
-    if is_shard:
-        triton_backend.block_statistics(head, rows, transform, names)
-    else:
-        triton_backend.head_forward(head, rows, transform, names)
-    lse, one_minus_p, grad_entropy = meta(n), meta(n), meta(n) if outputs else None
-    sums = _NoSums() if is_shard else None
-    triton_backend.head_backward(
-        head, rows, transform, lse, one_minus_p, grad_entropy, meta(n), grad_entropy, needs, sums
-    )
-    triton_backend.head_backward_certified(
-        head,
-        rows,
-        transform,
-        lse,
-        one_minus_p,
-        meta(n),
-        kept_pairs(n, -(-vocab_size // VOCAB_BLOCK)),
-        2.0**-13,
-        needs,
-        WORKSPACE_BYTES,
-        sums,
-    )
-
-
-class _NoSums(PendingSums):
-    """In place of the other shards, which are not there."""
-
-    def __init__(self) -> None:
-        super().__init__(None)  # type: ignore[arg-type]
-
-    def start(self, *tensors: torch.Tensor) -> None:
-        pass
+    blocks = logps.block_statistics(*common, names)
+    if not is_shard:
+        logps.reduced(blocks, common[1], head, names)
+    entropy = meta(n) if outputs else None
+    saved = Saved(meta(n), meta(n), blocks.lse, entropy)
+    logps.exact_backward(*common, saved, RowGradients(meta(n), entropy), needs, reduction)
+    pairs = kept_pairs(n, blocks.lse.shape[1])
+    logps.certified_backward(*common, saved, meta(n), pairs, 2.0**-13, needs, WORKSPACE_BYTES, reduction)
 
 
 def launch_kl(
@@ -249,35 +212,39 @@ def launch_kl(
     n: int = 8192,
     vocab_size: int = 128256,
 ) -> None:
-    """Run forward and backward launches of two heads' KL on tensors without storage."""
-
-    def head(hidden_size: int, bias: bool) -> HeadInputs:
-        return HeadInputs(
-            meta(n, hidden_size, dtype=dtype),
-            meta(vocab_size, hidden_size, dtype=dtype),
-            meta(vocab_size, dtype=dtype) if bias else None,
-        )
-
-    policy, ref = head(hidden_size, bias), head(ref_hidden_size, ref_bias)
-    index = meta(n, dtype=torch.int64)
-    rows = Rows(index, index, index, meta(1, dtype=torch.int32), torch.Size([n]))
+    """Run forward and backward of two heads' KL without storage."""
+    policy = _head(dtype, n, hidden_size, vocab_size, bias)
+    ref = _head(dtype, n, ref_hidden_size, vocab_size, ref_bias)
     transform = LogitTransform(softcap=softcap)
-    forward = triton_backend.kl_forward(policy, ref, rows, transform)
-    triton_backend.kl_backward(
-        policy, ref, rows, transform, forward.lse, forward.ref_lse, meta(n), (True, True, bias, False, False)
+    kl.forward(policy, ref, transform)
+    saved = KLForward(meta(n), meta(n), meta(n))
+    kl.backward(policy, ref, transform, saved, meta(n), Needs(True, True, bias))
+
+
+def _head(dtype: torch.dtype, n: int, hidden_size: int, vocab_size: int, bias: bool) -> Head:
+    return Head(
+        meta(n, hidden_size, dtype=dtype),
+        meta(vocab_size, hidden_size, dtype=dtype),
+        meta(vocab_size, dtype=dtype) if bias else None,
     )
+
+
+class _NoReduction(AsyncReduction):
+    """In place of the other shards, which are not there."""
+
+    def __init__(self) -> None:
+        super().__init__(None)  # type: ignore[arg-type]
+
+    def start(self, *tensors: torch.Tensor) -> None:
+        pass
 
 
 def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
     """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
-    per_row, total = int(share * blocks), n * int(share * blocks)
-    row, block, per_block, per_n = (meta(size, dtype=torch.int64) for size in (total, total, blocks, n))
-    counts = KeptCounts(
-        per_block=per_block,
-        per_row=per_n,
-        per_block_host=torch.full((blocks,), total // blocks),
-        per_row_host=torch.full((n,), per_row),
-        total=total,
-        possible=n * blocks,
+    per_row = int(share * blocks)
+    row, block, per_block, per_n = (
+        meta(size, dtype=torch.int64) for size in (n * per_row, n * per_row, blocks, n)
     )
-    return KeptPairs(row=row, block=block, counts=counts)
+    of_blocks = torch.full((blocks,), n * per_row // blocks)
+    of_rows = torch.full((n,), per_row)
+    return KeptPairs(row, block, KeptCounts(per_block, per_n, of_blocks, of_rows))

@@ -12,10 +12,10 @@ from typing import Literal
 
 GB, MIB, GIB = 1e9, 2**20, 2**30
 VOCAB_BLOCK = 128
-WORKSPACE = 224 * MIB  # focalkern.autograd.WORKSPACE_BYTES
+WORKSPACE = 224 * MIB  # focalkern.logps.function.WORKSPACE_BYTES
 KEPT_SHARE = 52 / 1002  # of the (token, vocabulary block) pairs: docs/certified-backward.md
 PAIR_BYTES = 50  # of the lists of kept pairs, for each pair
-STATISTICS_BYTES = 12  # of a token and rank in the vocabulary-parallel forward: two numbers and a check
+STATISTICS_BYTES = 8  # of a completion token and rank in the vocabulary-parallel forward: two numbers
 ALPHA_BYTES = 4 * 8  # of a rank: what α-DPO's mean and deviation are made of
 
 
@@ -165,9 +165,8 @@ class Plan:
     @property
     def head(self) -> Head:
         """A vocabulary-parallel one works on the tokens of its whole group."""
-        ranks, batch = self.mode.tensor, self.batch
-        tokens, positions = ranks * batch.completion_tokens, ranks * batch.tokens
-        return Head(self.model, self.machine, tokens, positions, ranks, self.kept_share)
+        ranks = self.mode.tensor
+        return Head(self.model, self.machine, ranks * self.batch.completion_tokens, ranks, self.kept_share)
 
 
 # Collectives, as rings: bytes that each rank sends
@@ -197,16 +196,11 @@ def all_to_all(size: float, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Head:
-    """The head and its loss on one rank, with 1/`ranks` of the vocabulary.
-
-    Operations are those of the completion tokens. What is allocated and moved is of all positions of hidden
-    that the loss is given: how many of them are completions, a GPU knows and the host does not.
-    """
+    """The head and its loss on one rank, with 1/`ranks` of the vocabulary: of completion tokens alone."""
 
     model: Model
     machine: Machine
     tokens: int
-    positions: int
     ranks: int = 1
     kept_share: float = KEPT_SHARE
 
@@ -272,15 +266,15 @@ class Head:
 
     @property
     def statistics_sent(self) -> float:
-        return all_gather(STATISTICS_BYTES * self.positions * self.ranks, self.ranks)
+        return all_gather(STATISTICS_BYTES * self.tokens * self.ranks, self.ranks)
 
     @property
     def dhidden_sent(self) -> float:
-        return all_reduce(4 * self.positions * self.model.hidden, self.ranks)
+        return all_reduce(4 * self.tokens * self.model.hidden, self.ranks)
 
     @property
     def dropped_mass_sent(self) -> float:
-        return all_reduce(4 * self.positions, self.ranks)
+        return all_reduce(4 * self.tokens, self.ranks)
 
     # What dhidden's sum is hidden behind: the product of dweight that is left when dhidden is complete
 
@@ -289,7 +283,7 @@ class Head:
         """Vocabulary entries of a chunk of the exact backward: `vocab_chunk` of the library, in bf16."""
 
         def fitting(available: int) -> int:
-            return max(available // (2 * self.positions), VOCAB_BLOCK)
+            return max(available // (2 * self.tokens), VOCAB_BLOCK)
 
         vocab = math.ceil(self.vocab)
         chunk = max(min(fitting(64 * MIB), math.ceil(vocab / 4)), min(4096, vocab))
@@ -312,7 +306,7 @@ class Head:
 
     @property
     def statistics_bytes(self) -> float:
-        return 4 * self.positions * math.ceil(self.vocab / VOCAB_BLOCK)
+        return 4 * self.tokens * math.ceil(self.vocab / VOCAB_BLOCK)
 
     @property
     def backward_bytes(self) -> float:
@@ -320,9 +314,9 @@ class Head:
 
         In shards both have dhidden in fp32, to be summed over the group; the exact one's sums are it.
         """
-        numbers = 4 * self.positions * self.model.hidden
+        numbers = 4 * self.tokens * self.model.hidden
         certified = WORKSPACE + PAIR_BYTES * self.kept_pairs + (numbers if self.ranks > 1 else 0)
-        exact = 2 * self.positions * self.chunk + numbers
+        exact = 2 * self.tokens * self.chunk + numbers
         return max(certified, exact)
 
     @property
@@ -392,6 +386,8 @@ def head_bytes(plan: Plan, fused: bool = True) -> dict[str, float]:
     model, ranks, head = plan.model, plan.mode.tensor, plan.head
     in_root = plan.mode.kept == "root"
     states = 2 * plan.batch.tokens * ranks * model.hidden  # all tokens of the group
+    # The rows of completion tokens, and their dhidden, where these are not all tokens.
+    has_prompts = head.tokens < plan.batch.tokens * ranks
     held = {
         "weight": head.weight_bytes if plan.gathers else 0,
         "embedding, gathered with it": head.weight_bytes if in_root else 0,
@@ -401,6 +397,7 @@ def head_bytes(plan: Plan, fused: bool = True) -> dict[str, float]:
         "dhidden": states,
     }
     if fused:
+        held["rows of completions"] = 2 * 2 * head.tokens * model.hidden if has_prompts else 0
         return held | {"statistics": head.statistics_bytes, "backward": head.backward_bytes}
     return held | {"logits": head.logits_bytes}
 

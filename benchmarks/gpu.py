@@ -540,8 +540,7 @@ def tuning_lines(tuning: dict[str, Any] | None) -> list[str]:
         gain = tuning["gains"][kernel]
         if gain["speedup"] is None or gain["speedup"] > 1:
             size = "x".join(str(entry[name]) for name in ("block_m", "block_n", "block_k"))
-            flags = [name for name, value in entry.items() if value is True]
-            shape = ", ".join([size, f"{entry['num_warps']} warps", f"{entry['num_stages']} stages", *flags])
+            shape = f"{size}, {entry['num_warps']} warps, {entry['num_stages']} stages"
             faster = "" if gain["speedup"] is None else f", {gain['speedup']:.2f}x the shipped entry"
             lines.append(f"  {kernel}: {shape}: {gain['ms']:.3g} ms{faster}")
         else:

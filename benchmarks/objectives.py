@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 BETA = 0.1  # of DPO and FocalPO
 # Averages over tokens differ from pair to pair by this much through fp32 rounding alone, in units of their
-# size: then M* is 0, as in `focalkern.adaptive_margin`.
+# size: then M* is 0, as in `focalkern.pairs.adaptive_margin`.
 ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 

@@ -10,10 +10,10 @@ certified backward. As long as an entry of the launch table says `estimated`, it
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,8 +25,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.aot import KernelLaunch, compile_launch, launch_head, machine_code, recorded_launches
-from csrc_triton.launch import LAUNCH_TABLE, TMA_KERNELS, Launch, replace_entries
+from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head
 
 BASELINE = Path(__file__).with_name("compiled.json")
 
@@ -50,10 +49,6 @@ REGISTERS_AT_ONCE = 256  # a warp's registers are given out in multiples of this
 
 # As `launch_head` takes it. Beside Llama-3's 8192 rows: Gemma-2's softcap, and the tiles for few rows.
 VARIANTS = {"plain": {}, "softcap": {"softcap": 30.0}, "512 rows": {"n": 512}}
-# The tiles that a tuning run tries first where the kernels have a form with TMA.
-TMA_TILES = dict.fromkeys(TMA_KERNELS, Launch(128, 256, 64, 8, 3, tma=True)) | {
-    "bwd_dhidden": Launch(128, 128, 64, 8, 4, tma=True)
-}
 
 
 @dataclass(frozen=True)
@@ -93,51 +88,30 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compiled_kernels(arch: str) -> list[Compiled]:
-    """Every GEMM-shaped kernel of the shipped table, and on Hopper of the tiles with TMA."""
-    launches: dict[KernelLaunch, str] = {}
+    """Every kernel that has an entry in the launch table, in all variants."""
+    found: dict[int, Compiled] = {}
     for variant, options in VARIANTS.items():
-        for launch in launches_of(arch, lambda options=options: launch_head(torch.bfloat16, **options)):
-            launches.setdefault(launch, variant)
-    if arch == "sm_90":
-        for launch in with_entries(arch, TMA_TILES, lambda: launch_head(torch.bfloat16)):
-            launches.setdefault(launch, "TMA")
-    return [compiled(launch, variant, arch) for launch, variant in launches.items()]
+        for launch in compiled_launches(arch, functools.partial(launch_head, torch.bfloat16, **options)):
+            if launch.tile is not None and id(launch.kernel) not in found:
+                found[id(launch.kernel)] = compiled(launch, variant, arch)
+    return list(found.values())
 
 
-def launches_of(arch: str, run: Callable[[], None]) -> list[KernelLaunch]:
-    return [
-        launch
-        for launch in recorded_launches(arch, run)
-        if "BLOCK_K" in dict(launch.constants) and launch.options
-    ]
-
-
-def with_entries(arch: str, entries: dict[str, Launch], run: Callable[[], None]) -> list[KernelLaunch]:
-    shipped = LAUNCH_TABLE[arch][16]
-    replace_entries(arch, 16, entries)
-    try:
-        return launches_of(arch, run)
-    finally:
-        LAUNCH_TABLE[arch][16] = shipped
-
-
-def compiled(launch: KernelLaunch, variant: str, arch: str) -> Compiled:
-    resources, options = compile_launch(launch, arch), dict(launch.options)
-    programs = programs_per_multiprocessor(
-        arch, options["num_warps"], resources.registers, resources.shared_bytes
-    )
-    main_loop, tensor_core, others = instruction_mix(machine_code(launch, arch))
+def compiled(launch: CompiledLaunch, variant: str, arch: str) -> Compiled:
+    warps, registers, shared_bytes = launch.num_warps, launch.registers, launch.shared_bytes
+    programs = programs_per_multiprocessor(arch, warps, registers, shared_bytes)
+    main_loop, tensor_core, others = instruction_mix(launch.machine_code)
     return Compiled(
         launch.name.removesuffix("_kernel"),
         variant,
-        " × ".join(str(value) for name, value in launch.constants if re.fullmatch("BLOCK_[MNVK]", name)),
-        options["num_warps"],
-        options["num_stages"],
-        resources.registers,
-        resources.spilled_bytes,
-        resources.shared_bytes,
+        f"{launch.tile.m} × {launch.tile.n} × {launch.tile.k}",
+        warps,
+        launch.num_stages,
+        registers,
+        launch.spilled_bytes,
+        shared_bytes,
         programs,
-        programs * options["num_warps"] / MULTIPROCESSORS[arch].warps,
+        programs * warps / MULTIPROCESSORS[arch].warps,
         main_loop,
         tensor_core,
         others,

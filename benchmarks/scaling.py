@@ -30,6 +30,7 @@ from benchmarks.cost_model import (
     Model,
     Plan,
     alpha_transfer,
+    head_bytes,
     head_sent_by_engine,
     hiding_chunk,
     hiding_tokens,
@@ -184,13 +185,10 @@ RANKS = (2, 4, 8)
 
 
 def head_rows(case: Case, tokens: int = HEAD_TOKENS) -> list[tuple[str, Head]]:
-    """A group with these completion tokens, and nothing else in hidden: one rank, or more in both ways."""
-    one = Head(case.model, case.machine, tokens, tokens, kept_share=case.kept_share)
+    """A group with these completion tokens: one rank, or more in both ways."""
+    one = Head(case.model, case.machine, tokens, kept_share=case.kept_share)
     shards = [(f"{ranks}, by vocabulary", replace(one, ranks=ranks)) for ranks in RANKS]
-    slices = [
-        (f"{ranks}, by tokens", replace(one, tokens=tokens // ranks, positions=tokens // ranks))
-        for ranks in RANKS
-    ]
+    slices = [(f"{ranks}, by tokens", replace(one, tokens=tokens // ranks)) for ranks in RANKS]
     return [("1", one), *shards, *slices]
 
 
@@ -304,11 +302,12 @@ def head_in_short(cases: Sequence[Case]) -> str:
         shares.append(
             f"{case.model.name}, {exact} with the exact backward and {certified} with the certified"
         )
-    head = cases[0].plan(ZERO_3).head
-    held = mib(head.statistics_bytes + head.backward_bytes)
+    plan = cases[0].plan(ZERO_3)
+    head, parts = plan.head, head_bytes(plan)
+    held = mib(sum(parts[part] for part in ("rows of completions", "statistics", "backward")))
     return (
         f"**The head is a small part of the operations**: of those of {'; of those of '.join(shares)}. What "
-        f"a fused one saves is memory: at {head.tokens} completion tokens of {head.positions} it takes "
+        f"a fused one saves is memory: at {head.tokens} completion tokens of {plan.batch.tokens} it takes "
         f"{held} in place of {mib(head.logits_bytes)} for logits and their gradient."
     )
 
@@ -366,10 +365,8 @@ def overlap_note(cases: Sequence[Case]) -> str:
     return (
         "The exact backward forms dhidden over chunks of the vocabulary, so that only dweight of the last "
         f"chunk is left to hide its sum. On {tensor.tensor} ranks that takes a last chunk of {alone:,} "
-        "entries, whatever the sizes are, where hidden holds nothing but completions, and N/n times as many "
-        f"where it holds the prompts too. The library's last chunk has {few.last_chunk:,} entries at "
-        f"{few.positions:,} positions and {head.last_chunk:,} at {head.positions:,}. So give a "
-        "vocabulary-parallel head the positions of the completions alone, if you can."
+        f"entries, whatever the sizes are. The library's last chunk has {few.last_chunk:,} entries at "
+        f"{few.tokens:,} completion tokens and {head.last_chunk:,} at {head.tokens:,}."
     )
 
 

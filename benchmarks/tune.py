@@ -6,15 +6,14 @@
 Every candidate is run by the public function in the place of the shipped entry, on input as sharp as a
 trained LM's; its results are compared with the shipped entry's, block by block, and with its own of a second
 run, which are to be equal in every bit; only its own kernel is timed. Nothing that a candidate does can end
-the sweep: it is compiled in a process of its own, without the GPU, into triton's cache on disk, and measured
-in a process that is started anew when a candidate has taken it down.
+the sweep: it is compiled in another process, without the GPU, into triton's cache on disk, and measured in a
+process that is started anew when a candidate has taken it down.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import contextvars
 import dataclasses
 import json
 import math
@@ -26,23 +25,24 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.pool import AsyncResult
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.aot import launch_head
+from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head
 from benchmarks.inputs import Recipe, Shape, calibrate
 from benchmarks.report import DTYPES
 from csrc_triton import launch as table
+from csrc_triton import linear_logps as forward_and_exact
+from csrc_triton import linear_logps_certified as certified
 from csrc_triton.launch import Launch, launch_config, replace_entries
-from focalkern import linear_logps
-from focalkern.backends import triton_launch
+from focalkern import linear_logps, triton_launch
+from focalkern.records import OUTPUTS
 
 TAU = 2.0**-13  # of the certified backward, that of bf16 whatever the dtype
 SOFTCAP = 30.0
@@ -59,30 +59,29 @@ LAUNCH_CYCLES = 200_000  # for which the device is kept busy per launch: 0.1 ms,
 
 @dataclass(frozen=True)
 class Tuned:
-    """A kernel of the launch table: how its function's name begins, and the step that launches it."""
+    """An entry of the launch table: the name of its kernel, and the step that launches it."""
 
-    prefix: str
+    name: str
     mode: str  # "forward", or the backward: "exact", "certified"
     softcap: float | None = None
     outputs: tuple[str, ...] = ()
     tokens: int | None = None  # where it is not all of them
 
 
-OUTPUTS = ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # those of `launch_head`
+FWD, BWD_DZ = "linear_logps_fwd_kernel", "linear_logps_bwd_dz_kernel"
+DZ, DWEIGHT, PRODUCT = (f"linear_logps_certified_{name}_kernel" for name in ("dz", "dweight", "product"))
 # Kernels that the certified step of a trained model takes come first.
 TUNED = {
-    "fwd": Tuned("linear_logps_fwd", "forward"),
-    "certified_dz": Tuned("certified_dz", "certified"),
-    "certified_dweight": Tuned("certified_dweight", "certified"),
-    "certified_product": Tuned("certified_product", "certified"),
-    "bwd_dz": Tuned("linear_logps_bwd_dz", "exact"),
-    "bwd_dweight": Tuned("linear_logps_bwd_dweight", "exact"),
-    "bwd_dhidden": Tuned("linear_logps_bwd_dhidden", "exact"),
-    "bwd_dz_small": Tuned("linear_logps_bwd_dz", "exact", softcap=SOFTCAP),
-    "certified_dz_small": Tuned("certified_dz", "certified", softcap=SOFTCAP),
-    "fwd_small": Tuned("linear_logps_fwd", "forward", outputs=OUTPUTS),
-    "certified_dz_few": Tuned("certified_dz", "certified", tokens=FEW_TOKENS),
-    "certified_product_few": Tuned("certified_product", "certified", tokens=FEW_TOKENS),
+    "fwd": Tuned(FWD, "forward"),
+    "certified_dz": Tuned(DZ, "certified"),
+    "certified_dweight": Tuned(DWEIGHT, "certified"),
+    "certified_product": Tuned(PRODUCT, "certified"),
+    "bwd_dz": Tuned(BWD_DZ, "exact"),
+    "bwd_dz_small": Tuned(BWD_DZ, "exact", softcap=SOFTCAP),
+    "certified_dz_small": Tuned(DZ, "certified", softcap=SOFTCAP),
+    "fwd_small": Tuned(FWD, "forward", outputs=OUTPUTS),
+    "certified_dz_few": Tuned(DZ, "certified", tokens=FEW_TOKENS),
+    "certified_product_few": Tuned(PRODUCT, "certified", tokens=FEW_TOKENS),
 }
 
 
@@ -122,13 +121,6 @@ _MMA: dict[str, list[Tile]] = {
         (128, 256, 32, 8, 3), (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 128, 64, 8, 4),
         (128, 128, 32, 4, 4), (64, 256, 32, 8, 4), (128, 256, 32, 8, 5), (64, 128, 64, 4, 4),
     ],
-    "bwd_dweight": [
-        (128, 256, 32, 8, 5), (128, 128, 64, 8, 5), (128, 128, 32, 8, 7), (128, 128, 32, 4, 7),
-        (128, 256, 64, 8, 5), (64, 256, 32, 8, 7),
-    ],
-    "bwd_dhidden": [
-        (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (64, 256, 32, 8, 4), (128, 128, 32, 8, 5),
-    ],
     "certified_dz": [
         (64, 128, 64, 4, 4), (128, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 32, 4, 4),
         (64, 128, 64, 8, 4), (64, 128, 32, 4, 5),
@@ -159,14 +151,6 @@ _WGMMA: dict[str, list[Tile]] = {
         (128, 128, 64, 8, 4), (128, 128, 128, 8, 3), (128, 256, 32, 8, 6), (64, 256, 64, 4, 4),
         (128, 128, 64, 4, 3), (128, 256, 128, 8, 2), (128, 256, 64, 16, 4),
     ],
-    "bwd_dweight": [
-        (128, 256, 64, 8, 7), (128, 256, 64, 8, 3), (256, 128, 64, 8, 5), (128, 128, 64, 8, 5),
-        (128, 128, 64, 4, 5), (128, 256, 32, 8, 7), (64, 256, 64, 4, 5), (128, 128, 64, 8, 7),
-    ],
-    "bwd_dhidden": [
-        (128, 128, 64, 8, 3), (128, 128, 128, 8, 3), (64, 256, 64, 8, 4), (128, 128, 32, 8, 6),
-        (64, 128, 64, 4, 4),
-    ],
     "certified_dz": [
         (128, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 128, 64, 4, 3), (64, 128, 128, 4, 3),
         (128, 128, 128, 8, 3), (64, 128, 64, 8, 4), (128, 128, 64, 8, 3), (256, 128, 64, 8, 3),
@@ -184,12 +168,6 @@ _WGMMA: dict[str, list[Tile]] = {
         (64, 128, 32, 8, 5), (64, 128, 128, 8, 3),
     ],
 }
-# Of kernels with a form that takes its tiles by TMA; and, in those of logits, by warps that do nothing else.
-_TMA: list[Tile] = [
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 128, 64, 8, 4), (256, 128, 64, 8, 4),
-    (128, 128, 128, 8, 3), (256, 128, 64, 8, 3), (128, 128, 64, 4, 4), (128, 256, 128, 8, 2),
-]
-_SPECIALIZED: list[Tile] = [(128, 256, 64, 4, 3), (128, 128, 64, 4, 4), (128, 128, 64, 4, 3)]
 _FP32: list[Tile] = [(64, 128, 32, 4, 3), (128, 128, 32, 8, 3), (64, 128, 16, 8, 4), (128, 128, 16, 8, 4)]
 _INTERPRET: list[Tile] = [(16, 128, 16, 1, 1), (32, 128, 32, 1, 1)]
 # fmt: on
@@ -197,7 +175,6 @@ _INTERPRET: list[Tile] = [(16, 128, 16, 1, 1), (32, 128, 32, 1, 1)]
 # CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
 _SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_87": 163, "sm_89": 99, "sm_120": 99, "sm_121": 99}
 _SHARED_KIB_FROM_HOPPER_ON = 227
-_SPECIALIZES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7)
 
 
 def candidates(kernel: str, setting: Setting) -> list[Launch]:
@@ -216,16 +193,8 @@ def _proposed(kernel: str, setting: Setting) -> Iterator[Launch]:
             # Of dweight, m is the vocabulary: a block of it.
             yield Launch(*((n, m) if kernel == "certified_dweight" else (m, n)), *rest)
         return
-    wgmma = _number(setting.arch) in range(90, 120)
-    tiles = (_FEW | (_WGMMA if wgmma else _MMA))[_family(kernel)]
-    plain = [Launch(*tile) for tile in tiles]
-    yield from plain[:2]
-    # Ahead of the less likely ones.
-    if wgmma and kernel in table.TMA_KERNELS:
-        yield from (Launch(*tile, tma=True) for tile in _TMA)
-        if _SPECIALIZES and kernel in ("fwd", "bwd_dz"):
-            yield from (Launch(*tile, tma=True, warp_specialize=True) for tile in _SPECIALIZED)
-    yield from plain[2:]
+    tiles = (_FEW | (_WGMMA if _has_wgmma(setting) else _MMA))[_family(kernel)]
+    yield from (Launch(*tile) for tile in tiles)
 
 
 def _family(kernel: str) -> str:
@@ -239,17 +208,17 @@ def fits(kernel: str, entry: Launch, setting: Setting) -> bool:
     if setting.arch == "interpret":
         return True
     buffers = entry.num_stages
-    if "dweight" in kernel and not entry.tma:  # the other half of the stages is the gathered index's
+    if kernel == "certified_dweight":  # the other half of the stages is the gathered index's
         buffers = (buffers + 1) // 2
-    elif _number(setting.arch) not in range(90, 120):  # mma.sync has the tile in use in registers
+    elif not _has_wgmma(setting):  # mma.sync has the tile in use in registers
         buffers = max(buffers - 1, 1)
     tile = (entry.block_m + entry.block_n) * entry.block_k * setting.element_bits // 8
     limit = _SHARED_KIB.get(setting.arch, _SHARED_KIB_FROM_HOPPER_ON)
     return buffers * tile <= 1024 * limit
 
 
-def _number(arch: str) -> int:
-    return int(arch.removeprefix("sm_"))
+def _has_wgmma(setting: Setting) -> bool:
+    return int(setting.arch.removeprefix("sm_")) in range(90, 120)
 
 
 @contextlib.contextmanager
@@ -285,84 +254,77 @@ def load_table(path: Path) -> None:
     replace_entries(present, found["element_bits"], entries)
 
 
-# Kernels, as their launchers find them.
+# Kernels, where their launchers look them up.
 
 
 @contextlib.contextmanager
 def wrapped_kernels(wrap: Callable[[Any], Any]) -> Iterator[None]:
-    """Every kernel in the modules of `csrc_triton`, and wherever a backend has imported it, wrapped."""
-    before = []
-    for name, module in list(sys.modules.items()):
-        if name.startswith(("csrc_triton.", "focalkern.backends")):
-            for attribute, value in list(vars(module).items()):
-                if attribute.endswith("_kernel") and hasattr(value, "fn"):
-                    before.append((module, attribute, value))
+    """Every kernel of the operator, wrapped."""
+    before = [
+        (module, name, value)
+        for module in (forward_and_exact, certified)
+        for name, value in vars(module).items()
+        if name.endswith("_kernel")
+    ]
     try:
-        for module, attribute, value in before:
-            setattr(module, attribute, wrap(value))
+        for module, name, value in before:
+            setattr(module, name, wrap(value))
         yield
     finally:
-        for module, attribute, value in before:
-            setattr(module, attribute, value)
+        for module, name, value in before:
+            setattr(module, name, value)
 
 
 class _Watched:
     """A kernel that is launched as ever, and whose launches can be repeated."""
 
-    def __init__(self, kernel: Any, prefix: str, launches: list[Callable[[], Any]]) -> None:
+    def __init__(self, kernel: Any, wanted: str, launches: list[Callable[[], Any]]) -> None:
         self.kernel, self.launches = kernel, launches
-        self.wanted = kernel.fn.__name__.startswith(prefix)
+        self.wanted = kernel.fn.__name__ == wanted
 
     def __getitem__(self, grid: Any) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             if self.wanted:
-                # In the context of the launch: triton finds its allocator there.
-                context = contextvars.copy_context()
-                self.launches.append(lambda: context.run(lambda: self.kernel[grid](*args, **kwargs)))
+                self.launches.append(lambda: self.kernel[grid](*args, **kwargs))
             return self.kernel[grid](*args, **kwargs)
 
         return run
 
 
-class _CompiledOnly:
-    """A kernel that is compiled where it would be launched, if it is the one wanted."""
+class _LeftOut:
+    """In the place of a kernel that is not to be compiled."""
 
-    def __init__(self, kernel: Any, prefix: str) -> None:
-        self.kernel, self.wanted = kernel, kernel.fn.__name__.startswith(prefix)
-
-    def __getitem__(self, grid: Any) -> Callable[..., Any]:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return self.kernel.warmup(*args, grid=grid, **kwargs) if self.wanted else None
-
-        return run
+    def __getitem__(self, grid: Any) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
 
 
-# Compiling: without a GPU, on tensors without storage.
-
-
-class _AbsentDevice:
-    """Stands for the driver in a process that only compiles; the cache on disk knows no difference."""
-
-    def __init__(self, arch: str) -> None:
-        self.target = GPUTarget("cuda", _number(arch), 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+# Compiling: without a GPU, on tensors without storage. The cache on disk knows no difference.
 
 
 def compile_candidate(setting: Setting, kernel: str, entry: Launch) -> None:
-    """Compile what a step would launch into triton's cache on disk. Runs in a process of its own."""
-    mute(1, 2)
-    triton.runtime.driver.set_active(_AbsentDevice(setting.arch))
-    _pretend(setting.arch)
-    with installed(setting, kernel, entry), wrapped_kernels(lambda x: _CompiledOnly(x, TUNED[kernel].prefix)):
-        step_without_storage(setting, kernel)
+    """Compile what a step would launch into triton's cache on disk; runs in another process."""
+    compiled(setting, kernel, entry)
+
+
+def compiled(setting: Setting, kernel: str, entry: Launch) -> list[CompiledLaunch]:
+    """The launches of this kernel in a step, compiled with this entry."""
+    tuned = TUNED[kernel]
+
+    def step_without_storage() -> None:
+        launch_head(
+            setting.torch_dtype,
+            tuned.softcap,
+            hidden_size=setting.hidden,
+            outputs=bool(tuned.outputs),
+            n=tuned.tokens or setting.tokens,
+            vocab_size=setting.vocab,
+        )
+
+    with (
+        installed(setting, kernel, entry),
+        wrapped_kernels(lambda x: x if x.fn.__name__ == tuned.name else _LeftOut()),
+    ):
+        return compiled_launches(setting.arch, step_without_storage)
 
 
 def mute(*descriptors: int) -> None:
@@ -370,25 +332,6 @@ def mute(*descriptors: int) -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for descriptor in descriptors:
         os.dup2(nowhere, descriptor)
-
-
-def _pretend(arch: str) -> None:
-    for name, module in list(sys.modules.items()):
-        if name.startswith("focalkern.") and hasattr(module, "arch_of"):
-            module.arch_of = lambda device: arch
-
-
-def step_without_storage(setting: Setting, kernel: str) -> None:
-    """The launches of a step that has this kernel, on meta tensors."""
-    tuned = TUNED[kernel]
-    launch_head(
-        setting.torch_dtype,
-        tuned.softcap,
-        hidden_size=setting.hidden,
-        outputs=bool(tuned.outputs),
-        n=tuned.tokens or setting.tokens,
-        vocab_size=setting.vocab,
-    )
 
 
 # Measuring: in a process of its own, which answers one job after the other.
@@ -449,11 +392,8 @@ class Bench:
     def launches(self, kernel: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable[[], Any]]]:
         """What a step with this entry gives, and the launches of its kernel."""
         launches: list[Callable[[], Any]] = []
-        prefix = TUNED[kernel].prefix
-        with (
-            installed(self.setting, kernel, entry),
-            wrapped_kernels(lambda x: _Watched(x, prefix, launches)),
-        ):
+        name = TUNED[kernel].name
+        with installed(self.setting, kernel, entry), wrapped_kernels(lambda x: _Watched(x, name, launches)):
             results = self.step(kernel)
         self.wait()
         return results, launches
@@ -464,7 +404,7 @@ class Bench:
             expected = self.expected(kernel)
             results, launches = self.launches(kernel, entry)
             if not launches:
-                return Measured(kernel, entry, "failed", note=f"{TUNED[kernel].prefix}* was not launched")
+                return Measured(kernel, entry, "failed", note=f"{TUNED[kernel].name} was not launched")
             error = max(map(excess, results, expected))
             again, _ = self.launches(kernel, entry)
             repeats = all(map(torch.equal, results, again))
@@ -648,57 +588,25 @@ class Measurer:
 
 
 Job = tuple[str, Launch]
+# A job without a process is compiled where it is measured.
+Compiling = Mapping[Job, AsyncResult]
 
 
-class Compilers:
-    """A process per candidate, some at a time, in the order of the candidates."""
-
-    def __init__(self, setting: Setting, jobs: Sequence[Job], at_once: int) -> None:
-        self.setting, self.waiting, self.at_once = setting, list(jobs), at_once
-        self.running: dict[Job, tuple[multiprocessing.process.BaseProcess, float]] = {}
-        self.exit_codes: dict[Job, int | None] = {}  # None: took too long
-        methods = multiprocessing.get_all_start_methods()
+@contextlib.contextmanager
+def compiling(setting: Setting, jobs: Sequence[Job]) -> Iterator[Compiling]:
+    """The candidates while other processes compile them, in this order. Never in threads: ast.parse of
+    CPython 3.11 fails in two at once."""
+    if setting.arch == "interpret":
+        yield {}
+        return
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:
         # Forked from a process that has the imports done, which takes each of them seconds.
-        self.context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-        if "forkserver" in methods:
-            self.context.set_forkserver_preload(["benchmarks.tune"])
-
-    def advance(self) -> None:
-        """Take in what has ended, and start what there is room for."""
-        for job, (process, since) in list(self.running.items()):
-            late = time.monotonic() - since > CANDIDATE_SECONDS
-            if late:
-                process.kill()
-            if late or not process.is_alive():
-                process.join()
-                self.exit_codes[job] = None if late else process.exitcode
-                del self.running[job]
-        while self.waiting and len(self.running) < self.at_once:
-            job = self.waiting.pop(0)
-            process = self.context.Process(target=compile_candidate, args=(self.setting, *job), daemon=True)
-            try:
-                process.start()
-            except OSError:
-                self.waiting = []  # each is then compiled where it is measured
-                return
-            self.running[job] = process, time.monotonic()
-
-    def wait(self, seconds: float) -> None:
-        sentinels = [process.sentinel for process, _ in self.running.values()]
-        multiprocessing.connection.wait(sentinels, timeout=seconds)
-
-    def verdict(self, job: Job) -> str:
-        """Why not to measure a candidate: its compilation died, where others' came to its end."""
-        code = self.exit_codes.get(job, 0)
-        if 0 not in self.exit_codes.values() or (code is not None and code >= 0):
-            return ""
-        return "took too long to compile" if code is None else f"the compiler died of signal {-code}"
-
-    def stop(self) -> None:
-        for process, _ in self.running.values():
-            process.kill()
-            process.join()
-        self.running, self.waiting = {}, []
+        context.set_forkserver_preload(["benchmarks.tune"])
+    at_once = max(1, min(12, (os.cpu_count() or 1) - 2))
+    with context.Pool(at_once, initializer=mute, initargs=(1, 2)) as pool:
+        yield {job: pool.apply_async(compile_candidate, (setting, *job)) for job in jobs}
 
 
 # The sweep.
@@ -719,12 +627,6 @@ class Sweep:
     def add(self, found: Measured) -> None:
         self.measured.append(found)
         self.write()
-
-    def verdict(self, job: Job) -> str:
-        """Why not to measure a candidate: one of the same form took the measuring process down."""
-        lost = {form(x.kernel, x.entry) for x in self.measured if x.status in ("hung", "crashed")}
-        is_special = form(*job) != form(job[0], self.setting.shipped(job[0]))
-        return "not tried: one of this form was lost" if is_special and form(*job) in lost else ""
 
     def times(self, kernel: str) -> dict[Launch, float]:
         """Of the candidates that gave the right result, as last measured, the fastest first."""
@@ -770,10 +672,6 @@ class Sweep:
             partial.replace(self.path)
 
 
-def form(kernel: str, entry: Launch) -> tuple[str, bool, bool]:
-    return kernel, entry.tma, entry.warp_specialize
-
-
 def in_order(kernels: Sequence[str], setting: Setting) -> list[Job]:
     """Each kernel's likely candidates before the unlikely ones of any."""
     lists = {kernel: candidates(kernel, setting) for kernel in kernels}
@@ -781,32 +679,25 @@ def in_order(kernels: Sequence[str], setting: Setting) -> list[Job]:
     return [(kernel, entry) for part in rounds for kernel in kernels for entry in lists[kernel][part]]
 
 
-def run(sweep: Sweep, measurer: Measurer, compilers: Compilers, deadline: float) -> None:
+def run(sweep: Sweep, measurer: Measurer, under_way: Compiling, deadline: float) -> None:
     """Measure what there is time for, then the best of each kernel once more."""
     left = list(sweep.jobs)
     last = deadline - 0.12 * (deadline - time.monotonic())  # the rest is for `confirm`
+    # A candidate that hangs in the compiler, or ended its process, is not waited for when others are through.
+    ended = time.monotonic() + START_SECONDS
     try:
-        while left and time.monotonic() < last:
-            compilers.advance()
-            ready = next((job for job in left if job in compilers.exit_codes), None)
+        while left and time.monotonic() < min(last, ended + CANDIDATE_SECONDS):
+            ready = next((job for job in left if job not in under_way or under_way[job].ready()), None)
             if ready is None:
-                # With nothing under way there is nothing to wait for: it is compiled where it is measured.
-                if compilers.running:
-                    compilers.wait(min(1.0, max(last - time.monotonic(), 0.0)))
-                    continue
-                ready = left[0]
+                time.sleep(0.1)
+                continue
             left.remove(ready)
-            why_not = compilers.verdict(ready) or sweep.verdict(ready)
-            if why_not:
-                sweep.add(Measured(*ready, "failed", note=why_not))
-            else:
-                # It may take what is left: cut at `last`, it would leave `confirm` without a process.
-                sweep.add(measurer.measure(*ready, deadline))
-                sweep.scale = measurer.scale
+            # It may take what is left: cut at `last`, it would leave `confirm` without a process.
+            sweep.add(measurer.measure(*ready, deadline))
+            sweep.scale = measurer.scale
+            ended = time.monotonic()
     except RuntimeError as error:
         sweep.notes.append(str(error))
-    finally:
-        compilers.stop()
     confirm(sweep, measurer, deadline)
     sweep.write()
 
@@ -842,15 +733,9 @@ def print_entries(found: Mapping[str, Any]) -> None:
 
 
 def as_python(fields: Mapping[str, Any]) -> str:
-    """`Launch(...)` as one would write it, without what is a default."""
-    positional = [str(fields[name]) for name in ("block_m", "block_n", "block_k", "num_warps", "num_stages")]
-    defaults = {field.name: field.default for field in dataclasses.fields(Launch)}
-    named = [
-        f"{name}={value!r}"
-        for name, value in list(fields.items())[5:]
-        if defaults.get(name, dataclasses.MISSING) != value
-    ]
-    return f"Launch({', '.join(positional + named)})"
+    """`Launch(...)` as one would write it."""
+    *numbers, source = fields.values()
+    return f"Launch({', '.join(map(str, numbers))}, {source!r})"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -878,11 +763,9 @@ def tune(setting: Setting, kernels: Sequence[str], path: Path | None, deadline: 
     """The whole sweep over these kernels, as JSON; written to `path` after every candidate."""
     jobs = in_order(kernels, setting)
     sweep, measurer = Sweep(setting, jobs, path), Measurer(setting)
-    at_once = max(1, min(12, (os.cpu_count() or 1) - 2))
-    # The interpreter has nothing to compile.
-    compilers = Compilers(setting, [] if setting.arch == "interpret" else jobs, at_once)
     try:
-        run(sweep, measurer, compilers, deadline)
+        with compiling(setting, jobs) as under_way:
+            run(sweep, measurer, under_way, deadline)
     finally:
         measurer.stop()
     return sweep.as_json()

@@ -24,8 +24,9 @@ from matplotlib.patches import Patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.capture_file import Capture, CaptureError
-from focalkern.backends import VOCAB_BLOCK
-from focalkern.selection import Selection, automatic_tau, select_pairs
+from csrc_triton.launch import VOCAB_BLOCK
+from focalkern.logps.selection import Selection, select_pairs
+from focalkern.options import automatic_tau
 
 VOCAB_CHUNK = 32 * VOCAB_BLOCK  # entries whose logits are held at once, for all tokens
 KEPT, LABEL, DROPPED = "tab:blue", "tab:orange", "silver"

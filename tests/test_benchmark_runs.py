@@ -147,7 +147,7 @@ def test_a_run_that_came_to_its_end_says_so(extra, tmp_path, monkeypatch):
 
 @pytest.mark.gpu
 def test_launch_table_is_taken_and_named(tmp_path):
-    from focalkern.backends.triton_launch import arch_of
+    from focalkern.triton_launch import arch_of
 
     table = tmp_path / "tuned.json"
     table.write_text(json.dumps({"arch": arch_of(torch.device("cuda")), "element_bits": 16, "entries": {}}))

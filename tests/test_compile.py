@@ -1,14 +1,14 @@
 """Every kernel, as its launcher launches it and with every entry of the launch table, compiles for GPUs.
 
 None needs to be there. Held: no spilled registers, shared memory within the architecture's limit, tensor
-cores used.
+cores used. No threads: CPython 3.11's parser, which Triton calls, is not safe with them.
 """
 
 from __future__ import annotations
 
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,17 +20,22 @@ if INTERPRETED:
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.aot import (
-    compile_launch,
-    float32_matmul_precision,
-    launch_head,
-    launch_kl,
-    recorded_launches,
-)
-from benchmarks.resources import TMA_TILES
+from triton.compiler.errors import CompilationError
+
+from benchmarks.aot import compiled_launches, float32_matmul_precision, launch_head, launch_kl, meta
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
-from focalkern.backends import PairObjective, triton_backend
-from focalkern.layout import Sequences
+from focalkern import triton_launch
+from focalkern.logps.triton_form import exact_backward
+from focalkern.pairs.triton_form import pair_forward, sequence_sums
+from focalkern.records import (
+    Head,
+    LogitTransform,
+    Needs,
+    PairConstants,
+    PairObjective,
+    RowGradients,
+    Saved,
+)
 
 # CUDA programming guide, table of compute capabilities: maximum shared memory per thread block.
 SHARED_LIMIT = {
@@ -41,9 +46,17 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
 }
-BF16 = torch.bfloat16
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05.mma", "sm_120": "mma.sync"}
-GEMM_KERNELS = ("fwd", "dz", "dweight", "bwd_dhidden", "certified_product")
+HEAD_KERNELS = {
+    "linear_logps_fwd_kernel",
+    "linear_logps_reduce_kernel",
+    "linear_logps_bwd_dz_kernel",
+    "linear_logps_certified_dz_kernel",
+    "linear_logps_certified_dweight_kernel",
+    "linear_logps_certified_product_kernel",
+    "linear_logps_certified_dhidden_kernel",
+}
+KL_KERNELS = {"linear_kl_fwd_kernel", "linear_kl_reduce_kernel", "linear_kl_bwd_dz_kernel"}
 
 VARIANTS = {
     "plain": {},
@@ -66,8 +79,6 @@ VARIANTS = {
     "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
     "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
 }
-
-
 KL_VARIANTS = {
     "plain": {},
     "vocabulary not a multiple of 16": {"vocab_size": 50257},
@@ -84,28 +95,32 @@ KL_VARIANTS = {
 }
 
 
-def check_head_kernels(arch, dtype, precision="highest", launch=launch_head, at_least=9, **variant):
+def check_head(arch, dtype, precision="highest", **variant):
+    expected = set(HEAD_KERNELS)
+    if variant.get("bias"):
+        expected.add("linear_logps_certified_dbias_kernel")
+    if variant.get("is_shard"):  # its block statistics are reduced together with those of the others
+        expected.remove("linear_logps_reduce_kernel")
+    check(arch, lambda: launch_head(dtype, **variant), expected, dtype, precision)
+
+
+def check_kl(arch, dtype, precision="highest", **variant):
+    check(arch, lambda: launch_kl(dtype, **variant), KL_KERNELS, dtype, precision)
+
+
+def check(arch, run, expected, dtype=torch.float32, precision="highest"):
     with float32_matmul_precision(precision):
-        launches = recorded_launches(arch, lambda: launch(dtype, **variant))
+        launches = compiled_launches(arch, run)
+    assert {launch.name for launch in launches} == expected
     has_tensor_cores = dtype != torch.float32 or precision != "highest"
-    with ThreadPoolExecutor() as pool:
-        compiled = pool.map(compile_launch, launches, [arch] * len(launches))
-    for launch, resources in zip(launches, compiled, strict=True):
-        print(f"{arch} {launch}: {resources.registers} registers, {resources.shared_bytes} bytes shared")
-        assert resources.spilled_bytes == 0, f"{launch} spills {resources.spilled_bytes} bytes"
-        assert resources.shared_bytes <= SHARED_LIMIT[arch], str(launch)
-        is_gemm = launch.name.removesuffix("_kernel").endswith(GEMM_KERNELS)
-        if is_gemm and has_tensor_cores:
+    for launch in launches:
+        print(f"{arch} {launch}: {launch.registers} registers, {launch.shared_bytes} bytes shared")
+        assert launch.spilled_bytes == 0, f"{launch} spills {launch.spilled_bytes} bytes"
+        assert launch.shared_bytes <= SHARED_LIMIT[arch], str(launch)
+        if launch.tile is not None and has_tensor_cores:
             # wgmma takes tiles of 64 rows; smaller ones have the instruction of older architectures.
-            small = dict(launch.constants).get("BLOCK_M", 64) < 64
-            instruction = "mma.sync" if small else TENSOR_CORE.get(arch, "mma.sync")
-            assert instruction in resources.ptx, f"{launch} does not use tensor cores"
-    # A shard's block statistics are reduced together with those of the others.
-    assert len(launches) >= at_least - variant.get("is_shard", False)
-
-
-def check_kl_kernels(arch, dtype, precision="highest", **variant):
-    check_head_kernels(arch, dtype, precision, launch_kl, at_least=5, **variant)
+            instruction = "mma.sync" if launch.tile.m < 64 else TENSOR_CORE.get(arch, "mma.sync")
+            assert instruction in launch.ptx, f"{launch} does not use tensor cores"
 
 
 def cases(variants: dict, of_fp16: set[str]) -> list[tuple[torch.dtype, str]]:
@@ -114,95 +129,91 @@ def cases(variants: dict, of_fp16: set[str]) -> list[tuple[torch.dtype, str]]:
     return both + [(torch.float16, variant) for variant in variants if variant in of_fp16]
 
 
+both_gpus = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+other_gpus = pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
+
+
+@both_gpus
 @pytest.mark.parametrize(
     ("dtype", "variant"), cases(VARIANTS, {"plain", "everything, odd hidden size"}), ids=str
 )
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_head_kernels_compile_without_spills(arch, dtype, variant):
-    check_head_kernels(arch, dtype, **VARIANTS[variant])
+    check_head(arch, dtype, **VARIANTS[variant])
 
 
-def test_few_rows_have_small_tiles_for_kept_blocks_and_several_programs_per_sum_of_dhidden():
-    launches = {
-        launch.name: launch for launch in recorded_launches("sm_80", lambda: launch_head(BF16, n=200))
-    }
-    assert dict(launches["certified_dz_kernel"].constants)["BLOCK_M"] == 32
-    assert dict(launches["certified_product_kernel"].constants)["BLOCK_M"] == 32
-    assert "linear_logps_bwd_dhidden_sum_kernel" in launches
-    many = {launch.name for launch in recorded_launches("sm_80", lambda: launch_head(BF16))}
-    assert "linear_logps_bwd_dhidden_sum_kernel" not in many
+def test_few_rows_have_small_tiles_for_kept_blocks():
+    launches = compiled_launches("sm_80", lambda: launch_head(torch.bfloat16, n=200))
+    rows = {launch.name: launch.tile.m for launch in launches if launch.tile is not None}
+    assert rows["linear_logps_certified_dz_kernel"] == 32
+    assert rows["linear_logps_certified_product_kernel"] == 32
 
 
-@pytest.mark.parametrize(
-    ("dtype", "variant"),
-    [
-        (torch.bfloat16, "plain"),
-        (torch.bfloat16, "few rows"),
-        (torch.bfloat16, "softcap, bias"),
-        (torch.float16, "plain"),
-    ],
-    ids=str,
-)
-def test_kernels_with_tma_compile_for_hopper_without_spills(dtype, variant, monkeypatch):
-    entries = LAUNCH_TABLE["sm_90"][16]
-    monkeypatch.setitem(LAUNCH_TABLE["sm_90"], 16, entries | TMA_TILES)
-    options = {"plain": {}, "few rows": {"n": 200}, "softcap, bias": {"softcap": 30.0, "bias": True}}[variant]
-    launches = recorded_launches("sm_90", lambda: launch_head(dtype, **options))
-    by_tma = [launch for launch in launches if "_tma_" in launch.name]
-    assert len(by_tma) == (3 if "softcap" in options else 4)
-    for launch in by_tma:
-        resources = compile_launch(launch, "sm_90")
-        assert resources.spilled_bytes == 0, f"{launch} spills {resources.spilled_bytes} bytes"
-        assert resources.shared_bytes <= SHARED_LIMIT["sm_90"]
-        assert "wgmma" in resources.ptx and "cp.async.bulk.tensor" in resources.ptx
+@both_gpus
+@pytest.mark.parametrize("variant", ["plain", "update of rank 16"])
+def test_fp32_kernels_use_tensor_cores_when_tf32_is_allowed(arch, variant):
+    check_head(arch, torch.float32, precision="high", **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_fp32_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
-    check_head_kernels(arch, torch.float32, precision="high")
-    check_head_kernels(arch, torch.float32, precision="high", **VARIANTS["update of rank 16"])
+@other_gpus
+@pytest.mark.parametrize("variant", ["plain", "everything, odd hidden size", "update of rank 16"])
+def test_launch_table_fits_other_architectures(arch, variant):
+    check_head(arch, torch.bfloat16, **VARIANTS[variant])
 
 
-@pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
-def test_launch_table_fits_other_architectures(arch):
-    check_head_kernels(arch, torch.bfloat16)
-    check_head_kernels(arch, torch.bfloat16, **VARIANTS["everything, odd hidden size"])
-    check_head_kernels(arch, torch.bfloat16, **VARIANTS["update of rank 16"])
-
-
+@both_gpus
 @pytest.mark.parametrize(("dtype", "variant"), cases(KL_VARIANTS, {"plain"}), ids=str)
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_kl_kernels_compile_without_spills(arch, dtype, variant):
-    check_kl_kernels(arch, dtype, **KL_VARIANTS[variant])
+    check_kl(arch, dtype, **KL_VARIANTS[variant])
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@both_gpus
 def test_fp32_kl_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
-    check_kl_kernels(arch, torch.float32, precision="high")
+    check_kl(arch, torch.float32, precision="high")
 
 
-@pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
-def test_kl_launch_table_fits_other_architectures(arch):
-    check_kl_kernels(arch, torch.bfloat16)
-    check_kl_kernels(arch, torch.bfloat16, **KL_VARIANTS["softcap, biases, odd hidden sizes"])
+@other_gpus
+@pytest.mark.parametrize("variant", ["plain", "softcap, biases, odd hidden sizes"])
+def test_kl_launch_table_fits_other_architectures(arch, variant):
+    check_kl(arch, torch.bfloat16, **KL_VARIANTS[variant])
 
 
+@both_gpus
 @pytest.mark.parametrize("modulation", ["focalpo", "inverse", "focal"])
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_pair_kernels_compile_without_spills(arch, modulation):
     def run():
-        logps = torch.empty(4096, device="meta")
-        offsets = torch.empty(17, dtype=torch.int64, device="meta")
-        sequences = Sequences(offsets, offsets[1:])
-        objective = PairObjective(0.1, 0.05, modulation, 0.5, True, 0.1)
-        sums = triton_backend.sequence_sums(logps, sequences)
-        ref_logps, margin = torch.empty(16, device="meta"), torch.empty(8, device="meta")
-        triton_backend.pair_forward(sums, ref_logps, sequences.lengths, margin, objective)
+        sums = sequence_sums(meta(4096), meta(17, dtype=torch.int64))
+        constants = PairConstants(meta(16, dtype=torch.int64), ref_logps=meta(16), adaptive_margin=meta(8))
+        pair_forward(sums, constants, PairObjective(0.1, 0.05, modulation, 0.5, True, 0.1))
 
-    launches = recorded_launches(arch, run)
-    assert [launch.name for launch in launches] == ["sequence_sum_fwd_kernel", "pair_loss_fwd_kernel"]
-    for launch in launches:
-        assert compile_launch(launch, arch).spilled_bytes == 0
+    check(arch, run, {"sequence_sum_fwd_kernel", "pair_loss_fwd_kernel"})
+
+
+def test_a_modulation_without_a_formula_in_the_kernel_does_not_compile():
+    def run():
+        constants = PairConstants(meta(16, dtype=torch.int64))
+        pair_forward(meta(16), constants, PairObjective(0.1, 0.05, "unheard-of", 0.5, False, None))
+
+    with pytest.raises(CompilationError) as failure:
+        compiled_launches("sm_80", run)
+    assert "modulation without a formula" in f"{failure.value} {failure.value.__cause__}"
+
+
+def test_a_last_chunk_of_one_entry_compiles():
+    """Triton makes a size of 1 a constant of the kernel."""
+    head = Head(meta(64, 128, dtype=torch.bfloat16), meta(4097, 128, dtype=torch.bfloat16))
+    saved, grads = Saved(meta(64), meta(64)), RowGradients(meta(64))
+    targets, transform = meta(64, dtype=torch.int64), LogitTransform()
+
+    def run():
+        needs = Needs(hidden=True, weight=True, bias=False)
+        exact_backward(head, targets, transform, saved, grads, needs, None)
+
+    with (
+        mock.patch.object(triton_launch, "_DZ_BYTES", 0),
+        mock.patch.object(triton_launch, "_LEAST_CHUNK", 1),
+    ):
+        launches = compiled_launches("sm_80", run)
+    assert [launch.name for launch in launches] == ["linear_logps_bwd_dz_kernel"] * 2
 
 
 def test_launch_table_names_every_kernel_and_the_source_of_every_entry():

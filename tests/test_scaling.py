@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -46,8 +47,8 @@ NAMES = [f"{case.model.name}, {mode.name}" for case, mode in MODES]
 each_mode = pytest.mark.parametrize(("case", "mode"), MODES, ids=NAMES)
 
 
-def head(ranks: int = 1, tokens: int = 8192, positions: int = 8192) -> Head:
-    return Head(LLAMA_8B, A100, tokens, positions, ranks)
+def head(ranks: int = 1, tokens: int = 8192) -> Head:
+    return Head(LLAMA_8B, A100, tokens, ranks)
 
 
 def sent(plan: Plan, what: str) -> float:
@@ -126,10 +127,10 @@ def test_what_is_kept_is_gathered_once(mode, matrices):
 
 def test_bytes_of_a_vocabulary_parallel_head():
     shard = head(ranks=8)
-    assert shard.statistics_sent == 12 * 8192 * 7
+    assert shard.statistics_sent == 8 * 8192 * 7
     assert shard.dhidden_sent == 2 * 7 / 8 * 4 * 8192 * 4096
     assert shard.dropped_mass_sent == 2 * 7 / 8 * 4 * 8192
-    assert head(ranks=8, positions=16384).dhidden_sent == 2 * shard.dhidden_sent
+    assert head(ranks=8, tokens=16384).dhidden_sent == 2 * shard.dhidden_sent
 
 
 def test_bytes_of_groups():
@@ -161,9 +162,11 @@ def test_memory_at_the_head():
     held = head_bytes(CASE_8B.plan(scaling.ZERO_3))
     assert held["weight"] == held["dweight"] == 2 * 525_336_576
     assert held["hidden"] == held["dhidden"] == 2 * 16384 * 4096
-    assert held["statistics"] == 4 * 16384 * 1002
-    exact = 2 * 16384 * 4096 + 4 * 16384 * 4096  # dz of a chunk of 4096, and dhidden's sums
-    assert held["backward"] == exact > WORKSPACE + PAIR_BYTES * 425_984
+    assert held["rows of completions"] == 2 * 2 * 8192 * 4096
+    assert held["statistics"] == 4 * 8192 * 1002
+    exact = 2 * 8192 * 4096 + 4 * 8192 * 4096  # dz of a chunk of 4096, and dhidden's sums
+    assert held["backward"] == pytest.approx(WORKSPACE + PAIR_BYTES * 425_984) and held["backward"] > exact
+    assert head(tokens=16384).backward_bytes == 2 * exact
     assert head_bytes(CASE_8B.plan(scaling.ZERO_3), fused=False)["logits"] == 8 * 8192 * 128256
     assert head_bytes(CASE_8B.plan(scaling.DDP))["weight"] == 0
 
@@ -190,20 +193,25 @@ def test_tokens_from_which_on_moving_them_costs_more_than_moving_the_head():
 
 
 def test_constants_are_the_librarys():
-    from focalkern import autograd, backends
+    from csrc_triton import launch
+    from focalkern.logps.function import WORKSPACE_BYTES
+    from focalkern.logps.statistics import shard_statistics
+    from focalkern.records import BlockStatistics
 
-    assert WORKSPACE == autograd.WORKSPACE_BYTES
-    assert backends.VOCAB_BLOCK == 128
-    assert STATISTICS_BYTES == 3 * 4
+    assert WORKSPACE == WORKSPACE_BYTES
+    assert launch.VOCAB_BLOCK == 128
+    blocks = BlockStatistics(target_z=torch.zeros(1), lse=torch.zeros(1, 2))
+    sent = shard_statistics(blocks, torch.zeros(1, dtype=torch.int64))
+    assert sum(x.nbytes for x in sent if x is not None) == STATISTICS_BYTES
 
 
-@pytest.mark.parametrize("positions", [1, 512, 8192, 16384, 65536, 262144])
+@pytest.mark.parametrize("tokens", [1, 512, 8192, 16384, 65536, 262144])
 @pytest.mark.parametrize("ranks", [1, 8])
-def test_chunks_are_the_librarys(positions, ranks):
+def test_chunks_are_the_librarys(tokens, ranks):
     pytest.importorskip("triton")
-    from focalkern.backends.triton_products import vocab_chunk
+    from focalkern.triton_launch import vocab_chunk
 
-    assert head(ranks, positions=positions).chunk == vocab_chunk(positions, 128256 // ranks, 2)
+    assert head(ranks, tokens).chunk == vocab_chunk(tokens, 128256 // ranks, 2)
 
 
 # Against itself
@@ -212,7 +220,7 @@ def test_chunks_are_the_librarys(positions, ranks):
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_divide_the_operations_of_the_head(ranks):
     whole = head()
-    slices = head(tokens=8192 // ranks, positions=8192 // ranks)
+    slices = head(tokens=8192 // ranks)
     for part in (head(ranks), slices):
         assert ranks * part.forward_operations == pytest.approx(whole.forward_operations)
         assert ranks * part.exact_operations == pytest.approx(whole.exact_operations)
@@ -296,7 +304,7 @@ def test_what_fits_is_what_the_page_concludes():
     assert not fits(CASE_70B, scaling.FSDP2_ROOT)
     shards = CASE_70B.plan(CASE_70B.modes[-1])
     shard = shards.head
-    assert shard.backward_bytes / 2 < 4 * shard.positions * shard.model.hidden < shard.backward_bytes
+    assert shard.backward_bytes / 2 < 4 * shard.tokens * shard.model.hidden < shard.backward_bytes
     assert memory(shards).at_head < memory(shards, fused=False).at_head
 
 
