@@ -1,13 +1,10 @@
-"""What only a CUDA device can show: bf16 on tensor cores, shapes past 2^31 logits, no host synchronisation,
+"""What only a CUDA device can show: bf16 on tensor cores, shapes past 2^31 logits, how often the host waits,
 and the two backends side by side.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +13,6 @@ import torch
 from ranks import run_ranks
 from tolerance import assert_as_accurate, relative_error
 
-from csrc_triton import launch
 from focalkern import (
     CosineGamma,
     FusedFocalPOLoss,
@@ -24,9 +20,9 @@ from focalkern import (
     LowRankUpdate,
     linear_kl,
     linear_logps,
+    products,
     reference,
 )
-from focalkern.backends import triton_tma
 from focalkern.methods import ipo
 
 pytestmark = pytest.mark.gpu
@@ -142,95 +138,89 @@ LOSSES = {
 }
 
 
-def waits_for_the_device(step) -> list[str]:
-    """Messages of the synchronisations in a second call of `step`."""
-    step()
+LAYOUTS = ["padded", "shift", "packed"]
+
+
+def in_layout(layout, hidden, labels):
+    """The batch in this layout, and the options that say so."""
+    if layout != "packed":
+        return hidden, labels, {"shift": True} if layout == "shift" else {}
+    sequences, length = labels.shape
+    cu_seqlens = torch.arange(0, sequences * length + 1, length, dtype=torch.int32)
+    hidden = hidden.detach().flatten(0, 1).requires_grad_()
+    return hidden, labels.flatten(), {"cu_seqlens": cu_seqlens.to(labels.device), "shift": True}
+
+
+def assert_waits(forward, in_forward: int, in_backward: int) -> None:
+    """How often a second call of `forward`, which returns a loss, and its backward wait for the device."""
+    forward().backward()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            step()
+        loss, of_forward = with_waits(forward)
+        _, of_backward = with_waits(loss.backward)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    assert len(of_forward) == in_forward, of_forward
+    assert len(of_backward) == in_backward, of_backward
+
+
+def with_waits(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = call()
+    return result, [f"{w.filename}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("layout", ["padded", "shift", "packed"])
-@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
-def test_only_a_certified_backward_waits_for_the_device_and_once(loss, layout, backward, allowed):
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_the_forward_waits_once_for_labels_of_the_device_and_a_certified_backward_once(
+    loss, layout, labels_on, backward
+):
     hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
-    options = {"shift": True} if layout == "shift" else {}
-    if layout == "packed":
-        hidden, labels = hidden.detach().flatten(0, 1).requires_grad_(), labels.flatten()
-        options = {"cu_seqlens": torch.arange(0, 257, 64, device="cuda", dtype=torch.int32), "shift": True}
+    hidden, labels, options = in_layout(layout, hidden, labels.to(labels_on))
     loss_fn = LOSSES[loss](backward=backward)
     outs = []
 
-    def step():
+    def forward():
         if isinstance(loss_fn, FusedFocalPOLoss):
             loss_fn.set_step(len(outs))
         outs.append(loss_fn(hidden, weight, labels, None, *ref_logps, **options))
-        outs[-1].loss.backward()
+        return outs[-1].loss
 
-    waits = waits_for_the_device(step)
-    assert len(waits) == allowed, waits
+    assert_waits(forward, int(labels_on == "cuda"), int(backward == "certified"))
     assert backward == "exact" or outs[-1].kept_share < 0.4
 
 
-@pytest.fixture
-def by_tma(monkeypatch):
-    """The launch table with TMA, as a tuning run may leave it; gives the names of what is launched by it."""
-    major, minor = torch.cuda.get_device_capability()
-    if major != 9:
-        pytest.skip(f"no kernels with TMA for compute capability {major}.{minor}")
-    entries = launch.LAUNCH_TABLE["sm_90"]
-    before = entries[16]
+@pytest.mark.parametrize("labels_on", ["cuda", "cpu"])
+def test_the_kl_of_two_heads_waits_in_its_forward_alone(labels_on):
+    hidden, weight, labels, _ = make_batch(torch.bfloat16, pairs=2, length=64)
+    ref_hidden, ref_weight = (torch.randn_like(x) for x in (hidden.detach(), weight.detach()))
+    labels = labels.to(labels_on)
 
-    def switch_on():
-        tile = launch.Launch(128, 256, 64, 8, 3, tma=True)
-        tiles = dict.fromkeys(launch.TMA_KERNELS, tile)
-        launch.replace_entries("sm_90", 16, tiles | {"bwd_dhidden": replace(tile, block_n=128)})
-        return launched
+    def forward():
+        return linear_kl(hidden, weight, ref_hidden, ref_weight, labels, shift=True).sum()
 
-    launched = []
-    for name in ("forward", "dz", "dweight", "dhidden"):
-        real = getattr(triton_tma, name)
-
-        def record(*args, name=name, real=real):
-            launched.append(name)
-            real(*args)
-
-        monkeypatch.setattr(triton_tma, name, record)
-    yield switch_on
-    entries[16] = before
+    assert_waits(forward, int(labels_on == "cuda"), 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("pairs", [1, 4], ids=["few rows", "many rows"])
-def test_tiles_by_tma_give_what_tiles_by_pointers_give(pairs, dtype, by_tma):
-    batch = make_batch(dtype, pairs=pairs)
-    loss_fn = FusedFocalPOLoss(backward="exact", backend="triton")
-    plain = [x.clone() for x in loss_and_gradients(loss_fn, *batch)]
-    launched = by_tma()
-    for found, expected in zip(loss_and_gradients(loss_fn, *batch), plain, strict=True):
-        # The same fp32 logits in another order of summation; then dz and the result rounded to the dtype.
-        assert relative_error(found, expected) <= 4 * torch.finfo(dtype).eps + 1e-5
-    assert set(launched) == {"forward", "dz", "dweight", "dhidden"}
-    again = loss_and_gradients(loss_fn, *batch)
-    assert all(map(torch.equal, again, loss_and_gradients(loss_fn, *batch)))
-
-
-def test_tiles_by_tma_do_not_wait_for_the_device(by_tma):
-    by_tma()
-    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64)
-    loss_fn = FusedFocalPOLoss(backward="exact")
-
-    def step():
-        loss_fn(hidden, weight, labels, None, *ref_logps, shift=True).loss.backward()
-
-    assert waits_for_the_device(step) == []
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
+def test_labels_of_the_host_give_the_bits_of_labels_of_the_device(layout, sharpness):
+    hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=150, sharpness=sharpness)
+    ref_hidden, ref_weight = (torch.randn_like(x) for x in (hidden.detach(), weight.detach()))
+    found = []
+    for labels_on in ("cuda", "cpu"):
+        rows, own_labels, options = in_layout(layout, hidden, labels.to(labels_on))
+        logps = linear_logps(rows, weight, own_labels, outputs=("entropy",), **options)
+        kl = linear_kl(rows, weight, ref_hidden.view_as(rows), ref_weight, own_labels, **options)
+        out = FusedFocalPOLoss()(rows, weight, own_labels, None, *ref_logps, **options)
+        gradients = torch.autograd.grad(out.loss, (rows, weight))
+        assert (out.kept_share < 0.4) == (sharpness == 12.0)
+        found.append([logps.logps, logps.entropy, kl, out.losses, *gradients])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("length", [12, 40, 150])
@@ -246,16 +236,6 @@ def test_few_rows_are_as_accurate_as_many(length):
         losses.mean().backward()
         for name, a, b in zip(("dhidden", "dweight"), found, (x.grad for x in exact), strict=True):
             assert relative_error(a, b) < 2 * torch.finfo(torch.bfloat16).eps, (backward, name)
-
-
-def test_the_kl_of_two_heads_does_not_wait_for_the_device():
-    hidden, weight, labels, _ = make_batch(torch.bfloat16, pairs=2, length=64)
-    ref_hidden, ref_weight = (torch.randn_like(x) for x in (hidden.detach(), weight.detach()))
-
-    def step():
-        linear_kl(hidden, weight, ref_hidden, ref_weight, labels, shift=True).sum().backward()
-
-    assert waits_for_the_device(step) == []
 
 
 @pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
@@ -276,19 +256,18 @@ def test_a_low_rank_update_is_what_it_is_in_the_torch_backend(dtype, rank, sharp
         assert relative_error(triton_value, torch_value) <= 8 * torch.finfo(dtype).eps + 1e-5
 
 
-@pytest.mark.parametrize(("backward", "allowed"), [("exact", 0), ("certified", 1)])
-def test_a_low_rank_update_waits_no_more_for_the_device(backward, allowed):
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_a_low_rank_update_waits_no_more_for_the_device(backward):
     hidden, weight, labels, ref_logps = make_batch(torch.bfloat16, pairs=2, length=64, sharpness=12.0)
     a, b = torch.randn(12, 1024, device="cuda"), torch.zeros(32000, 12, device="cuda")
     a, b = (x.bfloat16().requires_grad_() for x in (a, b))
     loss_fn = FusedFocalPOLoss(backward=backward)
 
-    def step():
+    def forward():
         update = LowRankUpdate.lora(hidden, a, b)
-        loss_fn(hidden, weight, labels, None, *ref_logps, shift=True, update=update).loss.backward()
+        return loss_fn(hidden, weight, labels, None, *ref_logps, shift=True, update=update).loss
 
-    waits = waits_for_the_device(step)
-    assert len(waits) == allowed, waits
+    assert_waits(forward, 1, int(backward == "certified"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -308,12 +287,62 @@ def test_certified_gradients_are_closer_to_float64_than_those_of_plain_pytorch(d
         assert relative_error(a, exact) < relative_error(naive, exact)
 
 
-@pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
-def test_two_runs_are_bitwise_equal(sharpness):
-    batch = make_batch(torch.bfloat16, sharpness=sharpness)
-    first = [x.clone() for x in loss_and_gradients(FusedFocalPOLoss(), *batch)]
-    second = loss_and_gradients(FusedFocalPOLoss(), *batch)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rank", [None, 16], ids=["whole", "low-rank update"])
+@pytest.mark.parametrize("backward", ["exact", "certified"])
+def test_two_runs_are_bitwise_equal(backward, rank, dtype):
+    """On one stream: where several streams call cuBLAS, CUBLAS_WORKSPACE_CONFIG=:4096:8 is needed, as for
+    torch.use_deterministic_algorithms."""
+    hidden, weight, labels, ref_logps = make_batch(dtype, sharpness=12.0)
+    inputs, update = [hidden, weight], None
+    if rank is not None:
+        inputs += [torch.randn(n, rank, device="cuda").to(dtype) / 32 for n in (1024, 32000)]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    loss_fn, found = FusedFocalPOLoss(backward=backward, tau=2.0**-13), []
+    for _ in range(2):
+        if rank is not None:
+            update = LowRankUpdate(inputs[0] @ inputs[2], inputs[3])
+        out = loss_fn(*inputs[:2], labels, None, *ref_logps, update=update)
+        found.append([out.losses, *torch.autograd.grad(out.loss, inputs)])
+        assert backward == "exact" or out.kept_share < 0.4
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("outputs", [(), ("entropy", "is_top1")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_values_of_a_token_have_the_same_bits_whatever_other_rows_there_are(dtype, outputs):
+    hidden, weight, labels, _ = make_batch(dtype, pairs=2, length=150)
+    hidden = hidden.detach()
+
+    def values(hidden, labels, **options):
+        out = linear_logps(hidden, weight, labels, outputs=outputs, **options)
+        return torch.stack([getattr(out, name).float() for name in ("logps", *outputs)])
+
+    whole = values(hidden, labels)
+    single = [values(*one) for one in zip(hidden, labels, strict=True)]
+    assert torch.equal(whole, torch.stack(single, dim=1))
+    assert torch.equal(whole, values(hidden.flip(0, 1), labels.flip(0, 1)).flip(1, 2))
+    assert torch.equal(whole[:, 1, -1:], values(hidden[1, -1:], labels[1, -1:]))
+    shifted = values(hidden, labels, shift=True)
+    rows, row_labels, options = in_layout("packed", hidden, labels)
+    assert torch.equal(shifted, values(rows.detach(), row_labels, **options).view_as(whole)[..., :-1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_product_that_cublas_adds_is_that_of_mm_and_add(dtype, monkeypatch):
+    if not products._adds_to_fp32(torch.device("cuda"), dtype):
+        pytest.skip("torch.addmm of this release does not add a 16-bit product to an fp32 matrix")
+    total = torch.randn(300, 1024, device="cuda")
+    # As in the backward: dz of the last chunk is a part of a wider buffer.
+    dz, weight = torch.randn(300, 4096, device="cuda").to(dtype), torch.randn(700, 1024, device="cuda")
+    dz, weight = dz[:, :700], weight.to(dtype)
+    exact = total.double() + dz.double() @ weight.double()
+    for adds in (True, False):
+        monkeypatch.setattr(products, "_adds_to_fp32", lambda *_, adds=adds: adds)
+        found = total.clone()
+        products.add_product(found, dz, weight)
+        # fp32 sums of 700 products, and none of them rounded to 16 bits.
+        assert relative_error(found, exact) < 1e-5, f"adds: {adds}"
 
 
 @pytest.mark.parametrize("sharpness", [4.0, 12.0], ids=["exact", "certified"])
@@ -330,30 +359,56 @@ def test_peak_memory_stays_far_below_the_logits(sharpness):
     assert extra < 300 * 2**20
 
 
+def focalpo(hidden, weight, labels, length_normalize=False, **options):
+    loss_fn = FusedFocalPOLoss(reference_free=True, length_normalize=length_normalize)
+    return loss_fn(hidden, weight, labels, **options).loss
+
+
+def kl_with_itself(hidden, weight, labels, **options):
+    return linear_kl(hidden, weight, hidden.detach(), weight.detach(), labels, **options).sum()
+
+
+def sum_of_logps(hidden, weight, labels, **options):
+    return linear_logps(hidden, weight, labels, **options).logps.sum()
+
+
+EACH = (focalpo, kl_with_itself, sum_of_logps)
+FAULTS = {
+    "a label past the vocabulary": (EACH, {1: 40}, {}),
+    "a negative label": (EACH, {6: -1}, {}),
+    "cu_seqlens that decrease": (EACH, {}, {"cu_seqlens": [0, 6, 4]}),
+    "cu_seqlens that end early": (EACH, {}, {"cu_seqlens": [0, 4, 7]}),
+    "an empty completion": ((focalpo,), dict.fromkeys(range(4, 8), -100), {"length_normalize": True}),
+}
+
+
 @pytest.mark.parametrize(
-    "fault",
-    [
-        "labels[0, 0] = 40",
-        "hidden, labels = hidden[0], labels[0]; options = {'cu_seqlens': torch.tensor([0, 6, 4]).cuda()}",
-        "labels[1] = -100; loss_fn.length_normalize = True",
-    ],
+    ("fault", "function"), [(name, function) for name, fault in FAULTS.items() for function in fault[0]]
 )
-def test_bad_values_on_the_device_fail_the_step(fault):
-    """A device-side assertion ends the process's CUDA context, so each fault has a process of its own."""
-    code = f"""
-import torch
-from focalkern import FusedFocalPOLoss
-hidden = torch.randn(2, 4, 64, device="cuda", dtype=torch.bfloat16)
-weight = torch.randn(40, 64, device="cuda", dtype=torch.bfloat16)
-labels = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
-loss_fn, options = FusedFocalPOLoss(reference_free=True), {{}}
-{fault}
-loss_fn(hidden, weight, labels, **options)
-torch.cuda.synchronize()
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    assert "device-side assert" in done.stderr
+def test_bad_values_raise_what_they_raise_on_the_cpu_and_the_process_goes_on(fault, function):
+    _, bad_labels, options = FAULTS[fault]
+    hidden, weight = torch.randn(2, 4, 64), torch.randn(40, 64)
+    labels = torch.zeros(8, dtype=torch.int64)
+    for position, label in bad_labels.items():
+        labels[position] = label
+    hidden, labels = (
+        (hidden.flatten(0, 1), labels) if "cu_seqlens" in options else (hidden, labels.view(2, 4))
+    )
+
+    def message(device, labels_on):
+        there = {
+            name: torch.tensor(value, device=labels_on) if name == "cu_seqlens" else value
+            for name, value in options.items()
+        }
+        with pytest.raises(ValueError) as raised:
+            function(hidden.to(device), weight.to(device), labels.to(labels_on), **there)
+        return str(raised.value)
+
+    expected = message("cpu", "cpu")
+    assert message("cuda", "cuda") == message("cuda", "cpu") == expected
+    torch.cuda.synchronize()
+    good = torch.zeros(2, 4, dtype=torch.int64, device="cuda")
+    assert focalpo(torch.randn(2, 4, 64, device="cuda"), weight.cuda(), good).isfinite()
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
