@@ -24,9 +24,11 @@ reproduce: $(VENV)/ready
 	$(RUN) examples/reproduce.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest
+	$(RUN) -m pytest --ignore tests/test_compile.py
 	@if $(RUN) -c "import triton" 2> /dev/null; then \
-		echo "Triton kernels on the CPU, through the interpreter:"; \
+		echo "Triton kernels, compiled for GPUs:"; \
+		$(RUN) -m pytest -n auto tests/test_compile.py && \
+		echo "Triton kernels on the CPU, through the interpreter:" && \
 		TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(KERNEL_TESTS); \
 	else \
 		echo "No triton on this platform: the kernels were not tested."; \
