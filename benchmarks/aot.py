@@ -32,6 +32,7 @@ from focalkern.logps import triton_form as logps
 from focalkern.logps.function import WORKSPACE_BYTES
 from focalkern.records import (
     OUTPUTS,
+    Forward,
     Head,
     KeptCounts,
     KeptPairs,
@@ -197,9 +198,10 @@ def launch_head(
         logps.reduced(blocks, common[1], head, names)
     entropy = meta(n) if outputs else None
     saved = Saved(meta(n), meta(n), blocks.lse, entropy)
-    logps.exact_backward(*common, saved, RowGradients(meta(n), entropy), needs, reduction)
+    forward = Forward(*common, saved)
+    logps.exact_backward(forward, RowGradients(meta(n), entropy), needs, reduction)
     pairs = kept_pairs(n, blocks.lse.shape[1])
-    logps.certified_backward(*common, saved, meta(n), pairs, 2.0**-13, needs, WORKSPACE_BYTES, reduction)
+    logps.certified_backward(forward, meta(n), pairs, 2.0**-13, needs, reduction, WORKSPACE_BYTES)
 
 
 def launch_kl(

@@ -1,12 +1,10 @@
-"""From dz, the gradient of the logits, to the gradients of a head: the two products of an exact backward.
+"""The gradients of a head while they are computed, and the two products that an exact backward makes of dz.
 
-The vendor's library makes them, on CPUs and GPUs alike. Used by both forms of `logps` and of `kl`, which form
-dz for one vocabulary chunk after the other.
+The vendor's library makes the products, on CPUs and GPUs alike. Used by both forms of `logps` and of `kl`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,20 +16,51 @@ from focalkern.torch_logits import compute_dtype, matmul
 _NARROW = 128
 
 
-class ExactGradients:
-    """Gradients of a head, those that are needed; complete once every chunk of dz has been added."""
+class HeadGradients:
+    """Gradients of a head while they are computed: those that are needed, None in place of the others."""
+
+    def __init__(
+        self,
+        head: Head,
+        needs: Needs,
+        reduction: AsyncReduction | None = None,  # of dhidden, over the shards of the vocabulary
+        dhidden_dtype: torch.dtype | None = None,  # that dhidden is summed up in, of hidden if None
+    ) -> None:
+        self.dtype, self.reduction = head.hidden.dtype, reduction
+        self.dhidden = [
+            torch.zeros_like(hidden, dtype=dhidden_dtype) if needed else None
+            for (hidden, _), needed in zip(head.products, needs.of_hidden, strict=False)
+        ]
+        self.dweight = [
+            torch.empty_like(weight) if needed else None
+            for (_, weight), needed in zip(head.products, needs.of_weight, strict=False)
+        ]
+        self.dbias = torch.empty_like(head.bias) if head.bias is not None and needs.bias else None
+
+    def start_reduction(self) -> None:
+        """dhidden is complete: the other shards' is added while dweight is computed."""
+        if self.reduction is not None:
+            self.reduction.start(*(x for x in self.dhidden if x is not None))
+
+    def result(self) -> Gradients:
+        if self.reduction is not None:
+            self.reduction.wait()
+        dhidden = [None if x is None else x.to(self.dtype) for x in self.dhidden]
+        return Gradients.of_products(dhidden, self.dweight, self.dbias)
+
+
+class ExactGradients(HeadGradients):
+    """Complete once every chunk of dz has been added."""
 
     def __init__(
         self,
         head: Head,
         hidden: list[torch.Tensor],  # of each product, [n, K], in the dtype of dz
         needs: Needs,
-        reduction: AsyncReduction | None = None,  # of dhidden, over the shards of the vocabulary
+        reduction: AsyncReduction | None = None,
     ) -> None:
-        self.head, self.hidden, self.reduction = head, hidden, reduction
-        self.dhidden = zero_sums([h for h, _ in head.products], needs.of_hidden)
-        self.dweight = empty_gradients([weight for _, weight in head.products], needs.of_weight)
-        (self.dbias,) = empty_gradients([head.bias], [needs.bias])
+        super().__init__(head, needs, reduction, compute_dtype(head.hidden))
+        self.hidden, self.vocab_size = hidden, head.vocab_size
 
     def add(self, dz: torch.Tensor, weights: list[torch.Tensor], start: int) -> None:
         """Take in dz = dL/d(hidden @ weightᵀ) of the chunk whose weights these are, in the dtype of dz."""
@@ -39,19 +68,13 @@ class ExactGradients:
         for dhidden, weight in zip(self.dhidden, weights, strict=True):
             if dhidden is not None:
                 add_product(dhidden, dz, weight)
-        if self.reduction is not None and end == self.head.vocab_size:
-            # Under way while the last chunk's dweight is computed.
-            self.reduction.start(*(x for x in self.dhidden if x is not None))
+        if end == self.vocab_size:
+            self.start_reduction()
         for dweight, hidden in zip(self.dweight, self.hidden, strict=True):
             if dweight is not None:
                 product_over_rows(dz, hidden, out=dweight[start:end])
         if self.dbias is not None:
             self.dbias[start:end] = dz.sum(0, dtype=compute_dtype(dz))
-
-    def result(self) -> Gradients:
-        if self.reduction is not None:
-            self.reduction.wait()
-        return Gradients.of_products(in_dtype(self.dhidden, self.head), self.dweight, self.dbias)
 
 
 def add_product(
@@ -105,25 +128,3 @@ def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     except (RuntimeError, TypeError):
         return False
     return bool((total == 16).all())
-
-
-def zero_sums(hidden: Sequence[torch.Tensor], needs: Sequence[bool]) -> list[torch.Tensor | None]:
-    """What dhidden of each product is summed up in, where it is needed."""
-    return [
-        torch.zeros(h.shape, dtype=compute_dtype(h), device=h.device) if needed else None
-        for h, needed in zip(hidden, needs, strict=False)
-    ]
-
-
-def in_dtype(dhidden: Sequence[torch.Tensor | None], head: Head) -> list[torch.Tensor | None]:
-    """The sums in the dtype of the hidden states."""
-    return [None if x is None else x.to(head.hidden.dtype) for x in dhidden]
-
-
-def empty_gradients(
-    tensors: Sequence[torch.Tensor | None], needs: Sequence[bool]
-) -> list[torch.Tensor | None]:
-    return [
-        torch.empty_like(x) if needed and x is not None else None
-        for x, needed in zip(tensors, needs, strict=False)
-    ]

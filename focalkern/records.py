@@ -125,6 +125,15 @@ class Saved(NamedTuple):
     rest_mass: torch.Tensor | None = None  # [n] of a shard: its part of 1 − p_y
 
 
+class Forward(NamedTuple):
+    """What a backward of `linear_logps` computes the logits again from, and the softmax."""
+
+    head: Head
+    targets: torch.Tensor  # [n]; negative where the label is in another shard
+    transform: LogitTransform
+    saved: Saved
+
+
 class RowGradients(NamedTuple):
     """Gradients of the loss in what a head gives for each row, [n] each."""
 

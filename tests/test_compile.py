@@ -28,6 +28,7 @@ from focalkern import triton_launch
 from focalkern.logps.triton_form import exact_backward
 from focalkern.pairs.triton_form import pair_forward, sequence_sums
 from focalkern.records import (
+    Forward,
     Head,
     LogitTransform,
     Needs,
@@ -202,11 +203,11 @@ def test_a_last_chunk_of_one_entry_compiles():
     """Triton makes a size of 1 a constant of the kernel."""
     head = Head(meta(64, 128, dtype=torch.bfloat16), meta(4097, 128, dtype=torch.bfloat16))
     saved, grads = Saved(meta(64), meta(64)), RowGradients(meta(64))
-    targets, transform = meta(64, dtype=torch.int64), LogitTransform()
+    forward = Forward(head, meta(64, dtype=torch.int64), LogitTransform(), saved)
 
     def run():
         needs = Needs(hidden=True, weight=True, bias=False)
-        exact_backward(head, targets, transform, saved, grads, needs, None)
+        exact_backward(forward, grads, needs, None)
 
     with (
         mock.patch.object(triton_launch, "_DZ_BYTES", 0),

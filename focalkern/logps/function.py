@@ -13,6 +13,7 @@ from focalkern.logps.certificate import BackwardRecord, DroppedMass
 from focalkern.logps.selection import count_pairs, list_pairs, select_pairs
 from focalkern.logps.shards import reduced_over_shards, targets_of_shard
 from focalkern.records import (
+    Forward,
     Gradients,
     Head,
     KeptPairs,
@@ -95,29 +96,27 @@ class LinearLogpsFunction(torch.autograd.Function):
             entropy=None if grad_entropy is None else grad_entropy.contiguous(),
         )
         with torch.autocast(head.hidden.device.type, enabled=False):
-            gradients = _gradients(head, targets, saved, grads, call, Needs(*ctx.needs_input_grad[:5]))
+            forward = Forward(head, targets, call.transform, saved)
+            gradients = _gradients(forward, grads, call, Needs(*ctx.needs_input_grad[:5]))
         return *gradients, None, None
 
 
-def _gradients(
-    head: Head, targets: torch.Tensor, saved: Saved, grads: RowGradients, call: LogpsCall, needs: Needs
-) -> Gradients:
+def _gradients(forward: Forward, grads: RowGradients, call: LogpsCall, needs: Needs) -> Gradients:
     """By an exact or a certified backward, and recorded as that."""
     form, pairs, dropped, reduction, share = form_of(call.backend), None, None, None, 1.0
     if call.shard is not None:
         reduction = AsyncReduction(call.shard.process_group)
-        share = head.vocab_size / call.shard.vocab_size
-    if saved.block_lse is not None and grads.entropy is None and targets.numel():
-        pairs, dropped = _select(saved, targets, grads.logps, call.tau, share)
+        share = forward.head.vocab_size / call.shard.vocab_size
+    if forward.saved.block_lse is not None and grads.entropy is None and forward.targets.numel():
+        pairs, dropped = _select(forward, grads.logps, call.tau, share)
         if reduction is not None:
             reduction.start(dropped.totals)
 
-    common = (head, targets, call.transform, saved)
     if pairs is None:
-        gradients = form.exact_backward(*common, grads, needs, reduction)
+        gradients = form.exact_backward(forward, grads, needs, reduction)
     else:
         gradients = form.certified_backward(
-            *common, grads.logps, pairs, call.tau, needs, WORKSPACE_BYTES, reduction
+            forward, grads.logps, pairs, call.tau, needs, reduction, WORKSPACE_BYTES
         )
     if reduction is not None:
         reduction.wait()
@@ -127,12 +126,13 @@ def _gradients(
 
 
 def _select(
-    saved: Saved, targets: torch.Tensor, g: torch.Tensor, tau: float, share: float
+    forward: Forward, g: torch.Tensor, tau: float, share: float
 ) -> tuple[KeptPairs | None, DroppedMass]:
     """The pairs that are kept, None where they are too many."""
+    saved = forward.saved
     assert saved.block_lse is not None
     rest_mass = saved.one_minus_p if saved.rest_mass is None else saved.rest_mass
-    selection = select_pairs(saved.block_lse, saved.lse, rest_mass, targets, g, tau, share)
+    selection = select_pairs(saved.block_lse, saved.lse, rest_mass, forward.targets, g, tau, share)
     counts = count_pairs(selection)
     if counts.share > EXACT_ABOVE_KEPT_SHARE:
         return None, DroppedMass.nothing(counts, g)

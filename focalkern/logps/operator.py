@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,10 @@ from focalkern.rows import Rows, pick_rows
 
 @dataclass(frozen=True)
 class LinearLogps:
-    """What `linear_logps` returns; per token, in the shape of the (shifted) labels, 0/False where ignored."""
+    """What `linear_logps` returns; per token, in the shape of the (shifted) labels, 0/False where ignored.
+
+    Of dense rows until it is spread over the labels.
+    """
 
     logps: torch.Tensor  # fp32 (fp64 for fp64 inputs), differentiable
     entropy: torch.Tensor | None = None  # −Σ_v p_v log p_v in nats, differentiable
@@ -40,6 +44,12 @@ class LinearLogps:
     def certificate(self) -> Certificate:
         """Summary of what the backward left out; as `FocalPOOutput.certificate`, it may wait for ranks."""
         return certify(self.dropped, self.dropped_mass)
+
+    def reshaped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
+        """The values of the tokens in another shape. What the backward fills in place keeps its own."""
+        values = {name: getattr(self, name) for name in RowValues._fields}
+        changed: dict[str, Any] = {name: function(x) for name, x in values.items() if x is not None}
+        return replace(self, **changed)
 
 
 @not_compiled
@@ -125,14 +135,7 @@ def linear_logps(
         checks.check_cu_seqlens(cu_seqlens, inputs.hidden)
     chosen = select_backend(options.backend, inputs.hidden)
     rows = inputs.rows(options.ignore_index, shift, cu_seqlens)
-    found = logps_of_rows(inputs, rows, options, outputs, chosen)
-    return LinearLogps(
-        **{name: rows.spread(x) for name, x in found.values._asdict().items() if x is not None},
-        dropped_mass=found.dropped_mass,
-        kept_share=found.kept_share,
-        dropped=found.dropped,
-        vocab_group=found.vocab_group,
-    )
+    return logps_of_rows(inputs, rows, options, outputs, chosen).reshaped(rows.spread)
 
 
 @dataclass(frozen=True)
@@ -193,20 +196,9 @@ def checked_update(
     return update
 
 
-@dataclass(frozen=True)
-class RowLogps:
-    """`LinearLogps` of dense rows."""
-
-    values: RowValues
-    dropped_mass: torch.Tensor | None
-    kept_share: torch.Tensor | None
-    dropped: BackwardRecord | None
-    vocab_group: dist.ProcessGroup | None
-
-
 def logps_of_rows(
     inputs: HeadInputs, rows: Rows, options: HeadOptions, outputs: tuple[str, ...], backend: str
-) -> RowLogps:
+) -> LinearLogps:
     """`linear_logps` of rows whose labels are yet to be checked."""
     hidden, weight, shard, update = inputs.hidden, inputs.weight, inputs.shard, inputs.update
     vocab_size, transform = weight.shape[0], options.transform
@@ -238,8 +230,8 @@ def logps_of_rows(
         backend=backend,
         shard=shard,
     )
-    return RowLogps(
-        values=row_values(head, rows.targets, call),
+    return LinearLogps(
+        *row_values(head, rows.targets, call),
         dropped_mass=None if record is None else record.per_token,
         kept_share=None if record is None else record.kept_share,
         dropped=record,

@@ -18,8 +18,8 @@ import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
-from focalkern.products import empty_gradients, in_dtype, zero_sums
-from focalkern.records import Gradients, Head, KeptPairs, LogitTransform, Needs, Saved
+from focalkern.products import HeadGradients
+from focalkern.records import Forward, Gradients, KeptPairs, Needs
 from focalkern.torch_logits import Product, compute_dtype, matmul, targets_in, times_slope, transform_logits
 
 # oneDNN builds a kernel for every new shape, in more time than a block's product takes (300 against 130 µs
@@ -34,33 +34,28 @@ _ROUNDING_TAU = 2.0**-20
 
 
 def certified_backward(
-    head: Head,
-    targets: torch.Tensor,
-    transform: LogitTransform,
-    saved: Saved,
+    forward: Forward,
     g: torch.Tensor,  # [n] dL/dlogps
     pairs: KeptPairs,
     tau: float,
     needs: Needs,
-    workspace_bytes: int,
     reduction: AsyncReduction | None,
+    workspace_bytes: int,
 ) -> Gradients:
     """dz of the kept pairs, group by group, and its products; rows of dweight that no pair needs are zero."""
-    step = _Step(head, targets, transform, saved, g, pairs, tau, needs, workspace_bytes)
+    step = _Step(forward, g, pairs, tau, needs, reduction, workspace_bytes)
+    gradients = step.gradients
     # Each half adds its blocks up by itself.
-    halves = [(parts, zero_sums(step.hidden, needs.of_hidden)) for parts in _halves(step.parts)]
-    tasks = [partial(step.process, parts, dhidden) for parts, dhidden in halves]
-    _run_side_by_side(tasks, head.hidden.device)
+    sums = [gradients.dhidden, [None if x is None else torch.zeros_like(x) for x in gradients.dhidden]]
+    tasks = [partial(step.process, *half) for half in zip(_halves(step.parts), sums, strict=True)]
+    _run_side_by_side(tasks, g.device)
 
-    n = targets.numel()
-    dhidden = [
-        None if one is None or other is None else (one + other)[:n]
-        for one, other in zip(*(dhidden for _, dhidden in halves), strict=True)
+    gradients.dhidden = [
+        None if one is None or other is None else one.add_(other)[: g.numel()]
+        for one, other in zip(*sums, strict=True)
     ]
-    if reduction is not None:
-        reduction.start(*(x for x in dhidden if x is not None))
-        reduction.wait()
-    return Gradients.of_products(in_dtype(dhidden, head), step.dweight, step.dbias)
+    gradients.start_reduction()
+    return gradients.result()
 
 
 @dataclass(frozen=True)
@@ -97,17 +92,16 @@ class _Step:
 
     def __init__(
         self,
-        head: Head,
-        targets: torch.Tensor,
-        transform: LogitTransform,
-        saved: Saved,
+        forward: Forward,
         g: torch.Tensor,
         pairs: KeptPairs,
         tau: float,
         needs: Needs,
+        reduction: AsyncReduction | None,
         workspace_bytes: int,
     ) -> None:
-        self.head, self.transform, self.dtype = head, transform, compute_dtype(head.hidden)
+        head, targets, self.transform, saved = forward
+        self.head, self.dtype = head, compute_dtype(head.hidden)
         self.needs_weight = any(needs.of_weight)
         self.is_native = _has_native_product(head.hidden)
         self.is_fp32 = head.hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
@@ -125,17 +119,17 @@ class _Step:
         self.row_list, self.first_v = _padded_rows(pairs, targets.numel())
         self.parts = list(_parts(pairs, head.vocab_size, self.group_rows))
 
-        self.dweight = empty_gradients([weight for _, weight in head.products], needs.of_weight)
-        (self.dbias,) = empty_gradients([head.bias], [needs.bias])
+        padded = head._replace(**dict(zip(("hidden", "update_hidden"), self.hidden, strict=False)))
+        self.gradients = HeadGradients(padded, needs, reduction, self.dtype)
         for i_block in (pairs.counts.per_block_host == 0).nonzero().flatten().tolist():
-            for gradient in (*self.dweight, self.dbias):
+            for gradient in (*self.gradients.dweight, self.gradients.dbias):
                 if gradient is not None:
                     gradient[_vocab_range(i_block, head.vocab_size)] = 0.0
 
     def process(self, parts: list[_Part], dhidden: list[torch.Tensor | None]) -> None:
         """Gradients of the blocks of these parts; `dhidden` takes what they add to that of each product."""
-        sums_of_weight = [_BlockSum(gradient) for gradient in self.dweight]
-        sum_of_bias = _BlockSum(self.dbias)
+        sums_of_weight = [_BlockSum(gradient) for gradient in self.gradients.dweight]
+        sum_of_bias = _BlockSum(self.gradients.dbias)
         for parts_of_group in _groups(parts, self.group_rows):
             group = self.gather(parts_of_group)
             dz = self.dz(group)

@@ -20,6 +20,7 @@ from focalkern.logps.torch_certified import certified_backward as certified_back
 from focalkern.products import ExactGradients
 from focalkern.records import (
     BlockStatistics,
+    Forward,
     Gradients,
     Head,
     LogitTransform,
@@ -114,15 +115,10 @@ def reduced(
 
 
 def exact_backward(
-    head: Head,
-    targets: torch.Tensor,
-    transform: LogitTransform,
-    saved: Saved,
-    grads: RowGradients,
-    needs: Needs,
-    reduction: AsyncReduction | None,
+    forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
 ) -> Gradients:
     """Recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
+    head, targets, transform, saved = forward
     logits = Logits(head, transform)
     gradients = ExactGradients(head, logits.hidden, needs, reduction)
     g = grads.logps.to(saved.lse.dtype)

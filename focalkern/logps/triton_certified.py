@@ -18,19 +18,8 @@ import triton
 from csrc_triton import linear_logps_certified as kernels
 from csrc_triton.launch import FEW_ROWS, VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
-from focalkern.products import empty_gradients, in_dtype
-from focalkern.records import (
-    Gradients,
-    Head,
-    KeptPairs,
-    LogitTransform,
-    Needs,
-    PairGroup,
-    PairTiles,
-    Saved,
-    Scales,
-    Sizes,
-)
+from focalkern.products import HeadGradients
+from focalkern.records import Forward, Gradients, KeptPairs, Needs, PairGroup, PairTiles, Scales, Sizes
 from focalkern.triton_launch import (
     OPTIONS,
     entry,
@@ -47,19 +36,17 @@ _PRODUCT_COLUMNS = 128
 
 
 def certified_backward(
-    head: Head,
-    targets: torch.Tensor,
-    transform: LogitTransform,
-    saved: Saved,
+    forward: Forward,
     g: torch.Tensor,  # [n] dL/dlogps
     pairs: KeptPairs,
     tau: float,
     needs: Needs,
-    workspace_bytes: int,
     reduction: AsyncReduction | None,
+    workspace_bytes: int,
 ) -> Gradients:
     """Gradients from the kept pairs alone; rows of dweight that no pair needs are zero."""
-    step, counts = _Step(head, targets, transform, saved, g, pairs, needs, reduction), pairs.counts
+    step, counts, head = _Step(forward, g, pairs, needs, reduction), pairs.counts, forward.head
+    gradients = step.gradients
     needs_hidden, needs_weight_or_bias = any(needs.of_hidden), any((*needs.of_weight, needs.bias))
 
     pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
@@ -70,23 +57,23 @@ def certified_backward(
             group = _group(step.block_start, counts.per_block)
             dz = step.dz(group, counts.total)
             if needs_hidden:
-                step.write_dhidden(group, dz, (0, targets.numel()), workspace_bytes)
-            step.start_reduction()
+                step.write_dhidden(group, dz, (0, len(counts.per_row)), workspace_bytes)
+            gradients.start_reduction()
             step.write_dweight(group, dz, (0, len(counts.per_block)))
-            return step.result()
+            return gradients.result()
 
         if needs_hidden:
             for rows in _ranges(counts.per_row_host, most_pairs):
                 group = step.group_of_rows(rows)
                 dz = step.dz(group, int(counts.per_row_host[slice(*rows)].sum()))
                 step.write_dhidden(group, dz, rows, workspace_bytes)
-        step.start_reduction()
+        gradients.start_reduction()
         if needs_weight_or_bias:
             for blocks in _ranges(counts.per_block_host, most_pairs):
                 group = step.group_of_blocks(blocks)
                 dz = step.dz(group, int(counts.per_block_host[slice(*blocks)].sum()))
                 step.write_dweight(group, dz, blocks)
-    return step.result()
+    return gradients.result()
 
 
 class _Step:
@@ -94,40 +81,22 @@ class _Step:
 
     def __init__(
         self,
-        head: Head,
-        targets: torch.Tensor,
-        transform: LogitTransform,
-        saved: Saved,
+        forward: Forward,
         g: torch.Tensor,
         pairs: KeptPairs,
         needs: Needs,
         reduction: AsyncReduction | None,
     ) -> None:
-        self.head, self.targets, self.transform, self.saved = head, targets, transform, saved
-        self.logits_head = with_aligned_update(head)
-        self.g, self.pairs, self.reduction = g, pairs, reduction
+        self.head, self.targets, self.transform, self.saved = forward
+        self.logits_head = with_aligned_update(self.head)
+        self.g, self.pairs = g, pairs
         counts = pairs.counts
         self.few_rows = counts.total <= FEW_ROWS * int((counts.per_block_host > 0).sum())
         self.block_start = counts.per_block.cumsum(0) - counts.per_block
         self.row_start = torch.nn.functional.pad(counts.per_row.cumsum(0), (1, 0))
         # Shards are added up in fp32, as in an exact backward: which of the two each takes is its own affair.
-        dtype = head.hidden.dtype if reduction is None else torch.float32
-        self.dhidden = [
-            torch.zeros_like(hidden, dtype=dtype) if needed else None
-            for (hidden, _), needed in zip(head.products, needs.of_hidden, strict=False)
-        ]
-        self.dweight = empty_gradients([weight for _, weight in head.products], needs.of_weight)
-        (self.dbias,) = empty_gradients([head.bias], [needs.bias])
-
-    def start_reduction(self) -> None:
-        """dhidden is complete: the other shards' is added while dweight is computed."""
-        if self.reduction is not None:
-            self.reduction.start(*(x for x in self.dhidden if x is not None))
-
-    def result(self) -> Gradients:
-        if self.reduction is not None:
-            self.reduction.wait()
-        return Gradients.of_products(in_dtype(self.dhidden, self.head), self.dweight, self.dbias)
+        dtype = None if reduction is None else torch.float32
+        self.gradients = HeadGradients(self.head, needs, reduction, dtype)
 
     def group_of_blocks(self, blocks: tuple[int, int]) -> PairGroup:
         per_block = self.pairs.counts.per_block
@@ -164,11 +133,12 @@ class _Step:
 
     def write_dweight(self, group: PairGroup, dz: torch.Tensor, blocks: tuple[int, int]) -> None:
         """The rows of these blocks in dweight of each product and in dbias."""
-        if self.dbias is None and not any(x is not None for x in self.dweight):
+        all_dweight, dbias = self.gradients.dweight, self.gradients.dbias
+        if dbias is None and not any(x is not None for x in all_dweight):
             return
         # A few blocks hold frequent tokens and are needed by most rows: they are to start first.
         order = blocks[0] + group.size[slice(*blocks)].argsort(descending=True, stable=True)
-        for (hidden, weight), dweight in zip(self.head.products, self.dweight, strict=True):
+        for (hidden, weight), dweight in zip(self.head.products, all_dweight, strict=True):
             if dweight is None:
                 continue
             found, width = product_entry("certified_dweight", hidden), hidden.shape[1]
@@ -184,9 +154,9 @@ class _Step:
                 found.tile(width),
                 **found.options,
             )
-        if self.dbias is not None:
+        if dbias is not None:
             kernels.linear_logps_certified_dbias_kernel[(len(order),)](
-                dz, order, group, self.dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
+                dz, order, group, dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
             )
 
     def write_dhidden(
@@ -198,7 +168,7 @@ class _Step:
         places, before = self._row_places(group, rows)
         dtype = _product_dtype(self.head.hidden)
         free_columns = (workspace_bytes // len(dz) - VOCAB_BLOCK * dz.element_size()) // dtype.itemsize
-        for (hidden, weight), dhidden in zip(self.head.products, self.dhidden, strict=True):
+        for (hidden, weight), dhidden in zip(self.head.products, self.gradients.dhidden, strict=True):
             if dhidden is None:
                 continue
             width = weight.shape[1]

@@ -12,6 +12,7 @@ from focalkern.logps.triton_certified import certified_backward as certified_bac
 from focalkern.records import (
     BlockStatistics,
     Chunk,
+    Forward,
     Gradients,
     Head,
     LogitTransform,
@@ -82,15 +83,10 @@ def reduced(
 
 
 def exact_backward(
-    head: Head,
-    targets: torch.Tensor,
-    transform: LogitTransform,
-    saved: Saved,
-    grads: RowGradients,
-    needs: Needs,
-    reduction: AsyncReduction | None,
+    forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
 ) -> Gradients:
     """Per vocabulary chunk recompute the logits of all rows into dz, then multiply it both ways."""
+    head, targets, transform, saved = forward
     aligned = with_aligned_update(head)
     found = entry("bwd_dz", head.hidden, small=transform.softcap is not None or grads.entropy is not None)
     constants = (sizes_of(aligned), Scales.of(transform), head_tile(found, aligned))

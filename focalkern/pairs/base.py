@@ -5,6 +5,7 @@ log-probs of B chosen and B rejected sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +15,10 @@ from focalkern import checks
 from focalkern.backends import select_backend
 from focalkern.distributed import SumOverSlices, VocabShard, check_group, check_same_pairs, copies_within
 from focalkern.logps.certificate import BackwardRecord, Certificate, certify
-from focalkern.logps.operator import HeadInputs, LinearLogps, RowLogps, checked_inputs, logps_of_rows
+from focalkern.logps.operator import HeadInputs, LinearLogps, checked_inputs, logps_of_rows
 from focalkern.low_rank import LowRankUpdate
 from focalkern.options import HeadOptions
 from focalkern.pairs.functions import SequenceSumFunction
-from focalkern.records import RowValues
 from focalkern.rows import Rows, aligned_labels, pick_rows, tail_weights
 
 
@@ -161,7 +161,7 @@ class PairLossBase(nn.Module):
         shift: bool,
         cu_seqlens: torch.Tensor | None,  # [2B + 1]
         sequence_group: dist.ProcessGroup | None = None,
-    ) -> tuple[PairRows, RowLogps]:
+    ) -> tuple[PairRows, LinearLogps]:
         """The rows of log-probs that have been computed already, as `linear_logps` returns them."""
         if not isinstance(token_logps, LinearLogps):
             raise TypeError(
@@ -186,16 +186,7 @@ class PairLossBase(nn.Module):
             )
         rows = pick_rows(labels, self.ignore_index, shift, cu_seqlens, logps.device)
         batch = self._pair_rows(rows, logps, shift, token_logps.vocab_group, sequence_group)
-        given = {name: getattr(token_logps, name) for name in RowValues._fields}
-        picked = {name: rows.pick(x) for name, x in given.items() if x is not None}
-        values = RowValues(**picked)
-        return batch, RowLogps(
-            values=values,
-            dropped_mass=token_logps.dropped_mass,
-            kept_share=token_logps.kept_share,
-            dropped=token_logps.dropped,
-            vocab_group=token_logps.vocab_group,
-        )
+        return batch, token_logps.reshaped(rows.pick)
 
     def _pair_rows(
         self,
@@ -229,17 +220,36 @@ class PairLossBase(nn.Module):
             sequence_group=sequence_group,
         )
 
-    def row_logps(self, inputs: HeadInputs, batch: PairRows, outputs: tuple[str, ...] = ()) -> RowLogps:
+    def row_logps(self, inputs: HeadInputs, batch: PairRows, outputs: tuple[str, ...] = ()) -> LinearLogps:
         return logps_of_rows(inputs, batch.rows, self.head_options, outputs, batch.backend)
 
-    def sequence_logps(self, batch: PairRows, logps: RowLogps) -> torch.Tensor:  # [2B]
-        values = logps.values.logps
+    def sequence_logps(self, batch: PairRows, logps: LinearLogps) -> torch.Tensor:  # [2B]
+        values = logps.logps
         if self.ld_alpha is not None:
             values = values * tail_weights(batch.rows, self.ld_alpha, values.dtype)
         return batch.sequence_sums(values)
 
-    def reduced(self, losses: torch.Tensor) -> torch.Tensor:
-        if self.reduction == "none":
-            return losses
-        # A rank without pairs adds 0, and not NaN, to what others have.
-        return losses.sum() if self.reduction == "sum" else losses.sum() / max(losses.numel(), 1)
+    def shared_fields(
+        self,
+        batch: PairRows,
+        row_logps: LinearLogps,
+        logps: torch.Tensor,  # [2B]
+        losses: torch.Tensor,
+    ) -> dict[str, Any]:
+        """The fields of `PairOutput` that do not depend on what the loss is."""
+        loss = losses
+        if self.reduction != "none":
+            # A rank without pairs adds 0, and not NaN, to what others have.
+            loss = losses.sum() / (1 if self.reduction == "sum" else max(losses.numel(), 1))
+            losses = losses.detach()
+        chosen_logps, rejected_logps = logps.detach().chunk(2)
+        return {
+            "loss": loss,
+            "losses": losses,
+            "chosen_logps": chosen_logps,
+            "rejected_logps": rejected_logps,
+            "lengths": batch.lengths,
+            "dropped_mass": row_logps.dropped_mass,
+            "kept_share": row_logps.kept_share,
+            "dropped": row_logps.dropped,
+        }

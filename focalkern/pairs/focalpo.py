@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from focalkern import checks
 from focalkern.compiler import not_compiled
 from focalkern.distributed import VocabShard, check_group, copies_within
-from focalkern.logps.operator import LinearLogps, RowLogps
+from focalkern.logps.operator import LinearLogps
 from focalkern.low_rank import LowRankUpdate
 from focalkern.pairs.adaptive_margin import (
     IMPLICIT_REFERENCES,
@@ -42,6 +43,15 @@ class FocalPOOutput(PairOutput):
     weight: torch.Tensor
     gamma: float
     adaptive_margin: torch.Tensor | None = None
+
+
+class _GivenLogps(NamedTuple):
+    """What a call brings beside the policy, [B] each."""
+
+    ref_chosen_logps: torch.Tensor | None
+    ref_rejected_logps: torch.Tensor | None
+    chosen_kl: torch.Tensor | None
+    rejected_kl: torch.Tensor | None
 
 
 class FusedFocalPOLoss(PairLossBase):
@@ -298,9 +308,9 @@ class FusedFocalPOLoss(PairLossBase):
         inputs, batch = self.checked(
             hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
         )
-        constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
-        self._check(batch, *constants)
-        return self._loss(batch, self.row_logps(inputs, batch), *constants)
+        given = _GivenLogps(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        self._check(batch, given)
+        return self._loss(batch, self.row_logps(inputs, batch), given)
 
     @not_compiled
     def from_logps(
@@ -323,41 +333,39 @@ class FusedFocalPOLoss(PairLossBase):
         once here, too.
         """
         batch, logps = self.given_logps(token_logps, labels, shift, cu_seqlens, sequence_group)
-        constants = (ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
-        self._check(batch, *constants)
-        return self._loss(batch, logps, *constants)
+        given = _GivenLogps(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        self._check(batch, given)
+        return self._loss(batch, logps, given)
 
-    def _check(
-        self,
-        batch: PairRows,
-        ref_chosen_logps: torch.Tensor | None,  # [B]
-        ref_rejected_logps: torch.Tensor | None,  # [B]
-        chosen_kl: torch.Tensor | None,  # [B]
-        rejected_kl: torch.Tensor | None,  # [B]
-    ) -> None:
+    def _check(self, batch: PairRows, given: _GivenLogps) -> None:
         if self.length_normalize:
             batch.check_completions()
-        self._check_references(batch, ref_chosen_logps, ref_rejected_logps)
-        self._check_kl(batch, chosen_kl, rejected_kl)
+        unless = None
+        if self.alpha and needs_reference(self.implicit_reference):
+            unless = "alpha=0 and reference_free=True"
+        elif not self.reference_free:
+            unless = "reference_free=True"
+        needs_kl = self.alpha > 0 and self.implicit_reference == "sequence_kl"
+        for name, value in given._asdict().items():
+            if name.startswith("ref_"):
+                checks.check_ref_logps(name, value, batch.pairs, unless, batch.like)
+                continue
+            if (value is not None) != needs_kl:
+                raise ValueError(
+                    f"{name} must be given, [B] = [{batch.pairs}], with alpha > 0 and"
+                    " implicit_reference='sequence_kl', and else not;"
+                    f" got {None if value is None else 'a tensor'}"
+                )
+            if value is not None:
+                checks.check_per_pair(name, value, batch.pairs, batch.like)
 
-    def _loss(
-        self,
-        batch: PairRows,
-        row_logps: RowLogps,
-        ref_chosen_logps: torch.Tensor | None,  # [B]
-        ref_rejected_logps: torch.Tensor | None,  # [B]
-        chosen_kl: torch.Tensor | None,  # [B]
-        rejected_kl: torch.Tensor | None,  # [B]
-    ) -> FocalPOOutput:
+    def _loss(self, batch: PairRows, row_logps: LinearLogps, given: _GivenLogps) -> FocalPOOutput:
         logps = self.sequence_logps(batch, row_logps)
-        ref_logps = None
-        if ref_chosen_logps is not None and ref_rejected_logps is not None:
-            ref_logps = torch.cat([ref_chosen_logps, ref_rejected_logps]).to(logps.dtype)
+        ref_logps = _concatenated(given.ref_chosen_logps, given.ref_rejected_logps, logps.dtype)
         adaptive_margin = None
         if self.alpha:
-            kl = None
-            if chosen_kl is not None and rejected_kl is not None:
-                kl = batch.over_slices(torch.cat([chosen_kl, rejected_kl]).to(logps.dtype))
+            kl = _concatenated(given.chosen_kl, given.rejected_kl, logps.dtype)
+            kl = None if kl is None else batch.over_slices(kl)
             copies = copies_within(
                 self.margin_statistics.process_group, row_logps.vocab_group, batch.sequence_group
             )
@@ -367,23 +375,15 @@ class FusedFocalPOLoss(PairLossBase):
         losses, prob, slope, rewards = PairLossFunction.apply(
             logps, adaptive_margin, constants, objective, batch.backend
         )
-        chosen_logps, rejected_logps = logps.detach().chunk(2)
         chosen_rewards, rejected_rewards = rewards.chunk(2)
         return FocalPOOutput(
-            loss=self.reduced(losses),
-            losses=losses if self.reduction == "none" else losses.detach(),
-            chosen_logps=chosen_logps,
-            rejected_logps=rejected_logps,
+            **self.shared_fields(batch, row_logps, logps, losses),
             chosen_rewards=chosen_rewards,
             rejected_rewards=rejected_rewards,
             prob=prob,
             weight=-slope,
             gamma=objective.gamma,
-            lengths=batch.lengths,
-            dropped_mass=row_logps.dropped_mass,
-            kept_share=row_logps.kept_share,
             adaptive_margin=None if adaptive_margin is None else adaptive_margin.detach(),
-            dropped=row_logps.dropped,
         )
 
     def _adaptive_margin(
@@ -407,37 +407,6 @@ class FusedFocalPOLoss(PairLossBase):
                 rounding = self.margin_statistics.update(margin.detach(), rounding, copies)
             margin = self.margin_statistics.standardized(margin, rounding)
         return self.alpha * margin
-
-    def _check_references(
-        self,
-        batch: PairRows,
-        ref_chosen_logps: torch.Tensor | None,  # [B]
-        ref_rejected_logps: torch.Tensor | None,  # [B]
-    ) -> None:
-        unless = None
-        if self.alpha and needs_reference(self.implicit_reference):
-            unless = "alpha=0 and reference_free=True"
-        elif not self.reference_free:
-            unless = "reference_free=True"
-        checks.check_ref_logps("ref_chosen_logps", ref_chosen_logps, batch.pairs, unless, batch.like)
-        checks.check_ref_logps("ref_rejected_logps", ref_rejected_logps, batch.pairs, unless, batch.like)
-
-    def _check_kl(
-        self,
-        batch: PairRows,
-        chosen_kl: torch.Tensor | None,  # [B]
-        rejected_kl: torch.Tensor | None,  # [B]
-    ) -> None:
-        needed = self.alpha > 0 and self.implicit_reference == "sequence_kl"
-        for name, kl in (("chosen_kl", chosen_kl), ("rejected_kl", rejected_kl)):
-            if (kl is not None) != needed:
-                raise ValueError(
-                    f"{name} must be given, [B] = [{batch.pairs}], with alpha > 0 and"
-                    " implicit_reference='sequence_kl', and else not;"
-                    f" got {None if kl is None else 'a tensor'}"
-                )
-            if kl is not None:
-                checks.check_per_pair(name, kl, batch.pairs, batch.like)
 
     def _objective(self) -> PairObjective:
         if self.training and isinstance(self.gamma, GammaSchedule):
@@ -463,3 +432,9 @@ class FusedFocalPOLoss(PairLossBase):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.set_step(int(state))
+
+
+def _concatenated(
+    chosen: torch.Tensor | None, rejected: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor | None:  # [2B]
+    return None if chosen is None or rejected is None else torch.cat([chosen, rejected]).to(dtype)

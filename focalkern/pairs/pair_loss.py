@@ -19,7 +19,7 @@ from torch.autograd.gradcheck import GradcheckError, gradcheck
 from focalkern import checks
 from focalkern.compiler import not_compiled
 from focalkern.distributed import VocabShard
-from focalkern.logps.operator import LinearLogps, RowLogps
+from focalkern.logps.operator import LinearLogps
 from focalkern.low_rank import LowRankUpdate
 from focalkern.pairs.base import PairLossBase, PairOutput, PairRows
 
@@ -273,7 +273,7 @@ class FusedPairLoss(PairLossBase):
     def _loss(
         self,
         batch: PairRows,
-        row_logps: RowLogps,
+        row_logps: LinearLogps,
         ref_chosen_logps: torch.Tensor | None,  # [B]
         ref_rejected_logps: torch.Tensor | None,  # [B]
         tensors: Mapping[str, torch.Tensor],
@@ -282,9 +282,8 @@ class FusedPairLoss(PairLossBase):
         gradient = torch.full_like(logps, torch.nan)
         if logps.requires_grad:
             logps.register_hook(functools.partial(_fill, gradient))
-        values = row_logps.values
-        sums = {name: batch.sequence_sums(getattr(values, name).to(logps.dtype)) for name in self.outputs}
-        sums["logps"] = logps if self.ld_alpha is None else batch.sequence_sums(values.logps)
+        sums = {name: batch.sequence_sums(getattr(row_logps, name).to(logps.dtype)) for name in self.outputs}
+        sums["logps"] = logps if self.ld_alpha is None else batch.sequence_sums(row_logps.logps)
         chosen_logps, rejected_logps = logps.chunk(2)
         chosen_lengths, rejected_lengths = batch.lengths.chunk(2)
         pairs = Pairs(
@@ -298,22 +297,14 @@ class FusedPairLoss(PairLossBase):
             sums,
         )
         losses = _losses(self.function, pairs, tensors)
-        loss = self.reduced(losses)
         with torch.no_grad():
             chosen_rewards = self.beta * (pairs.chosen_logps - _or_zero(pairs.ref_chosen_logps))
             rejected_rewards = self.beta * (pairs.rejected_logps - _or_zero(pairs.ref_rejected_logps))
         return PairLossOutput(
-            loss=loss,
-            losses=losses if self.reduction == "none" else losses.detach(),
-            chosen_logps=chosen_logps.detach(),
-            rejected_logps=rejected_logps.detach(),
+            **self.shared_fields(batch, row_logps, logps, losses),
             chosen_rewards=chosen_rewards,
             rejected_rewards=rejected_rewards,
             prob=torch.sigmoid(chosen_rewards - rejected_rewards),
-            lengths=batch.lengths,
-            dropped_mass=row_logps.dropped_mass,
-            kept_share=row_logps.kept_share,
-            dropped=row_logps.dropped,
             logps_gradient=gradient,
         )
 

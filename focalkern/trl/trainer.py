@@ -6,7 +6,7 @@ import contextlib
 import os
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -374,11 +374,11 @@ class FocalPOTrainer(DPOTrainer):
         labels = self._labels(inputs).to(tokens.logps.device)
         cu_seqlens = inputs.get("cu_seqlens")
         if cu_seqlens is not None:  # [1, N − 1] to [N]: the last position predicts nothing
-            tokens = _mapped(tokens, lambda x: torch.nn.functional.pad(x[0], (0, 1)))
+            tokens = tokens.reshaped(lambda x: torch.nn.functional.pad(x[0], (0, 1)))
             return tokens, labels[0], cu_seqlens.to(labels.device)
         length = labels.shape[1] - 1
         if tokens.logps.shape[1] > length:  # prompt learning puts its own tokens in front
-            tokens = _mapped(tokens, lambda x: x[:, -length:])
+            tokens = tokens.reshaped(lambda x: x[:, -length:])
         return tokens, labels, None
 
     # ----------------------------------------------------------------------------------------------- logging
@@ -519,21 +519,3 @@ def _check_packing(
     ):
         if given:
             raise ValueError(f"{name} must not be given with padding_free=True: {why}")
-
-
-def _mapped(tokens: LinearLogps, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
-    """Per-token outputs in another shape; what the backward fills in place keeps its own."""
-
-    def given(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else function(x)
-
-    return LinearLogps(
-        function(tokens.logps),
-        given(tokens.entropy),
-        given(tokens.mean_logits),
-        given(tokens.is_top1),
-        given(tokens.log_sum_sq_probs),
-        dropped_mass=tokens.dropped_mass,
-        kept_share=tokens.kept_share,
-        dropped=tokens.dropped,
-    )
