@@ -26,6 +26,7 @@ from benchmarks.aot import compiled_launches, float32_matmul_precision, launch_h
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern import triton_launch
 from focalkern.logps.triton_form import exact_backward
+from focalkern.pairs.objective import MODULATIONS
 from focalkern.pairs.triton_form import pair_forward, sequence_sums
 from focalkern.records import (
     Forward,
@@ -179,7 +180,7 @@ def test_kl_launch_table_fits_other_architectures(arch, variant):
 
 
 @both_gpus
-@pytest.mark.parametrize("modulation", ["focalpo", "inverse", "focal"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
 def test_pair_kernels_compile_without_spills(arch, modulation):
     def run():
         sums = sequence_sums(meta(4096), meta(17, dtype=torch.int64))

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tolerance import assert_as_accurate
 
 from focalkern import FusedFocalPOLoss, linear_logps, reference
+from focalkern.pairs.objective import MODULATIONS
 
 DTYPES = [torch.float32, *LOW_PRECISION]
 
@@ -151,7 +152,7 @@ objectives = st.fixed_dictionaries(
     {
         "beta": st.sampled_from([0.01, 0.1, 2.0]),
         "gamma": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-        "modulation": st.sampled_from(["focalpo", "inverse", "focal"]),
+        "modulation": st.sampled_from(MODULATIONS),
     },
     optional={
         "margin": st.sampled_from([0.5, -1.0]),
@@ -187,7 +188,7 @@ def test_logps_entropy_and_their_gradients_are_as_accurate_as_plain_pytorch(prob
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("modulation", ["focalpo", "inverse", "focal"])
+@pytest.mark.parametrize("modulation", MODULATIONS)
 def test_loss_over_several_tiles_and_chunks(modulation, dtype, backend):
     """More rows and vocabulary than one tile or chunk of either backend holds, at the sharpness of a trained
     LM."""
