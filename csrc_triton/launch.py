@@ -41,30 +41,20 @@ GROUP_M = 8
 # `*_narrow` where n is at most `NARROW_COLUMNS`, as is the rank of an update: the launcher cuts the tile's n
 # to the next power of two. Such a product is bound by reading dz: small tiles, many at once.
 # `*_small` where the large tile would spill registers: optional outputs, softcap (also in kl_fwd) or entropy
-# gradient in the backward, or a hidden size that is not a multiple of 64.
+# gradient in the backward.
+# `*_odd` where the hidden size is not a multiple of 64: masks, and loads that may not be vectorised.
 # `*_few` where the kept blocks have at most `FEW_ROWS` rows on average: a tile of 128 rows would be mostly
 # padding.
 NARROW_COLUMNS = 128
 FEW_ROWS = 48
 KERNELS = (
-    "fwd",
-    "fwd_small",
-    "bwd_dz",
-    "bwd_dz_small",
-    "kl_fwd",
-    "kl_fwd_small",
-    "kl_bwd_dz",
-    "kl_bwd_dz_small",
-    "certified_dz",
-    "certified_dz_few",
-    "certified_dz_small",
-    "certified_dweight",
-    "certified_dweight_small",
-    "certified_dweight_narrow",
-    "certified_product",
-    "certified_product_few",
-    "certified_product_small",
-    "certified_product_narrow",
+    *("fwd", "fwd_small", "fwd_odd"),
+    *("bwd_dz", "bwd_dz_small", "bwd_dz_odd"),
+    *("kl_fwd", "kl_fwd_small", "kl_fwd_odd"),
+    *("kl_bwd_dz", "kl_bwd_dz_small", "kl_bwd_dz_odd"),
+    *("certified_dz", "certified_dz_few", "certified_dz_small", "certified_dz_odd"),
+    *("certified_dweight", "certified_dweight_narrow", "certified_dweight_odd"),
+    *("certified_product", "certified_product_few", "certified_product_narrow", "certified_product_odd"),
 )
 
 _NARROW = {
@@ -76,33 +66,45 @@ _FEW = {
     "certified_product_few": Launch(32, 128, 32, 4, 3),
 }
 _SMALL = {
-    "fwd_small": Launch(64, 128, 64, 8, 3),
-    "bwd_dz_small": Launch(64, 128, 64, 8, 3),
+    "fwd_small": Launch(128, 128, 64, 8, 3),
+    "bwd_dz_small": Launch(128, 128, 64, 8, 3),
     "kl_fwd_small": Launch(64, 128, 32, 8, 3),
     "kl_bwd_dz_small": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(64, 128, 64, 8, 3),
-    "certified_dweight_small": Launch(128, 64, 32, 8, 5),
-    "certified_product_small": Launch(64, 128, 32, 8, 3),
     **_FEW,
     **_NARROW,
+}
+_ODD = {
+    "fwd_odd": Launch(64, 128, 64, 8, 3),
+    "bwd_dz_odd": Launch(64, 128, 64, 8, 3),
+    "kl_fwd_odd": Launch(64, 128, 32, 8, 3),
+    "kl_bwd_dz_odd": Launch(64, 128, 32, 8, 3),
+    "certified_dz_odd": Launch(64, 128, 64, 8, 3),
+    "certified_dweight_odd": Launch(128, 64, 32, 8, 5),
+    "certified_product_odd": Launch(64, 128, 32, 8, 3),
 }
 # fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
 # tile. Where there are two stages, a third spills on one of Triton 3.6, 3.8 and 3.9.
 _FP32 = {
     "fwd": Launch(64, 128, 32, 8, 2),
     "fwd_small": Launch(32, 128, 32, 8, 3),
+    "fwd_odd": Launch(32, 128, 32, 8, 3),
     "bwd_dz": Launch(64, 128, 32, 8, 3),
     "bwd_dz_small": Launch(32, 128, 32, 8, 3),
+    "bwd_dz_odd": Launch(32, 128, 32, 8, 3),
     "kl_fwd": Launch(64, 128, 16, 8, 3),
     "kl_fwd_small": Launch(32, 128, 16, 8, 2),
+    "kl_fwd_odd": Launch(32, 128, 16, 8, 2),
     "kl_bwd_dz": Launch(64, 128, 16, 8, 2),
     "kl_bwd_dz_small": Launch(32, 128, 16, 8, 3),
+    "kl_bwd_dz_odd": Launch(32, 128, 16, 8, 3),
     "certified_dz": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(32, 128, 32, 8, 3),
+    "certified_dz_odd": Launch(32, 128, 32, 8, 3),
     "certified_dweight": Launch(128, 64, 32, 8, 5),
-    "certified_dweight_small": Launch(128, 32, 32, 8, 5),
+    "certified_dweight_odd": Launch(128, 32, 32, 8, 5),
     "certified_product": Launch(64, 128, 32, 8, 3),
-    "certified_product_small": Launch(64, 64, 32, 8, 3),
+    "certified_product_odd": Launch(64, 64, 32, 8, 3),
     **_FEW,
     "certified_dz_few": Launch(32, 128, 32, 8, 2),
     **_NARROW,
@@ -113,10 +115,11 @@ _AMPERE = {
     "bwd_dz": Launch(128, 256, 32, 8, 4),
     "kl_fwd": Launch(128, 128, 32, 8, 4),
     "kl_bwd_dz": Launch(128, 128, 32, 8, 4),
-    "certified_dz": Launch(128, 128, 64, 8, 4),
+    "certified_dz": Launch(128, 128, 32, 4, 4),
     "certified_dweight": Launch(128, 256, 32, 8, 7),
-    "certified_product": Launch(128, 128, 64, 8, 3),
+    "certified_product": Launch(64, 128, 64, 4, 3),
     **_SMALL,
+    **_ODD,
 }
 # 100 KB of shared memory where the A100 has 164.
 _CONSUMER = {
@@ -133,8 +136,9 @@ _HOPPER = {
     "kl_bwd_dz": Launch(128, 128, 64, 8, 4),
     "certified_dz": Launch(128, 128, 64, 8, 3),
     "certified_dweight": Launch(128, 256, 64, 8, 5),
-    "certified_product": Launch(128, 128, 64, 8, 3),
+    "certified_product": Launch(64, 128, 64, 4, 3),
     **_SMALL,
+    **_ODD,
 }
 # The accumulator lies in tensor memory; read back whole for the epilogue, 128 × 256 of it spills.
 _BLACKWELL = {

@@ -76,14 +76,16 @@ def logits_tile(head, o_row, o_v, sizes, tile):
 
 @triton.jit
 def take_out_label(b_z, b_y, o_m, first_v, m_own, target_z_ptr, V, tile):
-    """Store the labels' logits; give all logits, −inf in place of the labels' and of those past V."""
+    """Store the labels' logits; give all logits, −inf in place of the labels' and of those past V, and the
+    labels' logits [tile.m], 0 where they are in another tile."""
     o_c = tl.arange(0, tile.n)
     if not tile.even_v:  # noqa: SIM102 (a constant of the kernel; the next condition is none)
         if first_v + tile.n > V:
             b_z += tl.where(o_c < V - first_v, 0.0, -float("inf"))[None, :]  # fewer registers than a mask
     m_target = o_c[None, :] == (b_y - first_v)[:, None]
-    tl.store(target_z_ptr + o_m, tl.sum(tl.where(m_target, b_z, 0.0), axis=1), mask=m_own)
-    return tl.where(m_target, -float("inf"), b_z)
+    b_own_z = tl.sum(tl.where(m_target, b_z, 0.0), axis=1)
+    tl.store(target_z_ptr + o_m, b_own_z, mask=m_own)
+    return tl.where(m_target, -float("inf"), b_z), b_own_z
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -106,45 +108,51 @@ def linear_logps_fwd_kernel(
     b_y = tl.load(targets_ptr + o_m, mask=m_m, other=-1).to(tl.int32)
     m_own = m_m & (b_y >= i_v * tile.n) & (b_y < (i_v + 1) * tile.n)
     b_rest = b_z
+    b_own_z = tl.zeros([tile.m], dtype=tl.float32)
     # Most tiles hold no label of their rows: they save a third of the instructions of the epilogue.
     if (tl.max(m_own.to(tl.int32), axis=0) > 0) | ((i_v + 1) * tile.n > sizes.V):
-        b_rest = take_out_label(b_z, b_y, o_m, i_v * tile.n, m_own, blocks.target_z, sizes.V, tile)
+        b_rest, b_own_z = take_out_label(b_z, b_y, o_m, i_v * tile.n, m_own, blocks.target_z, sizes.V, tile)
 
     NUM_BLOCKS: tl.constexpr = tile.n // VOCAB_BLOCK
-    b_rest = tl.reshape(b_rest, [tile.m, NUM_BLOCKS, VOCAB_BLOCK])
-    b_max = tl.max(b_rest, axis=2)
-    b_shift = tl.where(b_max == -float("inf"), 0.0, b_max)
-    b_exp = fast_exp(b_rest - b_shift[:, :, None])
-    b_sum = tl.sum(b_exp, axis=2) + b_poison[:, None]
-    b_log_sum = tl.log(b_sum)
-
     NB = tl.cdiv(sizes.V, VOCAB_BLOCK)
     o_b = i_v * NUM_BLOCKS + tl.arange(0, NUM_BLOCKS)
     o_out = o_m[:, None].to(tl.int64) * NB + o_b[None, :]
     m_out = m_m[:, None] & (o_b < NB)[None, :]
+    b_blocks = tl.reshape(b_rest, [tile.m, NUM_BLOCKS, VOCAB_BLOCK])
+    b_max = tl.max(b_blocks, axis=2)
+
+    # What is made of the logits themselves comes first: beside those of the exponentials, registers would spill.
+    if blocks.sum_z is not None or blocks.max_z is not None:
+        m_target = o_v[None, :] == b_y[:, None]
+        m_own_block = (b_y // VOCAB_BLOCK)[:, None] == o_b[None, :]
+    if blocks.sum_z is not None:
+        b_others = tl.where(m_target | (o_v >= sizes.V)[None, :], 0.0, b_rest)
+        b_sum_z = tl.sum(tl.reshape(b_others, [tile.m, NUM_BLOCKS, VOCAB_BLOCK]), axis=2)
+        b_sum_z += tl.where(m_own_block, b_own_z[:, None], 0.0)
+        tl.store(blocks.sum_z + o_out, b_sum_z + b_poison[:, None], mask=m_out)
+    if blocks.max_z is not None:
+        # The label is the top-1 if it is above all before it and at least equal to all after it. In its own
+        # block that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
+        b_wins = tl.where(o_v[None, :] < b_y[:, None], b_own_z[:, None] > b_rest, b_own_z[:, None] >= b_rest)
+        b_wins |= m_target | (o_v >= sizes.V)[None, :]
+        b_wins = tl.min(tl.reshape(b_wins.to(tl.int32), [tile.m, NUM_BLOCKS, VOCAB_BLOCK]), axis=2)
+        b_verdict = tl.where(b_wins == 1, -float("inf"), float("inf"))
+        tl.store(blocks.max_z + o_out, tl.where(m_own_block, b_verdict, b_max), mask=m_out)
+
+    b_shift = tl.where(b_max == -float("inf"), 0.0, b_max)
+    b_centred = b_blocks - b_shift[:, :, None]
+    b_exp = fast_exp(b_centred)
+    b_sum = tl.sum(b_exp, axis=2) + b_poison[:, None]
+    b_log_sum = tl.log(b_sum)
     tl.store(blocks.lse + o_out, b_shift + b_log_sum, mask=m_out)
 
     # Entropy and log Σp² within the block do not change when all logits are shifted.
     if blocks.entropy is not None:
-        b_weighted = b_exp * tl.where(b_exp > 0.0, b_rest - b_shift[:, :, None], 0.0)
+        b_weighted = b_exp * tl.where(b_exp > 0.0, b_centred, 0.0)
         tl.store(blocks.entropy + o_out, b_log_sum - tl.sum(b_weighted, axis=2) / b_sum, mask=m_out)
     if blocks.log_sum_sq is not None:
         b_log_sum_sq = tl.log(tl.sum(b_exp * b_exp, axis=2)) - 2.0 * b_log_sum
         tl.store(blocks.log_sum_sq + o_out, b_log_sum_sq, mask=m_out)
-    if blocks.sum_z is not None:
-        b_all = tl.reshape(tl.where((o_v < sizes.V)[None, :], b_z, 0.0), [tile.m, NUM_BLOCKS, VOCAB_BLOCK])
-        tl.store(blocks.sum_z + o_out, tl.sum(b_all, axis=2) + b_poison[:, None], mask=m_out)
-    if blocks.max_z is not None:
-        # The label is the top-1 if it is above all before it and at least equal to all after it. In its own
-        # block that is decided here: its maximum becomes −inf, or +inf if the label is beaten.
-        m_target = o_v[None, :] == b_y[:, None]
-        b_own_z = tl.sum(tl.where(m_target, b_z, 0.0), axis=1)[:, None]
-        b_wins = tl.where(o_v[None, :] < b_y[:, None], b_own_z > b_z, b_own_z >= b_z)
-        b_wins |= m_target | (o_v >= sizes.V)[None, :]
-        b_wins = tl.min(tl.reshape(b_wins.to(tl.int32), [tile.m, NUM_BLOCKS, VOCAB_BLOCK]), axis=2)
-        b_verdict = tl.where(b_wins == 1, -float("inf"), float("inf"))
-        m_own_block = (b_y // VOCAB_BLOCK)[:, None] == o_b[None, :]
-        tl.store(blocks.max_z + o_out, tl.where(m_own_block, b_verdict, b_max), mask=m_out)
 
 
 @triton.jit

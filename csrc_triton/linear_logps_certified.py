@@ -84,12 +84,13 @@ def linear_logps_certified_dweight_kernel(
     for i_k in range(0, size, tile.k):
         m_k = i_k + o_k < size
         o_t = tl.load(p_row + i_k + o_k, mask=m_k, other=0)
-        o_dz = (place + i_k + o_k)[:, None] * VOCAB_BLOCK + o_c[None, :]
-        b_dz = tl.load(dz_ptr + o_dz, mask=m_k[:, None], other=0.0)
+        # Transposed by its pointers: tl.trans would take it through registers instead of cp.async.
+        o_dz = o_c[:, None] + (place + i_k + o_k)[None, :] * VOCAB_BLOCK
+        b_dz_t = tl.load(dz_ptr + o_dz, mask=m_k[None, :], other=0.0)
         # Rows past the end must not meet the NaN of a row that is not theirs.
         o_hidden = o_t[:, None] * sizes.H + o_h[None, :]
         b_hidden = tl.load(hidden_ptr + o_hidden, mask=m_k[:, None] & m_h[None, :], other=0.0)
-        b_acc = tl.dot(tl.trans(b_dz), b_hidden, b_acc, input_precision=tile.precision)
+        b_acc = tl.dot(b_dz_t, b_hidden, b_acc, input_precision=tile.precision)
 
     o_v = i_block * VOCAB_BLOCK + o_c
     o_out = o_v[:, None] * sizes.H + o_h[None, :]
@@ -182,11 +183,12 @@ def linear_logps_certified_dhidden_kernel(
     m_n = (o_n < columns) & (o_h < H)
     o_k = tl.arange(0, BLOCK_K)
 
-    b_acc = tl.zeros([BLOCK_N], dtype=tl.float32)
+    # Summed over BLOCK_K once, after the loop: in it, the sum would cost more than the loads.
+    b_acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
     for i_k in range(0, size, BLOCK_K):
         m_k = i_k + o_k < size
         o_place = tl.load(row_places_ptr + start + i_k + o_k, mask=m_k, other=0)
         p_product = product_ptr + o_place[:, None] * columns + o_n[None, :]
-        b_product = tl.load(p_product, mask=m_k[:, None] & m_n[None, :], other=0.0)
-        b_acc += tl.sum(b_product.to(tl.float32), axis=0)
-    tl.store(dhidden_ptr + i_row * H + o_h, b_acc.to(dhidden_ptr.dtype.element_ty), mask=m_n)
+        b_acc += tl.load(p_product, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+    b_sum = tl.sum(b_acc, axis=0)
+    tl.store(dhidden_ptr + i_row * H + o_h, b_sum.to(dhidden_ptr.dtype.element_ty), mask=m_n)

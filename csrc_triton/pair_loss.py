@@ -8,7 +8,7 @@ one value per pair. The same formulas, with their sources, are in `focalkern/pai
 import triton
 import triton.language as tl
 
-from csrc_triton.scalar import softplus
+from csrc_triton.scalar import atanh_series, softplus
 
 
 @triton.jit
@@ -52,18 +52,15 @@ def modulated_nll(b_u, gamma, MODULATION: tl.constexpr):
 
 @triton.jit
 def one_minus_r(b_u, b_nll):
-    """1 − e^u·softplus(−u), by its series in x = e^−u where the difference would cancel."""
-    m_small = b_u > 2.5
-    b_x = tl.where(m_small, tl.exp(-tl.maximum(b_u, 2.5)), 0.0)
-    b_series = -1.0 / 9.0
-    b_series = b_series * b_x + 1.0 / 8.0
-    b_series = b_series * b_x - 1.0 / 7.0
-    b_series = b_series * b_x + 1.0 / 6.0
-    b_series = b_series * b_x - 1.0 / 5.0
-    b_series = b_series * b_x + 1.0 / 4.0
-    b_series = b_series * b_x - 1.0 / 3.0
-    b_series = b_series * b_x + 1.0 / 2.0
-    return tl.where(m_small, b_series * b_x, 1.0 - tl.exp(tl.minimum(b_u, 2.5)) * b_nll)
+    """1 − r with r = e^u·softplus(−u). For u >= 0 without a difference of two nearly equal terms:
+
+    r = log(1 + x)/x with x = e^−u, so 1 − r = s − (1 − s)·(atanh(s)/s − 1) with s = x/(2 + x).
+    """
+    b_x = tl.exp(-tl.maximum(b_u, 0.0))
+    b_s = b_x / (2.0 + b_x)
+    b_s2 = b_s * b_s
+    b_small = b_s - (1.0 - b_s) * b_s2 * atanh_series(b_s2)
+    return tl.where(b_u > 0.0, b_small, 1.0 - tl.exp(tl.minimum(b_u, 0.0)) * b_nll)
 
 
 @triton.jit

@@ -61,14 +61,16 @@ class Entry:
         return (triton.cdiv(m, self.config.block_m) * triton.cdiv(n, self.config.block_n),)
 
 
-def entry(kernel: str, hidden: torch.Tensor, small: bool = False, few_rows: bool = False) -> Entry:
-    # Where 64 does not divide the hidden size, loads are masked or unvectorised: more registers for them.
-    odd = hidden.shape[1] % 64 != 0
-    if few_rows and not odd:
+def entry(kernel: str, *hidden: torch.Tensor, small: bool = False, few_rows: bool = False) -> Entry:
+    """`hidden` are the hidden states whose products the kernel sums over their size, all of one dtype."""
+    first = hidden[0]
+    if any(x.shape[1] % 64 for x in hidden):
+        kernel += "_odd"
+    elif few_rows:
         kernel += "_few"
-    elif small or odd:
+    elif small:
         kernel += "_small"
-    return Entry(launch_config(kernel, arch_of(hidden.device), hidden.element_size() * 8), hidden.dtype)
+    return Entry(launch_config(kernel, arch_of(first.device), first.element_size() * 8), first.dtype)
 
 
 def product_entry(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> Entry:

@@ -55,8 +55,7 @@ def backward(
 
 
 def _entry(kernel: str, policy: Head, ref: Head, transform: LogitTransform) -> Entry:
-    odd_ref = ref.hidden.shape[1] % 64 != 0
-    return entry(kernel, policy.hidden, small=transform.softcap is not None or odd_ref)
+    return entry(kernel, policy.hidden, ref.hidden, small=transform.softcap is not None)
 
 
 def _constants(found: Entry, policy: Head, ref: Head, transform: LogitTransform) -> tuple:

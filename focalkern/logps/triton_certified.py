@@ -113,7 +113,8 @@ class _Step:
         head, hidden = self.logits_head, self.head.hidden
         dz = torch.empty((count, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
         if count:
-            found = entry("certified_dz", hidden, self.transform.softcap is not None, self.few_rows)
+            small = self.transform.softcap is not None
+            found = entry("certified_dz", hidden, small=small, few_rows=self.few_rows)
             tiles = _tiles(group, count, found.config.block_m)
             kernels.linear_logps_certified_dz_kernel[(len(tiles.block),)](
                 head,
@@ -207,6 +208,7 @@ class _Step:
                     width,
                     BLOCK_N=at_least,
                     BLOCK_K=16,
+                    num_warps=1,
                     **OPTIONS,
                 )
 
