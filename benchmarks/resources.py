@@ -4,7 +4,8 @@
     python benchmarks/resources.py --write    # into benchmarks/compiled.json, which a test holds
 
 No GPU is needed. The launches are those of a Llama-3 head (H = 4096, V = 128256) in bf16: forward, exact and
-certified backward. As long as an entry of the launch table says `estimated`, it was chosen by these numbers.
+certified backward, and the KL of two. As long as an entry of the launch table says `estimated`, it was chosen
+by these numbers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head
+from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head, launch_kl
 
 BASELINE = Path(__file__).with_name("compiled.json")
 
@@ -47,13 +48,19 @@ MULTIPROCESSORS = {
 SYSTEM_SHARED_BYTES = 1024  # of each program
 REGISTERS_AT_ONCE = 256  # a warp's registers are given out in multiples of this
 
-# As `launch_head` takes it. Beside Llama-3's 8192 rows: Gemma-2's softcap, and the tiles for few rows.
-VARIANTS = {"plain": {}, "softcap": {"softcap": 30.0}, "512 rows": {"n": 512}}
+# Beside Llama-3's 8192 rows: Gemma-2's softcap, the entropy and its like, and the tiles for few rows.
+VARIANTS = {
+    "plain": launch_head,
+    "softcap": functools.partial(launch_head, softcap=30.0),
+    "outputs": functools.partial(launch_head, outputs=True),
+    "512 rows": functools.partial(launch_head, n=512),
+    "KL": launch_kl,
+}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel with one tile. `main_loop`, `tensor_core` and `others` count instructions per warp."""
+    """One kernel with one tile. The last four count instructions per warp."""
 
     kernel: str
     variant: str  # the first that launches it
@@ -67,6 +74,7 @@ class Compiled:
     occupancy: float  # share of the warps that a multiprocessor can hold
     main_loop: int  # the innermost loop with tensor-core instructions
     tensor_core: int  # in it
+    narrow_loads: int  # in it: from global memory, less than 16 bytes a thread
     others: int  # outside it: prologue and epilogue
 
 
@@ -90,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
 def compiled_kernels(arch: str) -> list[Compiled]:
     """Every kernel that has an entry in the launch table, in all variants."""
     found: dict[int, Compiled] = {}
-    for variant, options in VARIANTS.items():
-        for launch in compiled_launches(arch, functools.partial(launch_head, torch.bfloat16, **options)):
+    for variant, launch_all in VARIANTS.items():
+        for launch in compiled_launches(arch, functools.partial(launch_all, torch.bfloat16)):
             if launch.tile is not None and id(launch.kernel) not in found:
                 found[id(launch.kernel)] = compiled(launch, variant, arch)
     return list(found.values())
@@ -100,7 +108,6 @@ def compiled_kernels(arch: str) -> list[Compiled]:
 def compiled(launch: CompiledLaunch, variant: str, arch: str) -> Compiled:
     warps, registers, shared_bytes = launch.num_warps, launch.registers, launch.shared_bytes
     programs = programs_per_multiprocessor(arch, warps, registers, shared_bytes)
-    main_loop, tensor_core, others = instruction_mix(launch.machine_code)
     return Compiled(
         launch.name.removesuffix("_kernel"),
         variant,
@@ -112,9 +119,7 @@ def compiled(launch: CompiledLaunch, variant: str, arch: str) -> Compiled:
         shared_bytes,
         programs,
         programs * warps / MULTIPROCESSORS[arch].warps,
-        main_loop,
-        tensor_core,
-        others,
+        *instruction_mix(launch.machine_code),
     )
 
 
@@ -130,8 +135,9 @@ def programs_per_multiprocessor(arch: str, warps: int, registers: int, shared_by
     )
 
 
-def instruction_mix(code: list[str]) -> tuple[int, int, int]:
-    """Instructions of the innermost loop with a tensor-core instruction, those of them, and all others."""
+def instruction_mix(code: list[str]) -> tuple[int, int, int, int]:
+    """Instructions of the innermost loop with a tensor-core instruction; of them tensor-core instructions and
+    loads of less than 16 bytes from global memory; and all others."""
     address = [int(line.split("*/")[0], 16) for line in code]
     is_product = ["MMA" in line for line in code]
     loops = []
@@ -142,9 +148,10 @@ def instruction_mix(code: list[str]) -> tuple[int, int, int]:
             if any(is_product[start:i]):
                 loops.append((start, i + 1))
     if not loops:
-        return 0, 0, len(code)
+        return 0, 0, 0, len(code)
     start, end = min(loops, key=lambda loop: loop[1] - loop[0])
-    return end - start, sum(is_product[start:end]), len(code) - (end - start)
+    narrow = sum(bool(re.search(r"\bLDG(STS)?\.", line)) and ".128" not in line for line in code[start:end])
+    return end - start, sum(is_product[start:end]), narrow, len(code) - (end - start)
 
 
 def print_table(arch: str, kernels: list[Compiled]) -> None:

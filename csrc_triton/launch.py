@@ -116,16 +116,10 @@ _AMPERE = {
     "kl_fwd": Launch(128, 128, 32, 8, 4),
     "kl_bwd_dz": Launch(128, 128, 32, 8, 4),
     "certified_dz": Launch(128, 128, 32, 4, 4),
-    "certified_dweight": Launch(128, 256, 32, 8, 7),
+    "certified_dweight": Launch(128, 128, 32, 4, 5),
     "certified_product": Launch(64, 128, 64, 4, 3),
     **_SMALL,
     **_ODD,
-}
-# 100 KB of shared memory where the A100 has 164.
-_CONSUMER = {
-    **_AMPERE,
-    "certified_dz": Launch(128, 128, 64, 8, 3),
-    "certified_dweight": Launch(128, 64, 64, 8, 5),
 }
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles. certified_dz with 3 stages
 # leaves room for a second program, which multiplies while the first gathers its rows.
@@ -150,11 +144,11 @@ _BLACKWELL = {
 
 LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_80": {16: _AMPERE, 32: _FP32},
-    "sm_86": {16: _CONSUMER, 32: _FP32},
-    "sm_89": {16: _CONSUMER, 32: _FP32},
+    "sm_86": {16: _AMPERE, 32: _FP32},
+    "sm_89": {16: _AMPERE, 32: _FP32},
     "sm_90": {16: _HOPPER, 32: _FP32},
     "sm_100": {16: _BLACKWELL, 32: _FP32},
-    "sm_120": {16: _CONSUMER, 32: _FP32},
+    "sm_120": {16: _AMPERE, 32: _FP32},
 }
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
 _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))

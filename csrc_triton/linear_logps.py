@@ -121,7 +121,7 @@ def linear_logps_fwd_kernel(
     b_blocks = tl.reshape(b_rest, [tile.m, NUM_BLOCKS, VOCAB_BLOCK])
     b_max = tl.max(b_blocks, axis=2)
 
-    # What is made of the logits themselves comes first: beside those of the exponentials, registers would spill.
+    # What is made of the logits themselves comes first: beside exponentials, registers would spill.
     if blocks.sum_z is not None or blocks.max_z is not None:
         m_target = o_v[None, :] == b_y[:, None]
         m_own_block = (b_y // VOCAB_BLOCK)[:, None] == o_b[None, :]
