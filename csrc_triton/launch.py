@@ -83,8 +83,8 @@ _ODD = {
     "certified_dweight_odd": Launch(128, 64, 32, 8, 5),
     "certified_product_odd": Launch(64, 128, 32, 8, 3),
 }
-# fp32 products run without tensor cores unless the user allows tf32: the multiplications bound them, not the
-# tile. Where there are two stages, a third spills on one of Triton 3.6, 3.8 and 3.9.
+# fp32 products are three tf32 products of parts that take registers: small tiles. Where there are two stages,
+# a third spills on one of Triton 3.6, 3.8 and 3.9.
 _FP32 = {
     "fwd": Launch(64, 128, 32, 8, 2),
     "fwd_small": Launch(32, 128, 32, 8, 3),
@@ -97,7 +97,7 @@ _FP32 = {
     "kl_fwd_odd": Launch(32, 128, 16, 8, 2),
     "kl_bwd_dz": Launch(64, 128, 16, 8, 2),
     "kl_bwd_dz_small": Launch(32, 128, 16, 8, 3),
-    "kl_bwd_dz_odd": Launch(32, 128, 16, 8, 3),
+    "kl_bwd_dz_odd": Launch(32, 128, 16, 8, 2),
     "certified_dz": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(32, 128, 32, 8, 3),
     "certified_dz_odd": Launch(32, 128, 32, 8, 3),
@@ -108,6 +108,18 @@ _FP32 = {
     **_FEW,
     "certified_dz_few": Launch(32, 128, 32, 8, 2),
     **_NARROW,
+}
+# wgmma reads the parts of one operand from shared memory: more rows for each. Where that operand would have to
+# be transposed (certified_product), the older instruction, of tiles below 64 rows.
+_FP32_HOPPER = {
+    **_FP32,
+    "fwd": Launch(128, 128, 16, 8, 3),
+    "bwd_dz": Launch(128, 128, 32, 8, 2),
+    "kl_fwd": Launch(128, 128, 16, 8, 3),
+    "kl_bwd_dz": Launch(128, 128, 16, 8, 3),
+    "certified_dz": Launch(128, 128, 32, 8, 2),
+    "certified_dweight": Launch(128, 32, 32, 8, 5),
+    "certified_product": Launch(32, 128, 32, 4, 3),
 }
 # mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
 _AMPERE = {
@@ -146,7 +158,7 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_80": {16: _AMPERE, 32: _FP32},
     "sm_86": {16: _AMPERE, 32: _FP32},
     "sm_89": {16: _AMPERE, 32: _FP32},
-    "sm_90": {16: _HOPPER, 32: _FP32},
+    "sm_90": {16: _HOPPER, 32: _FP32_HOPPER},
     "sm_100": {16: _BLACKWELL, 32: _FP32},
     "sm_120": {16: _AMPERE, 32: _FP32},
 }

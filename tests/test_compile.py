@@ -103,23 +103,22 @@ def check_head(arch, dtype, precision="highest", **variant):
         expected.add("linear_logps_certified_dbias_kernel")
     if variant.get("is_shard"):  # its block statistics are reduced together with those of the others
         expected.remove("linear_logps_reduce_kernel")
-    check(arch, lambda: launch_head(dtype, **variant), expected, dtype, precision)
+    check(arch, lambda: launch_head(dtype, **variant), expected, precision)
 
 
 def check_kl(arch, dtype, precision="highest", **variant):
-    check(arch, lambda: launch_kl(dtype, **variant), KL_KERNELS, dtype, precision)
+    check(arch, lambda: launch_kl(dtype, **variant), KL_KERNELS, precision)
 
 
-def check(arch, run, expected, dtype=torch.float32, precision="highest"):
+def check(arch, run, expected, precision="highest"):
     with float32_matmul_precision(precision):
         launches = compiled_launches(arch, run)
     assert {launch.name for launch in launches} == expected
-    has_tensor_cores = dtype != torch.float32 or precision != "highest"
     for launch in launches:
         print(f"{arch} {launch}: {launch.registers} registers, {launch.shared_bytes} bytes shared")
         assert launch.spilled_bytes == 0, f"{launch} spills {launch.spilled_bytes} bytes"
         assert launch.shared_bytes <= SHARED_LIMIT[arch], str(launch)
-        if launch.tile is not None and has_tensor_cores:
+        if launch.tile is not None:
             # wgmma takes tiles of 64 rows; smaller ones have the instruction of older architectures.
             instruction = "mma.sync" if launch.tile.m < 64 else TENSOR_CORE.get(arch, "mma.sync")
             assert instruction in launch.ptx, f"{launch} does not use tensor cores"

@@ -16,12 +16,12 @@ triton_launch = pytest.importorskip("focalkern.triton_launch", reason="no triton
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
-        ("", "ieee"),
+        ("", "tf32x3"),
         ("torch.set_float32_matmul_precision('high')", "tf32"),
-        ("torch.set_float32_matmul_precision('highest')", "ieee"),
+        ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
         ("torch.backends.fp32_precision = 'tf32'", "tf32"),
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "ieee"),
+        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32x3"),
     ],
 )
 def test_fp32_products_follow_torchs_settings_and_16_bits_ignore_them(setting, expected):

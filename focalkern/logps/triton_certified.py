@@ -207,7 +207,7 @@ class _Step:
                     columns,
                     width,
                     BLOCK_N=at_least,
-                    BLOCK_K=16,
+                    BLOCK_K=8,
                     num_warps=1,
                     **OPTIONS,
                 )
