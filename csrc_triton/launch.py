@@ -109,8 +109,8 @@ _FP32 = {
     "certified_dz_few": Launch(32, 128, 32, 8, 2),
     **_NARROW,
 }
-# wgmma reads the parts of one operand from shared memory: more rows for each. Where that operand would have to
-# be transposed (certified_product), the older instruction, of tiles below 64 rows.
+# wgmma reads the parts of one operand from shared memory: more rows for each. Where that operand would have
+# to be transposed (certified_product), the older instruction, of tiles below 64 rows.
 _FP32_HOPPER = {
     **_FP32,
     "fwd": Launch(128, 128, 16, 8, 3),
