@@ -65,16 +65,12 @@ _FEW = {
     "certified_dz_few": Launch(32, 128, 64, 4, 4),
     "certified_product_few": Launch(32, 128, 32, 4, 3),
 }
-_SMALL = {
+_SPECIAL = {
     "fwd_small": Launch(128, 128, 64, 8, 3),
     "bwd_dz_small": Launch(128, 128, 64, 8, 3),
     "kl_fwd_small": Launch(64, 128, 32, 8, 3),
     "kl_bwd_dz_small": Launch(64, 128, 32, 8, 3),
     "certified_dz_small": Launch(64, 128, 64, 8, 3),
-    **_FEW,
-    **_NARROW,
-}
-_ODD = {
     "fwd_odd": Launch(64, 128, 64, 8, 3),
     "bwd_dz_odd": Launch(64, 128, 64, 8, 3),
     "kl_fwd_odd": Launch(64, 128, 32, 8, 3),
@@ -82,6 +78,8 @@ _ODD = {
     "certified_dz_odd": Launch(64, 128, 64, 8, 3),
     "certified_dweight_odd": Launch(128, 64, 32, 8, 5),
     "certified_product_odd": Launch(64, 128, 32, 8, 3),
+    **_FEW,
+    **_NARROW,
 }
 # fp32 products are three tf32 products of parts that take registers: small tiles. Where there are two stages,
 # a third spills on one of Triton 3.6, 3.8 and 3.9.
@@ -130,8 +128,7 @@ _AMPERE = {
     "certified_dz": Launch(128, 128, 32, 4, 4),
     "certified_dweight": Launch(128, 128, 32, 4, 5),
     "certified_product": Launch(64, 128, 64, 4, 3),
-    **_SMALL,
-    **_ODD,
+    **_SPECIAL,
 }
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles. certified_dz with 3 stages
 # leaves room for a second program, which multiplies while the first gathers its rows.
@@ -143,8 +140,7 @@ _HOPPER = {
     "certified_dz": Launch(128, 128, 64, 8, 3),
     "certified_dweight": Launch(128, 256, 64, 8, 5),
     "certified_product": Launch(64, 128, 64, 4, 3),
-    **_SMALL,
-    **_ODD,
+    **_SPECIAL,
 }
 # The accumulator lies in tensor memory; read back whole for the epilogue, 128 × 256 of it spills.
 _BLACKWELL = {
