@@ -48,12 +48,14 @@ FIGURES = Path("docs/figures")
 SCALING_PAGE = "docs/scaling.md"
 HASH = "focalkern data"  # key of the hash in a plot's metadata
 
-# README: results of GPUs first, then these files and dtypes, in this order, as far as there is room.
-README_TABLES = 2
-README_GPU_TABLES = 1
+# README: up to two results of GPUs, then these files and dtypes, in this order, as far as there is room.
+README_ROWS = 4
+README_GPU_ROWS = 2
 README_CPU = (
     ("cpu-4096x512x128256-bf16.json", "bf16"),
+    ("cpu-4096x512x128256-fp32.json", "fp32"),
     ("cpu-2048x512x32768.json", "bf16"),
+    ("cpu-2048x512x32768.json", "fp32"),
 )
 STEP_FILE = "cpu-trl-step-128256.json"
 
@@ -175,7 +177,7 @@ def reports_of_gpu(data: Record) -> Iterator[Report]:
 def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
     """Who writes the generated parts of each page, by the name in their markers."""
     return {
-        "README.md": {"results": readme_results, "trl-step": readme_step},
+        "README.md": {"results": readme_results, "summary": readme_summary},
         "docs/certified-backward.md": {
             "errors": certified_errors,
             "times": certified_times,
@@ -239,20 +241,36 @@ def wrapped(content: str) -> str:
 
 
 def readme_results(results: Results) -> str:
-    blocks = [] if results.gpu_files else [NO_GPU]
-    blocks += [gpu_steps(file) for file in results.gpu_files]
-    for report, comparison in readme_choice(results):
-        blocks.append(heading(report, comparison))
-        blocks.append(head_table(comparison, full=False))
-        blocks.append(notes(comparison))
-        blocks.append(provenance(report))
-    blocks += [plot.as_markdown("docs/figures") for plot in all_plots(results)[:1]]
-    return "\n\n".join(block for block in blocks if block)
+    columns = ["device, tokens × H × V, dtype", "focalkern", "TRL's head", "compiled PyTorch", "extra memory"]
+    chosen = readme_choice(results)
+    table = markdown_table(columns, [readme_row(*pair) for pair in chosen])
+    said = (
+        "Below 1× the other is faster. Extra memory: focalkern's, then TRL's. LM-like input, about 50 softmax"
+        " entries above 2^-12 per token; all else in [docs/performance.md](docs/performance.md#results)."
+    )
+    plots = [plot.as_markdown("docs/figures") for plot in all_plots(results)[:1]]
+    return "\n\n".join([*map(gpu_steps, results.gpu_files), table, said, *plots])
+
+
+def readme_row(report: Report, comparison: Record) -> list[str]:
+    """The time of forward and backward, others' over it, and the memory of both."""
+    ours = focalkern_row(comparison)
+    trl, compiled = (peer_row(comparison, name) for name in ("trl", "compile"))
+    assert ours is not None
+    time = ours["both_ms"]["median"]
+
+    def ratio(row: Record | None) -> str:
+        return f"{significant(row['both_ms']['median'] / time, 3)}×" if row else "–"
+
+    memory = [memory_of(row) if row and "extra_bytes" in row else "–" for row in (ours, trl)]
+    tokens, hidden, vocab = size_of(comparison)
+    size = f"{report.data['device']}, {tokens} × {hidden} × {vocab}, {comparison['dtype']}"
+    return [size, duration(time), ratio(trl), ratio(compiled), " : ".join(memory)]
 
 
 NO_GPU = (
-    "Nothing has been measured on a GPU yet: the `gpu` tests and the GPU benchmark are written and have not "
-    "run, and the launch table says `estimated` throughout."
+    "**No GPU has timed it yet.** The `gpu` tests and the GPU benchmark are written and have not run; "
+    "[docs/performance.md](docs/performance.md#on-a-gpu) has the bounds that the compiled kernels allow."
 )
 
 
@@ -276,7 +294,7 @@ def gpu_steps(file: Record) -> str:
 
 
 def readme_choice(results: Results) -> list[tuple[Report, Record]]:
-    """At most README_TABLES of the results, each of another device, size or dtype."""
+    """At most README_ROWS of the results, each of another device, size or dtype."""
     usual = [
         (report, comparison)
         for report in results.heads()
@@ -292,34 +310,30 @@ def readme_choice(results: Results) -> list[tuple[Report, Record]]:
     for report, comparison in on_gpu:
         key = report.data["device"], size_of(comparison), comparison["dtype"]
         distinct.setdefault(key, (report, comparison))
-    chosen = list(distinct.values())[:README_GPU_TABLES]
+    chosen = list(distinct.values())[:README_GPU_ROWS]
     for file, dtype in README_CPU:
         found = [pair for pair in usual if pair[0].file == file and pair[1]["dtype"] == dtype]
         if not found:
             raise ResultError(f"{file}: README.md is to show it in {dtype}, and {RESULTS} has no such result")
         chosen.append(min(found, key=lambda pair: loss_of(pair[1]) != DPO))
-    return chosen[:README_TABLES]
+    return chosen[:README_ROWS]
 
 
-def readme_step(results: Results) -> str:
-    """The sentence about a step of TRL's trainer."""
+def readme_summary(results: Results) -> str:
+    """A step of TRL's trainer, and whether a GPU has run anything."""
     report = next((report for report in results.steps() if report.file == STEP_FILE), None)
     if report is None:
         raise ResultError(f"{STEP_FILE}: README.md is to tell of it, and it is not in {RESULTS}")
-    sentences: list[str] = []
-    for comparison in report.comparisons:
-        trl, patched = comparison["rows"]["TRL"], comparison["rows"]["TRL under patch()"]
-        speed = trl["ms"]["median"] / patched["ms"]["median"]
-        sentences.append(
-            f"{significant(speed, 3)} times as fast under `patch()` in {comparison['setup']['dtype']}, with "
-            f"{step_memory(patched)} in place of {step_memory(trl)} beyond model and gradients"
-        )
-    vocab = report.comparisons[0]["setup"]["vocab"]
-    return (
-        f"A DPO step of TRL's own trainer at V = {vocab}, on a tiny model and real text, is "
-        f"{', and '.join(sentences)} ({report.data['device']}, {report.data['threads']} threads; "
-        f"{report.title}, commit {commit_of(report)})."
+    comparison = report.comparisons[0]
+    trl, patched = comparison["rows"]["TRL"], comparison["rows"]["TRL under patch()"]
+    speed = trl["ms"]["median"] / patched["ms"]["median"]
+    step = (
+        f"A DPO step of TRL's trainer is {significant(speed, 3)} times as fast under `patch()`, and takes "
+        f"{step_memory(patched)} instead of {step_memory(trl)} beside model and gradients "
+        f"({comparison['setup']['dtype']}, V = {comparison['setup']['vocab']}, a tiny model, "
+        f"{report.data['device']}, {report.data['threads']} threads)."
     )
+    return step if results.gpu_files else f"{step}\n\n{NO_GPU}"
 
 
 def all_tables(results: Results) -> str:
@@ -331,7 +345,7 @@ def all_tables(results: Results) -> str:
             if report.of_steps:
                 blocks += [step_heading(comparison), step_table(comparison)]
             else:
-                blocks += [heading(report, comparison), head_table(comparison, full=True), notes(comparison)]
+                blocks += [heading(report, comparison), head_table(comparison), notes(comparison)]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -393,18 +407,18 @@ def commit_of(report: Report) -> str:
     return f"{commit.removesuffix('-dirty')[:10]} {'with changes (dirty tree)' if dirty else '(clean tree)'}"
 
 
-def head_table(comparison: Record, full: bool) -> str:
-    """One line for each peer that ran; the full table has the kept share and the rates as well."""
+def head_table(comparison: Record) -> str:
+    """One line for each peer that ran."""
     rows = [row for row in ordered(comparison) if row["status"] == "ok"]
     if not rows:
         return "No method ran."
     ours = focalkern_row(comparison)
     unit = "s" if max(row["both_ms"]["median"] for row in rows) >= 1000 else "ms"
-    rates = full and any("tflops" in row for row in rows)
+    rates = any("tflops" in row for row in rows)
     memory = any("extra_bytes" in row for row in rows)
     columns = ["method", f"forward, {unit}", f"backward, {unit}", f"both, {unit} (range)", "× bare GEMM"]
     columns += ["TFLOP/s: forward, backward, both"] if rates else []
-    columns += ["tokens/s"] + (["extra memory"] if memory else []) + (["kept share"] if full else [])
+    columns += ["tokens/s"] + (["extra memory"] if memory else []) + ["kept share"]
     columns += ["error of dhidden", "of dweight", "focalkern is … as fast"]
     lines = []
     for row in rows:
@@ -419,7 +433,7 @@ def head_table(comparison: Record, full: bool) -> str:
         ]
         cells += [rates_of(row)] if rates else []
         cells += [significant(row["tokens_per_second"], 3)] + ([memory_of(row)] if memory else [])
-        cells += [kept_of(row)] if full else []
+        cells += [kept_of(row)]
         errors = row["errors"]
         cells += [scientific(errors["dhidden"]), scientific(errors["dweight"])]
         faster = ours and ours is not row and both["median"] / ours["both_ms"]["median"]

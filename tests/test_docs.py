@@ -21,8 +21,8 @@ except ImportError:  # TRL needs Python 3.11
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def blocks(page: str) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+def blocks(page: str, language: str = "python") -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
 
 
 def given() -> dict:
@@ -84,6 +84,9 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
                 names["focalkern"].trl.unpatch()
         trainers += [names["trainer"]] if "trainer = " in block else []
     assert [trainer.state.global_step for trainer in trainers] == ([] if page == "docs/methods.md" else [1])
+    printed = capsys.readouterr().out
+    for shown in blocks(page, "text"):
+        assert shown in printed
 
 
 def test_every_python_block_of_scaling_md_runs_on_a_group_of_one_rank():
