@@ -4,8 +4,8 @@
     python benchmarks/resources.py --write    # into benchmarks/compiled.json, which a test holds
 
 No GPU is needed. The launches are those of a Llama-3 head (H = 4096, V = 128256) in bf16: forward, exact and
-certified backward, and the KL of two. As long as an entry of the launch table says `estimated`, it was chosen
-by these numbers.
+certified backward, and the KL of two. Entries of the launch table that say `estimated` were chosen by these
+numbers and by counted cycles.
 """
 
 from __future__ import annotations

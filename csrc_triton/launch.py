@@ -2,9 +2,9 @@
 
 A table, not an autotuner: nothing is compiled or timed at start-up beyond what runs.
 
-`estimated`: chosen from ahead-of-time compilation (registers, spills, shared memory); `measured`: timed on
-that device. `tests/test_compile.py` compiles them and holds them to the architecture's limits; the entries
-hold for Triton 3.6 to 3.9 (`make test-tritons`).
+`estimated`: chosen from the compiled code (registers, spills, shared memory, counted cycles); `measured`:
+timed on that device. `tests/test_compile.py` compiles them and holds them to the architecture's limits; the
+entries hold for Triton 3.6 to 3.9 (`make test-tritons`).
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ _SPECIAL = {
     **_FEW,
     **_NARROW,
 }
-# fp32 products are three tf32 products of parts that take registers: small tiles. Where there are two stages,
-# a third spills on one of Triton 3.6, 3.8 and 3.9.
+# fp32 products are three tf32 products of parts that take registers: small tiles. Where there are one or two
+# stages, another one spills on some Triton of 3.6 to 3.9.
 _FP32 = {
     "fwd": Launch(64, 128, 32, 8, 2),
     "fwd_small": Launch(32, 128, 32, 8, 3),
@@ -92,7 +92,7 @@ _FP32 = {
     "bwd_dz_odd": Launch(32, 128, 32, 8, 3),
     "kl_fwd": Launch(64, 128, 16, 8, 3),
     "kl_fwd_small": Launch(32, 128, 16, 8, 2),
-    "kl_fwd_odd": Launch(32, 128, 16, 8, 2),
+    "kl_fwd_odd": Launch(32, 128, 16, 8, 1),
     "kl_bwd_dz": Launch(64, 128, 16, 8, 2),
     "kl_bwd_dz_small": Launch(32, 128, 16, 8, 3),
     "kl_bwd_dz_odd": Launch(32, 128, 16, 8, 2),
@@ -100,26 +100,29 @@ _FP32 = {
     "certified_dz_small": Launch(32, 128, 32, 8, 3),
     "certified_dz_odd": Launch(32, 128, 32, 8, 3),
     "certified_dweight": Launch(128, 64, 32, 8, 5),
-    "certified_dweight_odd": Launch(128, 32, 32, 8, 5),
+    "certified_dweight_odd": Launch(128, 32, 32, 8, 3),
     "certified_product": Launch(64, 128, 32, 8, 3),
     "certified_product_odd": Launch(64, 64, 32, 8, 3),
     **_FEW,
     "certified_dz_few": Launch(32, 128, 32, 8, 2),
     **_NARROW,
 }
-# wgmma reads the parts of one operand from shared memory: more rows for each. Where that operand would have
-# to be transposed (certified_product), the older instruction, of tiles below 64 rows.
+# wgmma reads the parts of one operand from shared memory; 128 rows share each read. It cannot read them
+# transposed: certified_product takes 32 rows, for which the compiler takes mma.sync.
 _FP32_HOPPER = {
     **_FP32,
     "fwd": Launch(128, 128, 16, 8, 3),
     "bwd_dz": Launch(128, 128, 32, 8, 2),
     "kl_fwd": Launch(128, 128, 16, 8, 3),
+    "kl_fwd_odd": Launch(32, 128, 16, 8, 2),
     "kl_bwd_dz": Launch(128, 128, 16, 8, 3),
     "certified_dz": Launch(128, 128, 32, 8, 2),
     "certified_dweight": Launch(128, 32, 32, 8, 5),
     "certified_product": Launch(32, 128, 32, 4, 3),
 }
-# mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers.
+_FP32_BLACKWELL = {**_FP32, "certified_dz": Launch(32, 128, 32, 8, 3)}
+# mma.sync: block_k 32 keeps the 128 × 256 tile below 255 registers. Consumer GPUs, too, take these tiles: at
+# most 99 KB of shared memory.
 _AMPERE = {
     "fwd": Launch(128, 256, 32, 8, 4),
     "bwd_dz": Launch(128, 256, 32, 8, 4),
@@ -155,7 +158,7 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_86": {16: _AMPERE, 32: _FP32},
     "sm_89": {16: _AMPERE, 32: _FP32},
     "sm_90": {16: _HOPPER, 32: _FP32_HOPPER},
-    "sm_100": {16: _BLACKWELL, 32: _FP32},
+    "sm_100": {16: _BLACKWELL, 32: _FP32_BLACKWELL},
     "sm_120": {16: _AMPERE, 32: _FP32},
 }
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.

@@ -18,8 +18,9 @@ def kl_terms(b_log_q, b_log_p):
     No term is negative, and an error common to all log q or all log p cancels to first order: what is left
     when p and q nearly agree is not the rounding of Σp. Where p = 0 the term is q.
     """
-    # In this order: with q formed before d, the tile of kl_fwd spills registers on sm_80 and sm_90.
-    b_p = fast_exp(b_log_p)
+    # In this order: with q formed before d, the tile of kl_fwd spills registers on sm_80 and sm_90. A small
+    # p is not flushed to 0: where the policy has no probability, the KL is inf.
+    b_p = tl.exp(b_log_p)
     b_d = b_log_q - b_log_p
     b_q = fast_exp(b_log_q)
     b_far = b_q - b_p - b_p * b_d

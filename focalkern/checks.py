@@ -315,7 +315,7 @@ def check_ref_logps(
         warnings.warn(
             f"{name} is {ref_logps.dtype}, in which a sum of log-probs is off by up to whole nats: keep it in"
             " fp32 (what a forward is given FSDP2's mixed precision casts, unless cast_forward_inputs=False)",
-            stacklevel=4,
+            stacklevel=_callers_level(),
         )
     if ref_logps.requires_grad:
         raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
@@ -335,6 +335,14 @@ def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Te
     if value.dim() and value.shape[0] != pairs:
         raise ValueError(f"{name} must be [B, ...] with B = {pairs}, or 0-dim; got {_shape(value)}")
     _check_device(name, value, like)
+
+
+def _callers_level() -> int:
+    """`stacklevel` of the first frame outside the library and torch, for a warning of the caller."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("focalkern", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _shape(tensor: torch.Tensor) -> str:

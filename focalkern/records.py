@@ -126,7 +126,7 @@ class Saved(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a backward of `linear_logps` computes the logits again from, and the softmax."""
+    """Inputs and saved results of a forward, from which its backward recomputes the softmax."""
 
     head: Head
     targets: torch.Tensor  # [n]; negative where the label is in another shard

@@ -147,7 +147,7 @@ def precision(dtype: torch.dtype) -> str:
     """As torch.matmul multiplies on CUDA: fp32 in full unless the user chose tf32; 16 bits know no choice.
 
     In full means three tf32 products of high and low parts, their sum over each tile added up in fp32. The
-    error is that of fp32 products; those, by their bank conflicts, would take 12 to 20 times as long.
+    error is that of fp32 products, which bank conflicts make 17 to 34 times as slow (docs/performance.md).
     """
     if dtype != torch.float32:
         return "ieee"

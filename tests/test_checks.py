@@ -456,5 +456,6 @@ def test_gamma_of_another_type_is_told_what_it_can_be():
 def test_sums_of_log_probs_in_16_bits_are_warned_of(loss_fn, dtype):
     with pytest.warns(
         UserWarning, match=rf"^ref_rejected_logps is {dtype}, in which a sum of log-probs is off"
-    ):
+    ) as warned:
         loss_fn(**loss_inputs(ref_rejected_logps=torch.zeros(B, dtype=dtype)))
+    assert [warning.filename for warning in warned] == [__file__]

@@ -151,14 +151,15 @@ def test_few_rows_have_small_tiles_for_kept_blocks():
 
 @both_gpus
 @pytest.mark.parametrize("variant", ["plain", "update of rank 16"])
-def test_fp32_kernels_use_tensor_cores_when_tf32_is_allowed(arch, variant):
+def test_fp32_kernels_fit_when_tf32_is_allowed(arch, variant):
     check_head(arch, torch.float32, precision="high", **VARIANTS[variant])
 
 
 @other_gpus
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", ["plain", "everything, odd hidden size", "update of rank 16"])
-def test_launch_table_fits_other_architectures(arch, variant):
-    check_head(arch, torch.bfloat16, **VARIANTS[variant])
+def test_launch_table_fits_other_architectures(arch, variant, dtype):
+    check_head(arch, dtype, **VARIANTS[variant])
 
 
 @both_gpus
@@ -168,14 +169,15 @@ def test_kl_kernels_compile_without_spills(arch, dtype, variant):
 
 
 @both_gpus
-def test_fp32_kl_kernels_use_tensor_cores_when_tf32_is_allowed(arch):
+def test_fp32_kl_kernels_fit_when_tf32_is_allowed(arch):
     check_kl(arch, torch.float32, precision="high")
 
 
 @other_gpus
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("variant", ["plain", "softcap, biases, odd hidden sizes"])
-def test_kl_launch_table_fits_other_architectures(arch, variant):
-    check_kl(arch, torch.bfloat16, **KL_VARIANTS[variant])
+def test_kl_launch_table_fits_other_architectures(arch, variant, dtype):
+    check_kl(arch, dtype, **KL_VARIANTS[variant])
 
 
 @both_gpus

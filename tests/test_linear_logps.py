@@ -569,3 +569,14 @@ def test_a_second_backward_through_one_forward_gives_the_same(backend):
     logps = run(head, backend, leaves).logps
     first = torch.autograd.grad(logps, leaves, head.grad, retain_graph=True)
     assert_equal(list(first), gradients(logps, head.grad, leaves))
+
+
+def test_another_shape_leaves_alone_what_is_not_a_value_of_a_token():
+    """The group that shares a head, too: α-DPO's statistics count its ranks once."""
+    tokens = run(Head(2, 6), "torch", outputs=OUTPUTS)
+    tokens = replace(tokens, vocab_group=object())
+    reshaped = tokens.reshaped(lambda x: x[:, 1:])
+    for name in ("logps", *OUTPUTS):
+        assert torch.equal(getattr(reshaped, name), getattr(tokens, name)[:, 1:])
+    for name in ("dropped_mass", "kept_share", "dropped", "vocab_group"):
+        assert getattr(reshaped, name) is getattr(tokens, name)

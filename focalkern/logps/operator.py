@@ -25,10 +25,7 @@ from focalkern.rows import Rows, pick_rows
 
 @dataclass(frozen=True)
 class LinearLogps:
-    """What `linear_logps` returns; per token, in the shape of the (shifted) labels, 0/False where ignored.
-
-    Of dense rows until it is spread over the labels.
-    """
+    """What `linear_logps` returns; per token, in the shape of the (shifted) labels, 0/False where ignored."""
 
     logps: torch.Tensor  # fp32 (fp64 for fp64 inputs), differentiable
     entropy: torch.Tensor | None = None  # −Σ_v p_v log p_v in nats, differentiable
@@ -46,7 +43,7 @@ class LinearLogps:
         return certify(self.dropped, self.dropped_mass)
 
     def reshaped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
-        """The values of the tokens in another shape. What the backward fills in place keeps its own."""
+        """The values of the tokens in another shape. What the backward fills in place keeps its shape."""
         values = {name: getattr(self, name) for name in RowValues._fields}
         changed: dict[str, Any] = {name: function(x) for name, x in values.items() if x is not None}
         return replace(self, **changed)

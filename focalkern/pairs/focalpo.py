@@ -45,7 +45,7 @@ class FocalPOOutput(PairOutput):
     adaptive_margin: torch.Tensor | None = None
 
 
-class _GivenLogps(NamedTuple):
+class _PairInputs(NamedTuple):
     """What a call brings beside the policy, [B] each."""
 
     ref_chosen_logps: torch.Tensor | None
@@ -308,7 +308,7 @@ class FusedFocalPOLoss(PairLossBase):
         inputs, batch = self.checked(
             hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
         )
-        given = _GivenLogps(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        given = _PairInputs(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
         self._check(batch, given)
         return self._loss(batch, self.row_logps(inputs, batch), given)
 
@@ -333,11 +333,11 @@ class FusedFocalPOLoss(PairLossBase):
         once here, too.
         """
         batch, logps = self.given_logps(token_logps, labels, shift, cu_seqlens, sequence_group)
-        given = _GivenLogps(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
+        given = _PairInputs(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
         self._check(batch, given)
         return self._loss(batch, logps, given)
 
-    def _check(self, batch: PairRows, given: _GivenLogps) -> None:
+    def _check(self, batch: PairRows, given: _PairInputs) -> None:
         if self.length_normalize:
             batch.check_completions()
         unless = None
@@ -346,20 +346,20 @@ class FusedFocalPOLoss(PairLossBase):
         elif not self.reference_free:
             unless = "reference_free=True"
         needs_kl = self.alpha > 0 and self.implicit_reference == "sequence_kl"
-        for name, value in given._asdict().items():
-            if name.startswith("ref_"):
-                checks.check_ref_logps(name, value, batch.pairs, unless, batch.like)
-                continue
-            if (value is not None) != needs_kl:
+        for name in ("ref_chosen_logps", "ref_rejected_logps"):
+            checks.check_ref_logps(name, getattr(given, name), batch.pairs, unless, batch.like)
+        for name in ("chosen_kl", "rejected_kl"):
+            kl = getattr(given, name)
+            if (kl is not None) != needs_kl:
                 raise ValueError(
                     f"{name} must be given, [B] = [{batch.pairs}], with alpha > 0 and"
                     " implicit_reference='sequence_kl', and else not;"
-                    f" got {None if value is None else 'a tensor'}"
+                    f" got {None if kl is None else 'a tensor'}"
                 )
-            if value is not None:
-                checks.check_per_pair(name, value, batch.pairs, batch.like)
+            if kl is not None:
+                checks.check_per_pair(name, kl, batch.pairs, batch.like)
 
-    def _loss(self, batch: PairRows, row_logps: LinearLogps, given: _GivenLogps) -> FocalPOOutput:
+    def _loss(self, batch: PairRows, row_logps: LinearLogps, given: _PairInputs) -> FocalPOOutput:
         logps = self.sequence_logps(batch, row_logps)
         ref_logps = _concatenated(given.ref_chosen_logps, given.ref_rejected_logps, logps.dtype)
         adaptive_margin = None
