@@ -1,7 +1,6 @@
 """Plots of what `throughput.py` measured, from its report: the JSON, as a dict. Needs matplotlib.
 
-`throughput.py --plot` draws a report that it just made; so can whoever has loaded one from a file. One plot
-is of the cost model behind `scaling.py`, and shows nothing that was measured.
+`throughput.py --plot` draws a report that it just made; `publish.py` draws those of the result files.
 """
 
 from __future__ import annotations
@@ -79,26 +78,6 @@ def plot_sharpness(report: dict[str, Any], path: Path) -> None:
             panel.set(title=title_of(setting), ylabel=label, xlabel="softmax entries above 2^-12 per token")
             panel.set_xticks(range(len(names)), names)
             panel.set_ylim(bottom=0)
-    save(figure, panels, path)
-
-
-def plot_vocab_ranks(curves: dict[str, dict[str, list[tuple[int, float]]]], path: Path) -> None:
-    """Predicted times of the head over the ranks that share its vocabulary, a panel for each model."""
-    from matplotlib.figure import Figure  # no pyplot: it would look for a display
-
-    figure = Figure(figsize=(6.4 * len(curves), 4.6), layout="constrained")
-    figure.suptitle("computed, not measured", fontsize="medium")
-    panels = figure.subplots(1, len(curves), squeeze=False, sharey=True)
-    for panel, (title, parts) in zip(panels.flat, curves.items(), strict=True):
-        for number, (name, points) in enumerate(parts.items()):
-            panel.plot(*zip(*points, strict=True), label=name, color=colour(number), marker=MARKERS[number])
-        panel.set(title=title, xlabel="ranks that share the vocabulary", ylabel="ms per rank")
-        panel.set_xscale("log", base=2)
-        panel.set_xticks([ranks for ranks, _ in next(iter(parts.values()))])
-        panel.set_yscale("log")
-        for scale in (panel.xaxis, panel.yaxis):
-            plain_numbers(scale)
-        panel.grid(alpha=0.3)
     save(figure, panels, path)
 
 

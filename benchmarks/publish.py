@@ -1,12 +1,10 @@
-"""Writes what `benchmarks/results/` holds into README.md and docs/performance.md, and draws their plots;
-into docs/scaling.md, what the cost model of `scaling.py` computes.
+"""Writes what `benchmarks/results/` holds into README.md and the pages of docs, and draws their plots.
 
     python benchmarks/publish.py            # make report
     python benchmarks/publish.py --check    # exit status 1, and which part it is, where a page says otherwise
 
 Only what stands between `<!-- measured: begin NAME (make report) -->` and `<!-- measured: end NAME -->` is
-rewritten; in docs/scaling.md it says "computed". A plot carries the hash of its data and is drawn again only
-when they changed.
+rewritten. A plot carries the hash of its data and is drawn again only when they changed.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,7 @@ from PIL.PngImagePlugin import PngInfo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import plots, scaling
-from benchmarks.markdown import markdown_table, percent, significant
+from benchmarks import plots
 from benchmarks.targets import (
     DPO,
     GPU_SIZE,
@@ -45,7 +43,6 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path("benchmarks/results")
 COMPILED = Path("benchmarks/compiled.json")
 FIGURES = Path("docs/figures")
-SCALING_PAGE = "docs/scaling.md"
 HASH = "focalkern data"  # key of the hash in a plot's metadata
 
 # README: up to two results of GPUs, then these files and dtypes, in this order, as far as there is room.
@@ -189,13 +186,7 @@ def pages() -> dict[str, dict[str, Callable[[Results], str]]]:
             "targets": targets_table,
             "compiled": compiled_tables,
         },
-        SCALING_PAGE: {name: computed(part) for name, part in scaling.PARTS.items()} | {"plot": scaling_plot},
     }
-
-
-def computed(part: Callable[[Sequence[scaling.Case]], str]) -> Callable[[Results], str]:
-    """A part that no result has a say in."""
-    return lambda _: part(scaling.CASES)
 
 
 def update_pages(root: Path, results: Results, check: bool) -> list[str]:
@@ -215,8 +206,7 @@ def update_pages(root: Path, results: Results, check: bool) -> list[str]:
 
 
 def replace_part(text: str, name: str, content: str, page: str) -> str:
-    source = "computed" if page == SCALING_PAGE else "measured"
-    begin, end = f"<!-- {source}: begin {name} (make report) -->", f"<!-- {source}: end {name} -->"
+    begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ResultError(f"{page}: needs one {begin} and after it one {end}")
     before, rest = text.split(begin)
@@ -355,6 +345,24 @@ def plots_section(results: Results) -> str:
 
 
 # Tables
+
+
+def markdown_table(columns: list[str], lines: list[list[str]], rule: str = "---:") -> str:
+    """The first column to the left; the others as `rule` says, by default to the right."""
+    rules = ["---", *[rule] * (len(columns) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rules, *lines])
+
+
+def significant(value: float, digits: int) -> str:
+    """3 digits: 0.0123, 1.23, 12.3, 123, 1,230."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    rounded = float(f"{value:.{digits - 1}e}")
+    return f"{rounded:,.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
+
+
+def percent(share: float) -> str:
+    return f"{significant(100 * share, 3)} %"
 
 
 def heading(report: Report, comparison: Record) -> str:
@@ -732,35 +740,6 @@ class Plot:
         plot(self.report.data, path)
 
 
-class ScalingPlot:
-    """The head over the ranks that share its vocabulary, as the cost model has it."""
-
-    file = "computed-vocabulary-parallel.png"
-
-    def __init__(self) -> None:
-        self.curves = {
-            f"head of {case.model.name}, {scaling.HEAD_TOKENS} tokens": scaling.head_curves(case)
-            for case in scaling.CASES
-        }
-
-    @property
-    def data_hash(self) -> str:
-        return hashlib.sha256(json.dumps(self.curves).encode()).hexdigest()
-
-    def as_markdown(self, folder: str) -> str:
-        title = (
-            "Computed time of forward, backward and the sum of dhidden over the ranks that share a vocabulary"
-        )
-        return f"![{title}]({folder}/{self.file})"
-
-    def draw(self, path: Path) -> None:
-        plots.plot_vocab_ranks(self.curves, path)
-
-
-def scaling_plot(_: Results) -> str:
-    return ScalingPlot().as_markdown("figures")
-
-
 def all_plots(results: Results) -> list[Plot]:
     """One for each sweep over tokens or sharpness."""
     return [
@@ -773,7 +752,7 @@ def all_plots(results: Results) -> list[Plot]:
 
 def update_plots(root: Path, results: Results, check: bool) -> list[str]:
     stale = []
-    for plot in (*all_plots(results), ScalingPlot()):
+    for plot in all_plots(results):
         path = root / FIGURES / plot.file
         if drawn_from(path) != plot.data_hash:
             stale.append(str(FIGURES / plot.file))

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import publish
 
-PAGES = ("README.md", "docs/certified-backward.md", "docs/performance.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/certified-backward.md", "docs/performance.md")
 CPU_FILE = "cpu-4096x512x128256-bf16.json"
 GPU = "NVIDIA H200"
 
@@ -93,7 +93,6 @@ def test_a_second_run_changes_nothing(copy):
         ("docs/certified-backward.md", "times"),
         ("docs/performance.md", "tables"),
         ("docs/performance.md", "compiled"),
-        ("docs/scaling.md", "step-8b"),
     ],
 )
 def test_check_names_the_part_in_which_a_number_was_changed(page, part, copy, capsys):
