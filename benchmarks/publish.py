@@ -422,31 +422,24 @@ def head_table(comparison: Record) -> str:
         return "No method ran."
     ours = focalkern_row(comparison)
     unit = "s" if max(row["both_ms"]["median"] for row in rows) >= 1000 else "ms"
-    rates = any("tflops" in row for row in rows)
     memory = any("extra_bytes" in row for row in rows)
-    columns = ["method", f"forward, {unit}", f"backward, {unit}", f"both, {unit} (range)", "× bare GEMM"]
-    columns += ["TFLOP/s: forward, backward, both"] if rates else []
-    columns += ["tokens/s"] + (["extra memory"] if memory else []) + ["kept share"]
-    columns += ["error of dhidden", "of dweight", "focalkern is … as fast"]
+    columns = ["method", f"forward, {unit}", f"both, {unit} (range)"] + (["extra memory"] if memory else [])
+    columns += ["error of dhidden, dweight", "focalkern is … as fast"]
     lines = []
     for row in rows:
-        both = row["both_ms"]
+        both, errors = row["both_ms"], row["errors"]
         span = "–".join(in_unit(limit(both["samples"]), unit) for limit in (min, max))
-        cells = [
-            f"**{row['peer']}**" if row is ours else row["peer"],
-            in_unit(row["forward_ms"]["median"], unit),
-            in_unit(row["backward_ms"]["median"], unit),
-            f"{in_unit(both['median'], unit)} ({span})",
-            significant(row["x_floor"], 3),
-        ]
-        cells += [rates_of(row)] if rates else []
-        cells += [significant(row["tokens_per_second"], 3)] + ([memory_of(row)] if memory else [])
-        cells += [kept_of(row)]
-        errors = row["errors"]
-        cells += [scientific(errors["dhidden"]), scientific(errors["dweight"])]
         faster = ours and ours is not row and both["median"] / ours["both_ms"]["median"]
-        cells.append(f"{significant(faster, 3)}×" if faster else "")
-        lines.append(cells)
+        lines.append(
+            [
+                f"**{row['peer']}**" if row is ours else row["peer"],
+                in_unit(row["forward_ms"]["median"], unit),
+                f"{in_unit(both['median'], unit)} ({span})",
+                *([memory_of(row)] if memory else []),
+                f"{scientific(errors['dhidden'])}, {scientific(errors['dweight'])}",
+                f"{significant(faster, 3)}×" if faster else "",
+            ]
+        )
     return markdown_table(columns, lines)
 
 
@@ -474,12 +467,9 @@ def compiled_tables(results: Results) -> str:
         lines = [
             [
                 f"`{kernel['kernel']}`" + (f", {kernel['variant']}" if kernel["variant"] != "plain" else ""),
-                kernel["tile"],
-                f"{kernel['warps']}, {kernel['stages']}",
+                f"{kernel['tile']}, {kernel['warps']}, {kernel['stages']}",
                 f"{kernel['registers']}, {kernel['spilled_bytes']}",
-                f"{kernel['shared_bytes'] / 1024:.0f}",
-                f"{kernel['programs']}",
-                percent(kernel["occupancy"]),
+                f"{kernel['shared_bytes'] / 1024:.0f}, {kernel['programs']}",
                 f"{kernel['main_loop']}, {kernel['tensor_core']}",
                 f"{kernel['others']}",
             ]
@@ -508,13 +498,16 @@ def certified_errors(results: Results) -> str:
     for comparison in report.comparisons:
         rows = [peer_row(comparison, name) for name in ("torch", "torch-exact", "trl")]
         errors = [
-            scientific(row["errors"][gradient]) if row else ""
+            ", ".join(scientific(row["errors"][gradient]) if row else "–" for row in rows)
             for gradient in ("dhidden", "dweight")
-            for row in rows
         ]
         lines.append([input_of(comparison, nll=True), kept_of(focalkern_row(comparison)), *errors])
-    columns = ["entries (NLL)", "kept share", "dhidden: certified", "exact", "TRL", "dweight: certified"]
-    return markdown_table([*columns, "exact", "TRL"], lines) + f"\n\n{provenance(report)}"
+    columns = [
+        "entries (NLL)",
+        "kept share",
+        *(f"{x}: certified, exact, TRL" for x in ("dhidden", "dweight")),
+    ]
+    return markdown_table(columns, lines) + f"\n\n{provenance(report)}"
 
 
 def certified_times(results: Results) -> str:
@@ -522,13 +515,18 @@ def certified_times(results: Results) -> str:
     for comparison in (found for report in reports for found in report.comparisons):
         ours = focalkern_row(comparison)
         rivals = [peer_row(comparison, name) for name in ("torch-exact", "trl", "eager")]
-        both = [row and row["both_ms"]["median"] for row in (ours, *rivals)]
-        parts = [ours[f"{part}_ms"]["median"] for part in ("forward", "backward")]
-        ratios = ", ".join(f"{significant(other / both[0], 3)}×" if other else "–" for other in both[1:])
-        times = [f"{ms:.0f} ms" if ms else "" for ms in (*parts, *both)]
-        lines.append([f"{input_of(comparison)}, {comparison['dtype']}", kept_of(ours), *times, ratios])
-    columns = ["entries, dtype", "kept share", "forward", "backward", "both", "exact", "TRL", "eager"]
-    table = markdown_table([*columns, "speed against exact, TRL, eager"], lines)
+        time, forward = (ours[f"{part}_ms"]["median"] for part in ("both", "forward"))
+        others = [row["both_ms"]["median"] if row else None for row in rivals]
+        lines.append(
+            [
+                f"{input_of(comparison)}, {comparison['dtype']}",
+                kept_of(ours),
+                f"{time:.0f} ms ({forward:.0f} ms)",
+                *(f"{ms:.0f} ms, {significant(ms / time, 3)}×" if ms else "–" for ms in others),
+            ]
+        )
+    columns = ["entries, dtype", "kept share", "focalkern (forward)", "exact", "TRL", "eager"]
+    table = markdown_table(columns, lines)
     return "\n\n".join([table, *(provenance(report) for report in reports)])
 
 
@@ -578,7 +576,6 @@ def step_table(comparison: Record) -> str:
             [
                 name.replace("patch()", "`patch()`"),
                 f"{in_unit(times['median'], 's')} ({span})",
-                significant(row["tokens_per_s"], 3),
                 step_memory(row),
                 "" if kept is None else percent(kept),
                 scientific(row["gradient_error"]),
@@ -588,7 +585,6 @@ def step_table(comparison: Record) -> str:
     columns = [
         "trainer",
         "step, s (range)",
-        "tokens/s",
         "extra memory",
         "kept share",
         "error of the gradient",
@@ -598,12 +594,9 @@ def step_table(comparison: Record) -> str:
 
 COMPILED_COLUMNS = [
     "kernel",
-    "tile",
-    "warps, stages",
+    "tile, warps, stages",
     "registers, spilled bytes",
-    "shared memory, KiB",
-    "programs per multiprocessor",
-    "occupancy",
+    "shared KiB, programs per multiprocessor",
     "instructions in the main loop, of them tensor-core",
     "outside it",
 ]
@@ -655,13 +648,6 @@ def memory_of(row: Record) -> str:
 def step_memory(row: Record) -> str:
     limit = "≤ " if row["extra_is_upper_limit"] else ""
     return f"{limit}{row['extra_mib']:,.0f} MiB"
-
-
-def rates_of(row: Record) -> str:
-    rates = row.get("tflops", {})  # none for a part that does the work of another
-    return ", ".join(
-        significant(rates[part], 3) if rates.get(part) else "–" for part in ("forward", "backward", "both")
-    )
 
 
 # Targets

@@ -46,13 +46,10 @@ def report_of_a_gpu(root: Path) -> dict:
     comparison = report["comparisons"][0]
     comparison |= {"tokens": 8192, "loss": "dpo"}
     comparison["shape"] |= {"hidden": 4096, "vocab": 128256}
-    rates = {"forward": 612.3, "backward": 512.3, "both": 412.3}
     for row, name in zip(
         comparison["rows"], ("torch", "torch-exact", "triton", "triton-exact"), strict=False
     ):
         row["id"] = name
-    for row in comparison["rows"]:
-        row |= {"tflops": rates} if "both_ms" in row else {}
     return report
 
 
@@ -152,7 +149,6 @@ def test_results_of_a_gpu_come_first(copy):
     assert "61 passed, 1 failed. Steps of `make gpu`: tuning: took too long." in " ".join(readme.split())
     assert 0 < readme.index(f"| {GPU}, 8192 × 4096 × 128256, bf16 |") < readme.index("| AMD EPYC, 4096")
     assert page.index("### `nvidia-h200.json`, llama3-8b") < page.index("### `cpu-")
-    assert "612, 512, 412" in page
     comparison = result(copy)["comparisons"][0]
     rows = {row["id"]: row for row in comparison["rows"]}
     ours = rows["torch"]
