@@ -15,6 +15,7 @@ import json
 import math
 import platform
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -91,8 +92,9 @@ def prepare(args: argparse.Namespace) -> tuple[Policy, PreferenceSet, Preference
     pairs = read_pairs(args.data) if args.data else docstring_pairs(args.seed)
     train_pairs, held_out_pairs = split_pairs(pairs, min(HELD_OUT, math.ceil(len(pairs) / 6)), args.seed)
     example = train_pairs[0]
-    print(f"A pair of {len(pairs)}:\n  prompt    {example.prompt!r}")
-    print(f"  chosen    {example.chosen!r}\n  rejected  {example.rejected!r}")
+    print(f"A pair of {len(pairs)}:")
+    for part in ("prompt", "chosen", "rejected"):
+        print(f"  {part:9} {textwrap.shorten(str(getattr(example, part)), 160, placeholder=' …')}")
     policy = load_policy(args) if args.model else small_policy(train_pairs, args)
     train = encode("training", train_pairs, policy, args)
     held_out = encode("held-out", held_out_pairs, policy, args)
