@@ -317,8 +317,6 @@ def readme_summary(results: Results) -> str:
     comparison = report.comparisons[0]
     trl, patched = comparison["rows"]["TRL"], comparison["rows"]["TRL under patch()"]
     speed = trl["ms"]["median"] / patched["ms"]["median"]
-    setup = comparison["setup"]
-    rows = comparison["padded_positions"] / comparison["completion_tokens"]
     setup, device = comparison["setup"], f"{report.data['device']}, {report.data['threads']} threads"
     rows = significant(comparison["padded_positions"] / comparison["completion_tokens"], 2)
     step = (
@@ -352,14 +350,14 @@ def plots_section(results: Results) -> str:
 # Tables
 
 
-def markdown_table(columns: list[str], lines: list[list[str]], rule: str = "---:") -> str:
-    """The first column to the left; the others as `rule` says, by default to the right."""
-    rules = ["---", *[rule] * (len(columns) - 1)]
+def markdown_table(columns: list[str], lines: list[list[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    rules = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [columns, rules, *lines])
 
 
 def significant(value: float, digits: int) -> str:
-    """3 digits: 0.0123, 1.23, 12.3, 123, 1,230."""
+    """With 3 digits: 0.0123, 1.23, 12.3, 123, 1,230."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     rounded = float(f"{value:.{digits - 1}e}")
