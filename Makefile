@@ -61,9 +61,9 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 .PHONY: report
-# The numbers and plots of README.md and docs, from benchmarks/results and the cost model.
+# The numbers and plots of README.md and docs, from benchmarks/results.
 report: $(VENV)/ready
-	$(RUN) benchmarks/publish.py
+	$(RUN) benchmarks/report.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -1,7 +1,6 @@
 """Benchmark input: hidden states, head and preference batch whose softmax is as sharp as a trained LM's.
 
-`throughput.py` calls `calibrate` for a `Recipe`, then its `batch`. A memory measurement, in a process of its
-own, rebuilds the same tensors from the recipe. What a real model gives instead is in `capture_file.py`.
+`throughput.py` calls `calibrate` for a `Recipe`, then its `batch`. Real models' input: `capture_file.py`.
 """
 
 from __future__ import annotations
@@ -202,40 +201,8 @@ class Batch:
         self.weight.requires_grad_(not frozen_head)
         return self
 
-    def to(self, device: str) -> Batch:
-        bias = None if self.bias is None else self.bias.to(device)
-        return replace(
-            self,
-            hidden=self.hidden.detach().to(device),
-            weight=self.weight.detach().to(device),
-            bias=bias,
-            labels=self.labels.to(device),
-            sequences=Sequences(self.sequences.cu_seqlens.to(device)),
-            ref_logps=self.ref_logps.to(device),
-        )
-
     def differentiated(self) -> list[torch.Tensor]:
         return [x for x in (self.hidden, self.weight) if x.requires_grad]
-
-    def sample(self, tokens: int, vocab: int) -> Batch:
-        """A batch of the same kind on a small part of this one, to warm a peer up: the first tokens of each
-        sequence, at most this many in all (at least one of each)."""
-        of_each = max(1, tokens // len(self.sequences.lengths))
-        starts = self.sequences.cu_seqlens[:-1]
-        position = torch.arange(len(self.labels), device=starts.device) - self.sequences.per_token(starts)
-        rows = (position < of_each).nonzero()[:, 0]
-        lengths = self.sequences.cu_seqlens.diff().clamp(max=of_each)
-        part = Batch(
-            hidden=self.hidden.detach()[rows],
-            weight=self.weight.detach()[:vocab].clone(),
-            bias=None if self.bias is None else self.bias[:vocab].clone(),
-            labels=self.labels[rows] % min(vocab, self.weight.shape[0]),
-            sequences=Sequences(torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])),
-            ref_logps=self.ref_logps,
-            transform=self.transform,
-            objective=self.objective,
-        )
-        return part.requires_grad_(frozen_head=not self.weight.requires_grad)
 
 
 @dataclass(frozen=True)
@@ -256,25 +223,17 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class Case:
-    """What a comparison is of: input, saturated pairs, which gradients, and the loss. Small, and pickled."""
+    """One comparison: input, saturated pairs, which gradients, and the loss. Small, and pickled."""
 
     source: Source
     saturated: int
     frozen_head: bool
     loss: str
 
-    @property
-    def setting(self) -> str:
-        gradients = "frozen head" if self.frozen_head else "gradients of hidden and weight"
-        return f"{self.loss}, {gradients}"
-
     def batch(self) -> tuple[Batch, Sharpness]:
         batch, sharpness = self.source.batch(self.saturated)
-        return self.settled(batch), sharpness
-
-    def settled(self, batch: Batch) -> Batch:
         batch.objective = OBJECTIVES[self.loss]
-        return batch.requires_grad_(self.frozen_head)
+        return batch.requires_grad_(self.frozen_head), sharpness
 
 
 def calibrate(recipe: Recipe, entries: float) -> Recipe:

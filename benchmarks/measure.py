@@ -1,4 +1,4 @@
-"""Time and memory of a training step. `throughput.py` calls `interleaved_times` and `peak_extra_bytes`."""
+"""Time and memory of a training step, for `throughput.py` and `trl_step.py`."""
 
 from __future__ import annotations
 
@@ -59,36 +59,32 @@ class StepTimes:
     both: Times
 
 
-def reraise(name: str, error: Exception) -> None:
-    raise error
-
-
 def interleaved_times(
     steps: Mapping[str, Step],
     device: torch.device,
     warmup: int,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
-    on_failure: Callable[[str, Exception], None] = reraise,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, StepTimes]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
-    A step that fails is told to `on_failure` and takes no further part.
+    `on_failure` is told of a step that raises, which then takes no further part.
     """
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
         for name in list(samples):
             try:
                 sample = time_once(steps[name], device)
-            except Exception as error:  # whatever it is, the others go on
+            except Exception as error:
+                if on_failure is None:
+                    raise
                 del samples[name]
                 on_failure(name, error)
-            else:
-                if round_ >= warmup:
-                    samples[name].append(sample)
-                tick()
-            if name not in samples:  # what the exception held is free by now
-                release_cached(device)
+                continue
+            if round_ >= warmup:
+                samples[name].append(sample)
+            tick()
     return {
         name: StepTimes(
             forward=Times([forward for forward, _ in runs]),
@@ -97,13 +93,6 @@ def interleaved_times(
         )
         for name, runs in samples.items()
     }
-
-
-def release_cached(device: torch.device) -> None:
-    """Give what the allocator holds free back to the device, where a step failed for want of memory."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 def time_once(step: Step, device: torch.device) -> tuple[float, float]:
@@ -128,6 +117,13 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
     return forward, time.perf_counter() - began
 
 
+def release_cached(device: torch.device) -> None:
+    """Give cached memory back to the GPU after a step ran out of it."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def settle_exp() -> None:
     """On CPUs, torch 2.13 can get the first multi-threaded exp of a process wrong: let it be this one."""
     torch.exp(torch.randn(100))
@@ -135,22 +131,18 @@ def settle_exp() -> None:
 
 @dataclass(frozen=True)
 class PeakMemory:
-    """Bytes that a call needed at its peak beyond what was there before it and what it returned."""
+    """Bytes that a call needed at its peak beyond the memory before it and the tensors that it returned."""
 
     extra: int
-    # The process had been larger before the call than during it, so that `extra` is only an upper limit.
-    upper_limit: bool = False
+    upper_limit: bool = False  # the process had been larger before the call than during it
 
 
 def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.device) -> PeakMemory:
     """Peak memory of one call. What it returns (a step's gradients) is counted out: any method must hold it.
 
-    On CUDA the caching allocator knows it. On the CPU the system does: VmHWM is the largest resident size
-    that the process ever had, every byte of it, GEMM packing buffers included, with no sampling that could
-    miss a peak and no hooks that could miss an allocator. Writing 5 to /proc/self/clear_refs sets it back to
-    the present size. Only a fresh process gives a true answer (`in_fresh_process`): in an old one the call
-    would find freed memory that the allocator kept. (ru_maxrss would not do on Linux: a child starts with its
-    parent's.)
+    On CUDA the allocator knows it. On a CPU, VmHWM is the largest resident size of the process, GEMM packing
+    buffers included. Writing 5 to /proc/self/clear_refs sets it back to the present size. Call it in a fresh
+    process (`in_fresh_process`): an old one has freed memory that the call would find.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -161,8 +153,9 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
         return PeakMemory(max(0, torch.cuda.max_memory_allocated(device) - before - returned))
 
     return_freed_memory()
-    reset_peak_resident()
-    before, peak_before = resident_bytes(), peak_resident_bytes()
+    with contextlib.suppress(OSError):  # where it is not allowed, the old peak stands: an upper limit
+        Path("/proc/self/clear_refs").write_text("5")
+    before, peak_before = psutil.Process().memory_info().rss, peak_resident_bytes()
     returned = tensor_bytes(call())
     peak = peak_resident_bytes()
     # The counters lag by some pages per core, hence the slack; without a reset the two may be far apart.
@@ -187,26 +180,14 @@ def return_freed_memory() -> None:
             libc.malloc_trim(0)
 
 
-def reset_peak_resident() -> None:
-    # Where it does not exist or is not allowed, the caller sees that the old peak still stands.
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident_bytes() -> int:
-    return psutil.Process().memory_info().rss
-
-
 def peak_resident_bytes() -> int:
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        if sys.platform == "win32":
-            return psutil.Process().memory_info().peak_wset
+    if sys.platform != "linux":
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-    return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    # Not ru_maxrss: on Linux, a child starts with its parent's.
+    status = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
@@ -215,13 +196,9 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
         return pool.submit(function, *arguments).result()
 
 
-def available_bytes(device: torch.device) -> int:
-    """Memory that can still be allocated on the device."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+def available_bytes() -> int:
+    """Memory of the machine, or of this container, that is still free."""
     free = psutil.virtual_memory().available
-    # A container's limit does not show in /proc/meminfo.
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.exists() and used.exists() and limit.read_text().strip() != "max":
         free = min(free, int(limit.read_text()) - int(used.read_text()))

@@ -1,8 +1,7 @@
 """The peers of the benchmark: each computes the loss of a `Batch` its own way.
 
-A peer is a loader. `throughput.py` calls it once for each comparison; it imports what the peer needs and
-returns the loss function. Either raises `Unavailable` with the reason why the peer cannot run here, or not on
-this batch.
+`throughput.py` calls a peer's loader once for each comparison. The loader imports the peer's package and
+returns the loss function. Both raise `Unavailable` with the reason where the peer cannot run.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, LogitTransform, Shape
+from benchmarks.inputs import Batch, LogitTransform
 from benchmarks.objectives import Objective
 
 LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
@@ -42,26 +41,13 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute the loss: its name in the table, how to get it, what it holds besides gradients."""
+    """One way to compute the loss: its name in the table, how to get it, and the bytes that it holds."""
 
     name: str
     load: Callable[[str], LossFn]  # takes the device type
-    held_bytes: Callable[[int, int], int]  # of (tokens, vocab): roughly, as measured on a CPU, rounded up
-    # The backward computes the logits a second time: 8NVH operations in all instead of 6NVH, or fewer if it
-    # leaves some out for want of a gradient.
-    recomputes: bool = False
-    compiled: bool = False  # what torch.compile needs at the first call is no part of its memory
-    gradients_in_forward: bool = False  # its backward does no more than hand them out
-    by_pair: bool = False  # holds what it holds for one pair after the other
-
-    def estimated_bytes(
-        self, shape: Shape, tokens: int, pairs: int, dtype: torch.dtype, frozen_head: bool
-    ) -> int:
-        """Memory beyond the inputs that a step may need, gradients included; rather too high than too low."""
-        gradients = tokens * shape.hidden + (0 if frozen_head else shape.vocab * shape.hidden)
-        held = self.held_bytes(tokens // pairs if self.by_pair else tokens, shape.vocab)
-        # A peer may sum a gradient in fp32 and round it afterwards.
-        return held + gradients * (4 + dtype.itemsize)
+    # Of (tokens, pairs, vocab), besides gradients: roughly, as measured on a CPU, rounded up.
+    held_bytes: Callable[[int, int, int], int] = lambda tokens, pairs, vocab: 0
+    compiled: bool = False  # by torch.compile, whose own memory at the first call is not the peer's
 
 
 def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
@@ -74,7 +60,7 @@ def loss_of_tokens(batch: Batch, logps: torch.Tensor) -> PeerLoss:  # [N]
 
 
 def load_eager(device_type: str) -> LossFn:
-    """As TRL's trainers did it before their fused head: logits, upcast to fp32, gather minus logsumexp."""
+    """TRL's way before its fused head: logits, upcast to fp32, gather minus logsumexp."""
 
     def loss(batch: Batch) -> PeerLoss:
         logits = batch.transform(F.linear(batch.hidden, batch.weight, batch.bias).float())  # [N, V]
@@ -378,49 +364,37 @@ def focalkern_loss(objective: Objective, **head: Any) -> Any:
 def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
     """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
 
-    def focalkern(backend: str, backward: str) -> Peer:
-        exact = backward == "exact"
-        return Peer(
-            name=f"focalkern ({backend}, exact)" if exact else f"focalkern ({backend})",
-            load=lambda device_type: load_focalkern(device_type, backend, backward, tau),
-            held_bytes=lambda tokens, vocab: 12 * tokens * min(vocab, 4096),
-            recomputes=exact,
-        )
+    def focalkern(backend: str, backward: str) -> Callable[[str], LossFn]:
+        return lambda device_type: load_focalkern(device_type, backend, backward, tau)
 
-    def logits(bytes_each: int, most_rows: int | float = math.inf) -> Callable[[int, int], int]:
-        return lambda tokens, vocab: bytes_each * int(min(tokens, most_rows)) * vocab
+    def logits(tokens: int, pairs: int, vocab: int) -> int:
+        return 16 * tokens * vocab
 
-    def torch_lce(name: str, rows: int | None) -> Peer:
-        load = functools.partial(load_torch_lce, rows=rows)
-        return Peer(name, load, logits(16, LCE_ROWS), recomputes=True)
+    def logits_of_a_pair(tokens: int, pairs: int, vocab: int) -> int:
+        return 16 * tokens // pairs * vocab
 
-    def cce(name: str, impl: str, held_bytes: Callable[[int, int], int]) -> Peer:
-        load = functools.partial(load_cce, impl=impl)
-        return Peer(name, load, held_bytes, recomputes=impl == "cce", compiled=impl == "torch_compile")
+    def logits_of_rows(tokens: int, pairs: int, vocab: int) -> int:
+        return 16 * min(tokens, LCE_ROWS) * vocab
 
-    def quack(name: str, fused: bool) -> Peer:
-        return Peer(name, functools.partial(load_quack, fused=fused), logits(2), gradients_in_forward=True)
+    def trl_chunk(tokens: int, pairs: int, vocab: int) -> int:
+        return 36 * min(tokens, 4096) * min(vocab, 32768)
+
+    def load(function: Callable[..., LossFn], option: Any) -> Callable[[str], LossFn]:
+        return lambda device_type: function(device_type, option)
 
     return {
-        "triton": focalkern("triton", "certified"),
-        "triton-exact": focalkern("triton", "exact"),
-        "torch": focalkern("torch", "certified"),
-        "torch-exact": focalkern("torch", "exact"),
-        "eager": Peer("eager PyTorch", load_eager, logits(16)),
-        "compile": Peer("compiled PyTorch", load_compiled, logits(16), compiled=True),
-        "trl": Peer(
-            "TRL head",
-            load_trl,
-            lambda tokens, vocab: 36 * min(tokens, 4096) * min(vocab, 32768),
-            recomputes=True,
-        ),
-        "liger": Peer(
-            "Liger", load_liger, logits(16), compiled=True, gradients_in_forward=True, by_pair=True
-        ),
-        "cce": cce("CCE", "cce", lambda tokens, vocab: 0),
-        "cce-compile": cce("CCE (torch_compile)", "torch_compile", logits(16)),
-        "torch-lce": torch_lce("linear_cross_entropy", None),
-        "torch-lce-rows": torch_lce(f"linear_cross_entropy ({LCE_ROWS} rows)", LCE_ROWS),
-        "quack": quack("QuACK chunked", fused=False),
-        "quack-fused": quack("QuACK fused", fused=True),
+        "triton": Peer("focalkern (triton)", focalkern("triton", "certified")),
+        "triton-exact": Peer("focalkern (triton, exact)", focalkern("triton", "exact")),
+        "torch": Peer("focalkern (torch)", focalkern("torch", "certified")),
+        "torch-exact": Peer("focalkern (torch, exact)", focalkern("torch", "exact")),
+        "eager": Peer("eager PyTorch", load_eager, logits),
+        "compile": Peer("compiled PyTorch", load_compiled, logits, compiled=True),
+        "trl": Peer("TRL head", load_trl, trl_chunk),
+        "liger": Peer("Liger", load_liger, logits_of_a_pair, compiled=True),
+        "cce": Peer("CCE", load(load_cce, "cce")),
+        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), logits, compiled=True),
+        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None), logits_of_rows),
+        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS), logits_of_rows),
+        "quack": Peer("QuACK chunked", load(load_quack, False)),
+        "quack-fused": Peer("QuACK fused", load(load_quack, True)),
     }

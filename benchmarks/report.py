@@ -1,333 +1,46 @@
-"""What the benchmark tells: tables on the screen and JSON with every number. `throughput.py` fills it."""
+"""What results look like: the terminal's tables, plots, and the generated parts of README.md and docs.
+
+    python benchmarks/report.py            # make report: benchmarks/results/*.json into pages and figures
+    python benchmarks/report.py --check    # exit status 1, and which page or figure is not up to date
+
+`throughput.py` prints and plots by the same functions. A part of a page stands between
+`<!-- measured: begin NAME (make report) -->` and `<!-- measured: end NAME -->`.
+"""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import importlib.metadata
-import math
+import json
 import os
 import platform
+import re
 import subprocess
+import sys
+import textwrap
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
-from rich.console import Console
-from rich.table import Table
-
-from benchmarks.check import ERROR_FACTOR, Bound, Errors, Sample
-from benchmarks.inputs import SATURATED_U, Sharpness, Source
-from benchmarks.measure import PeakMemory, StepTimes, Times
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/figures")
 MIB = 2**20
-CERTIFIED = ("triton", "torch")  # peers with the certified backward, by short name; beside them "*-exact"
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "focalkern")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OURS = ("triton", "torch")  # focalkern with the certified backward, by the names that `--only` takes
+
+Json = dict[str, Any]
 
 
-@dataclass
-class Row:
-    """What was found out about one peer."""
-
-    peer: str
-    recomputes: bool = False  # the logits, in the backward
-    gradients_in_forward: bool = False
-    status: str = "ok"  # or "skipped", or "failed"
-    note: str = ""
-    errors: Errors | None = None
-    kept_share: float | None = None
-    times: StepTimes | None = None
-    memory: PeakMemory | None = None
+# Where and with what the numbers were measured
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """All peers on one input."""
-
-    source: Source
-    sharpness: Sharpness
-    saturated_pairs: int
-    frozen_head: bool
-    loss: str  # name of the objective
-    plain: Errors  # of plain PyTorch in the same dtype
-    bound: Bound
-    floor: Times  # of the bare GEMM
-    rows: dict[str, Row]  # by the peer's short name
-
-    @property
-    def fp32_logits_bytes(self) -> int:
-        return 4 * self.source.tokens * self.source.shape.vocab
-
-    def operations(self, *, recomputed: bool = False) -> dict[str, int]:
-        """Floating-point operations of the exact computation: 2NVH for the logits in the forward; in the
-        backward 2NVH for dhidden, for dweight unless the head is frozen, and for the logits if recomputed.
-        """
-        source = self.source
-        one_product = 2 * source.tokens * source.shape.vocab * source.shape.hidden
-        products = (1 if self.frozen_head else 2) + (1 if recomputed else 0)
-        return {
-            part: count * one_product
-            for part, count in (("forward", 1), ("backward", products), ("both", 1 + products))
-        }
-
-
-def print_input(
-    source: Source, sharpness: Sharpness, saturated_pairs: int, setting: str, console: Console
-) -> None:
-    """What is compared; `setting` is the loss and which gradients are taken."""
-    about = source.about()
-    kind = about["kind"]
-    if kind == "captured":
-        kind += f" from {about['model']} on {about['data']}, reference {about['reference']}"
-    size = f"{source.tokens} tokens, {source.pairs} pairs, {setting}"
-    console.print(f"\n[bold]{short(source.dtype)}[/bold]  {size}", highlight=False)
-    console.print(f"      input: {kind}; {sharpness}", highlight=False)
-    if saturated_pairs:
-        saturation = f"{saturated_pairs} of {source.pairs} pairs saturated, at u = {SATURATED_U:g}"
-        console.print(f"      {saturation}", highlight=False)
-
-
-def print_correctness(
-    rows: Sequence[Row], plain: Errors, bound: Bound, sample: Sample, dtype: torch.dtype, console: Console
-) -> None:
-    """The errors; of those of the scale, the largest of loss and gradients."""
-    table = Table(
-        title=f"Errors against float64, {len(sample.rows)} rows of dhidden, {len(sample.vocab)} of dweight; "
-        f"bound: {ERROR_FACTOR:g} x plain PyTorch in {short(dtype)}; scale within {bound.scale.dhidden:g} "
-        f"(loss {bound.scale.loss:g}) of float64 or of plain PyTorch",
-        title_justify="left",
-    )
-    for column in ("peer", "loss", "dhidden", "dweight", "scale"):
-        table.add_column(column, justify="left" if column == "peer" else "right")
-    table.add_column("verdict", overflow="fold")
-    for row in rows:
-        found = row.errors
-        verdict = f"{row.status}: {row.note}" if row.note else row.status
-        table.add_row(row.peer, *error_cells(found), verdict)
-    as_trl = f"{short(dtype)} logits and {short(dtype)} dz, as TRL computes"
-    table.add_row("plain PyTorch, same dtype", *error_cells(plain), as_trl, style="dim")
-    table.add_row("bound", *error_cells(bound.errors)[:-1], "", "", style="dim")
-    console.print(table)
-
-
-def print_times(comparison: Comparison, console: Console) -> None:
-    source = comparison.source
-    table = Table(
-        title=f"{comparison.loss}, {short(source.dtype)}, {source.device.upper()}: "
-        f"{source.tokens} x {source.shape.hidden} x {source.shape.vocab}, milliseconds; "
-        f"bare GEMM {milliseconds(comparison.floor.median)}; "
-        f"fp32 logits {comparison.fp32_logits_bytes / MIB:.0f} MiB",
-        title_justify="left",
-    )
-    columns = ["peer", "forward", "backward", "both", "range", "x floor", "kept share", "tokens/s"]
-    for column in [*columns, "TFLOP/s", "extra MiB", "of logits"]:
-        table.add_column(column, justify="left" if column == "peer" else "right")
-    for row in comparison.rows.values():
-        if row.times is None:
-            table.add_row(row.peer, row.status)
-            continue
-        both = row.times.both
-        table.add_row(
-            row.peer,
-            milliseconds(row.times.forward.median),
-            milliseconds(row.times.backward.median),
-            milliseconds(both.median),
-            f"{milliseconds(min(both.samples))}-{milliseconds(max(both.samples))}",
-            f"{both.median / comparison.floor.median:.2f}",
-            percent(row.kept_share),
-            f"{source.tokens / both.median:,.0f}",
-            f"{tera(comparison.operations()['both'], both):.3g}",
-            *memory_cells(row.memory, comparison.fp32_logits_bytes),
-        )
-    console.print(table)
-    for row in comparison.rows.values():
-        if row.status == "ok" and row.note:  # the others' notes stand in the table of errors
-            console.print(f"{row.peer}: {row.note}", highlight=False, markup=False)
-    for speed in speed_ratios(comparison):
-        owner = "TRL" if speed["over"] == "TRL head" else speed["over"]
-        what = f"{owner}'s speed, forward+backward, {short(source.dtype)}"
-        console.print(f"{speed['peer']} is {speed['ratio']:.2f}x {what}", highlight=False)
-
-
-def memory_cells(memory: PeakMemory | None, logits: int) -> tuple[str, str]:
-    if memory is None:
-        return "", ""
-    sign = "<= " if memory.upper_limit else ""
-    return f"{sign}{memory.extra / MIB:,.0f}", f"{sign}{memory.extra / logits:.3f}"
-
-
-def print_summary(comparisons: Sequence[Comparison], console: Console) -> None:
-    """What the certified backward gains on each of several inputs, and how exact it is."""
-    table = Table(
-        title="The certified backward on all inputs; errors as multiples of plain PyTorch's in that dtype",
-        title_justify="left",
-    )
-    rivals = {"trl": "x TRL", "eager": "x eager", "exact": "x exact"}
-    columns = ["input", "entries", "saturated", "peer", "kept share", "backward", "both", *rivals.values()]
-    for column in [*columns, "dhidden", "dweight"]:
-        table.add_column(column, justify="left" if column in ("input", "peer") else "right")
-    for comparison in comparisons:
-        source = comparison.source
-        for name in CERTIFIED:
-            row = comparison.rows.get(name)
-            if row is None or row.times is None or row.errors is None:
-                continue
-            errors = row.errors.multiples_of(comparison.plain)
-            others = [comparison.rows.get(f"{name}-exact" if rival == "exact" else rival) for rival in rivals]
-            table.add_row(
-                setting_of(comparison, comparisons),
-                f"{comparison.sharpness.entries:.0f}",
-                f"{comparison.saturated_pairs} of {source.pairs}",
-                name,
-                percent(row.kept_share),
-                milliseconds(row.times.backward.median),
-                milliseconds(row.times.both.median),
-                *(multiple(speed_ratio(row, other)) for other in others),
-                multiple(errors["dhidden"]),
-                multiple(errors["dweight"]),
-            )
-    if table.row_count:
-        console.print(table)
-
-
-def setting_of(comparison: Comparison, comparisons: Sequence[Comparison]) -> str:
-    """Dtype and kind of input, and what else is not the same in all comparisons."""
-    source = comparison.source
-    words = [short(source.dtype), source.about()["kind"]]
-    if len({other.source.tokens for other in comparisons}) > 1:
-        words.append(f"{source.tokens} tokens")
-    if len({other.loss for other in comparisons}) > 1:
-        words.append(comparison.loss)
-    if len({other.frozen_head for other in comparisons}) > 1:
-        words.append("frozen head" if comparison.frozen_head else "full")
-    return ", ".join(words)
-
-
-def speed_ratios(comparison: Comparison) -> list[dict[str, Any]]:
-    """How many times faster our certified backward is than each of the others and our exact one."""
-    ratios = []
-    ours = {*CERTIFIED, *(f"{name}-exact" for name in CERTIFIED)}
-    for name in CERTIFIED:
-        mine = comparison.rows.get(name)
-        for other, theirs in comparison.rows.items():
-            if other in ours and other != f"{name}-exact":
-                continue
-            ratio = speed_ratio(mine, theirs)
-            if mine and theirs and ratio is not None:
-                ratios.append({"peer": mine.peer, "over": theirs.peer, "ratio": ratio})
-    return ratios
-
-
-def speed_ratio(row: Row | None, other: Row | None) -> float | None:
-    """How many times faster one peer is than another, forward+backward, where both were timed."""
-    if row is None or other is None or row.times is None or other.times is None:
-        return None
-    return other.times.both.median / row.times.both.median
-
-
-def tera(operations: int, times: Times) -> float:
-    """TFLOP/s."""
-    return operations / times.median / 1e12
-
-
-def milliseconds(seconds: float) -> str:
-    ms = 1e3 * seconds
-    return f"{ms:,.0f}" if ms >= 1000 else f"{ms:.4g}"
-
-
-def multiple(ratio: float | None) -> str:
-    return "" if ratio is None else f"{ratio:.2f}"
-
-
-def percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.1%}"
-
-
-def error_cells(errors: Errors | None) -> list[str]:
-    """Errors of loss, dhidden and dweight, and the one of the scale that is furthest from 0."""
-    if errors is None:
-        return [""] * 4
-    scales = [value for value in vars(errors.scale).values() if value is not None]
-    return [scientific(value) for value in (*errors.norms.values(), max(scales, key=badness))]
-
-
-def badness(error: float) -> float:
-    return math.inf if math.isnan(error) else abs(error)
-
-
-def scientific(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
-
-
-def short(dtype: torch.dtype) -> str:
-    return next(name for name, known in DTYPES.items() if known == dtype)
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    source = comparison.source
-    return {
-        "shape": asdict(source.shape),
-        "tokens": source.tokens,
-        "pairs": source.pairs,
-        "saturated_pairs": comparison.saturated_pairs,
-        "dtype": short(source.dtype),
-        "frozen_head": comparison.frozen_head,
-        "loss": comparison.loss,
-        "input": {**source.about(), **asdict(comparison.sharpness)},
-        "plain_pytorch_errors": finite(comparison.plain.norms),
-        "plain_pytorch_scale_errors": finite(asdict(comparison.plain.scale)),
-        "error_bound": finite(comparison.bound.errors.norms),
-        "scale_error_bound": finite(asdict(comparison.bound.scale)),
-        "bare_gemm_ms": comparison.floor.as_ms(),
-        "fp32_logits_bytes": comparison.fp32_logits_bytes,
-        "rows": [row_as_json(name, row, comparison) for name, row in comparison.rows.items()],
-        "speed_ratios": speed_ratios(comparison),
-    }
-
-
-def row_as_json(name: str, row: Row, comparison: Comparison) -> dict[str, Any]:
-    result: dict[str, Any] = {"id": name, "peer": row.peer, "status": row.status, "note": row.note}
-    if row.errors is not None:
-        result["errors"] = finite(row.errors.norms)
-        result["scale_errors"] = finite(asdict(row.errors.scale))
-    if row.kept_share is not None:
-        result["kept_share"] = row.kept_share
-    if row.times is not None:
-        result["forward_ms"] = row.times.forward.as_ms()
-        result["backward_ms"] = row.times.backward.as_ms()
-        result["both_ms"] = row.times.both.as_ms()
-        result["x_floor"] = row.times.both.median / comparison.floor.median
-        result["tokens_per_second"] = comparison.source.tokens / row.times.both.median
-        result["tflops"] = tflops(row, comparison.operations())
-        if row.recomputes:
-            result["executed_tflops"] = tflops(row, comparison.operations(recomputed=True))
-    if row.memory is not None:
-        result["extra_bytes"] = row.memory.extra
-        result["extra_bytes_is_upper_limit"] = row.memory.upper_limit
-        result["share_of_fp32_logits"] = row.memory.extra / comparison.fp32_logits_bytes
-    return result
-
-
-def tflops(row: Row, operations: dict[str, int]) -> dict[str, float | None]:
-    """None for the forward and the backward of a peer that does the one's work in the other."""
-    return {
-        part: None if row.gradients_in_forward and part != "both" else tera(count, getattr(row.times, part))
-        for part, count in operations.items()
-    }
-
-
-def finite(values: dict[str, float | None]) -> dict[str, float | str | None]:
-    """JSON has no NaN or infinity: they become words."""
-    return {
-        name: value if value is None or math.isfinite(value) else str(value) for name, value in values.items()
-    }
-
-
-def environment(device_type: str) -> dict[str, Any]:
-    """Where and with what the numbers were measured."""
+def environment(device_type: str) -> Json:
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -357,8 +70,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """Commit of the tree that this file is in, marked "-dirty" when the tree differs from it: what runs, that
-    is, not the results that an earlier run has written, nor the pages made of them."""
+    """The commit, marked "-dirty" when anything but results and the pages made of them differs from it."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -370,3 +82,474 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+# A comparison: as `throughput.py` writes it, and in a table
+
+
+def frame(comparison: Json) -> pd.DataFrame:
+    """A line for each peer that was timed, by its short name: milliseconds, MiB, relative errors."""
+    lines = {
+        row["id"]: {
+            "peer": row["peer"],
+            "forward": row["forward_ms"]["median"],
+            "backward": row["backward_ms"]["median"],
+            "both": row["both_ms"]["median"],
+            "fastest": row["both_ms"]["min"],
+            "slowest": row["both_ms"]["max"],
+            "kept": row.get("kept_share"),
+            "extra": row["extra_bytes"] / MIB if "extra_bytes" in row else None,
+            "limit": "≤ " if row.get("extra_bytes_is_upper_limit") else "",
+            "dhidden": row["errors"]["dhidden"],
+            "dweight": row["errors"].get("dweight"),
+        }
+        for row in comparison["rows"]
+        if "both_ms" in row
+    }
+    found = pd.DataFrame.from_dict(lines, orient="index")
+    ours = next((name for name in OURS if name in lines), None)
+    return found.assign(ratio=found["both"] / lines[ours]["both"] if ours else None) if lines else found
+
+
+def kind_of(comparison: Json) -> str:
+    about = comparison["input"]
+    if about["kind"] == "captured":
+        return f"captured from {about['model']} on {about['data']}, reference {about['reference']}"
+    return "random weights" if about["kind"] == "untrained" else f"{about['kind']} input"
+
+
+def size_of(comparison: Json) -> str:
+    shape = comparison["shape"]
+    return f"{comparison['tokens']} × {shape['hidden']} × {shape['vocab']}, {comparison['dtype']}"
+
+
+def terminal(comparison: Json) -> str:
+    """What was compared, the times and errors of all peers, and why a peer has none: within 80 columns."""
+    about, rows = comparison["input"], comparison["rows"]
+    gradients = "dhidden alone (frozen head)" if comparison["frozen_head"] else "dhidden and dweight"
+    saturated, pairs = comparison["saturated_pairs"], comparison["pairs"]
+    intro = [
+        f"{comparison['loss']}, {size_of(comparison)}; {pairs} pairs"
+        + (f", {saturated} of them saturated" if saturated else "")
+        + f"; gradients: {gradients}",
+        f"{kind_of(comparison)}: NLL {about['nll']:.2f}, entropy {about['entropy']:.2f}, "
+        f"{about['entries']:.0f} softmax entries above 2^-12 per token",
+        f"bare GEMM {number(comparison['bare_gemm_ms']['median'])} ms, fp32 logits "
+        f"{comparison['fp32_logits_bytes'] / MIB:,.0f} MiB; plain PyTorch's error in {comparison['dtype']} "
+        f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",
+    ]
+    found, table = frame(comparison), []
+    if len(found):
+        shown = pd.DataFrame(
+            {"forward ms": found["forward"].map(number), "both ms": found["both"].map(number)}
+        )
+        shown["x focalkern"] = found["ratio"].map("{:.2f}".format, na_action="ignore")
+        shown["kept"] = found["kept"].map(percent)
+        shown["extra MiB"] = found["limit"] + found["extra"].map("{:,.0f}".format, na_action="ignore")
+        shown["error"] = found["dhidden"].map(scientific)
+        table = [shown.set_axis(found["peer"], axis=0).rename_axis(None).fillna("").to_string()]
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row["status"] != "ok" or row["note"]:
+            reasons.setdefault(": ".join(filter(None, (row["status"], row["note"]))), []).append(row["peer"])
+    notes = [f"{', '.join(peers)}: {reason}" for reason, peers in reasons.items()]
+    return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 80, subsequent_indent="  ")
+
+
+def number(value: float) -> str:
+    """Three digits: 0.0123, 1.23, 12.3, 123, 1,230."""
+    rounded = float(f"{value:.2e}")
+    return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
+
+
+def percent(share: float | None) -> str:
+    return "" if pd.isna(share) else f"{100 * share:.3g} %"
+
+
+def scientific(value: float | str | None) -> str:
+    """Two digits; NaN and infinity are words in the files."""
+    if isinstance(value, str):
+        return value
+    return "" if value is None or pd.isna(value) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
+
+
+# Plots
+
+SWEEPS = {  # over what: the axis, and what stands on the other two
+    "tokens": ("tokens", {"both": "forward and backward, ms", "extra": "extra memory, MiB"}),
+    "sharpness": (
+        "softmax entries above 2^-12 per token",
+        {"both": "forward and backward, ms", "kept": "kept share"},
+    ),
+}
+MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
+
+
+def sweep(report: Json, over: str) -> list[list[Json]]:
+    """Groups of comparisons that differ in nothing but the tokens or the sharpness, in that order."""
+    groups: dict[tuple[Any, ...], list[Json]] = {}
+    for comparison in sorted(report["comparisons"], key=lambda each: (is_flat(each), place(each, over))):
+        about = comparison["input"]
+        other = (about["kind"], about.get("scale")) if over == "tokens" else comparison["tokens"]
+        names = ("dtype", "loss", "frozen_head", "saturated_pairs")
+        groups.setdefault((*(comparison[name] for name in names), other), []).append(comparison)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def is_flat(comparison: Json) -> bool:
+    return comparison["input"]["kind"] == "untrained"
+
+
+def place(comparison: Json, over: str) -> float:
+    return comparison["tokens"] if over == "tokens" else comparison["input"]["entries"]
+
+
+def title_of(comparison: Json, over: str) -> str:
+    shape, saturated = comparison["shape"], comparison["saturated_pairs"]
+    words = [f"{shape['hidden']} × {shape['vocab']}", comparison["dtype"], comparison["loss"]]
+    words.append(kind_of(comparison) if over == "tokens" else f"{comparison['tokens']} tokens")
+    words += ["frozen head"] if comparison["frozen_head"] else []
+    return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
+
+
+def draw(report: Json, over: str, path: Path) -> None:
+    """A row of two panels for each setting, a line for each peer; focalkern's are thicker."""
+    from matplotlib.figure import Figure  # no pyplot: it would look for a display
+
+    (axis, quantities), groups, handles = SWEEPS[over], sweep(report, over), {}
+    figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
+    figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
+    peers = dict.fromkeys(row["peer"] for comparison in report["comparisons"] for row in comparison["rows"])
+    for group, row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
+        lines = pd.concat([frame(comparison).assign(x=x) for x, comparison in enumerate(group)])
+        ticks = [f"{place(each, over):.0f}" for each in group]
+        if over == "sharpness" and is_flat(group[-1]):
+            ticks[-1] = "random\nweights"
+        for panel, (column, label) in zip(row, quantities.items(), strict=True):
+            for i, peer in enumerate(peers):  # the same colour and marker in every panel
+                points = lines[lines["peer"] == peer].dropna(subset=column)
+                width = 2.4 if peer.startswith("focalkern") else 1.2
+                if len(points):
+                    (handles[peer],) = panel.plot(
+                        points["x"], points[column].astype(float),
+                        color=f"C{i}", marker=MARKERS[i % len(MARKERS)], linewidth=width,
+                    )  # fmt: skip
+            panel.set(title=title_of(group[0], over), xlabel=axis, ylabel=label)
+            panel.set_xticks(range(len(ticks)), ticks)
+            panel.grid(alpha=0.3)
+            if over == "tokens":
+                panel.set_yscale("log")
+                panel.yaxis.set_major_formatter("{x:,g}")
+            else:
+                panel.set_ylim(bottom=0)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100, metadata={"data": data_hash(report)})
+
+
+def data_hash(report: Json) -> str:
+    return hashlib.sha256(json.dumps(report["comparisons"], sort_keys=True).encode()).hexdigest()
+
+
+def plots(report: Json, folder: Path) -> Iterator[Path]:
+    """Draw what the report has several values of; the paths of the plots."""
+    for over in SWEEPS:
+        if sweep(report, over):
+            draw(report, over, folder / f"over-{over}.png")
+            yield folder / f"over-{over}.png"
+
+
+# Pages
+
+STEP, SHARPNESS, TOKENS = "cpu-trl-step-128256", "cpu-sharpness-bf16", "cpu-tokens-bf16"
+TAU, SATURATED = "cpu-fp32-tau-0.000122", "cpu-saturated-bf16"
+LARGE, LARGE_FP32, SMALL = "cpu-4096x512x128256-bf16", "cpu-4096x512x128256-fp32", "cpu-2048x512x32768"
+PLOTS = {"measured-sharpness.png": (SHARPNESS, "sharpness"), "measured-tokens.png": (TOKENS, "tokens")}
+# Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
+# `frame` for that peer, `{ours ...}` one for focalkern.
+BY_INPUT = {
+    "results": {
+        "device, tokens × H × V, dtype": "{device}, {size}",
+        "focalkern": "{ours both}",
+        "TRL's head": "{trl ratio}",
+        "compiled PyTorch": "{compile ratio}",
+        "extra memory": "{ours extra} : {trl extra}",
+    },
+    "errors": {
+        "entries, dtype": "{entries}",
+        "kept share": "{ours kept}",
+        "dhidden: certified, exact, TRL": "{torch dhidden}, {torch-exact dhidden}, {trl dhidden}",
+        "dweight: certified, exact, TRL": "{torch dweight}, {torch-exact dweight}, {trl dweight}",
+    },
+    "times": {
+        "entries, dtype": "{entries}",
+        "kept share": "{ours kept}",
+        "focalkern (forward)": "{ours both} ({ours forward})",
+        "exact": "{torch-exact both}, {torch-exact ratio}",
+        "TRL": "{trl both}, {trl ratio}",
+        "eager": "{eager both}, {eager ratio}",
+    },
+    "saturated": {
+        "saturated": "{saturated}",
+        "kept share": "{ours kept}",
+        "backward": "{ours backward}",
+        "exact backward": "{torch-exact backward}",
+        "both": "{ours both}",
+        "over exact, TRL": "{torch-exact ratio}, {trl ratio}",
+    },
+}
+
+
+class Results:
+    """The result files by name, without `.json`."""
+
+    def __init__(self, root: Path) -> None:
+        paths = sorted((root / RESULTS).glob("*.json"))
+        self.files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+        for name, file in self.files.items():
+            if not file.get("finished", True):
+                raise SystemExit(f"{RESULTS / name}.json: its run has not ended")
+            for report in (file, *file.get("reports", {}).values()):
+                for comparison in report.get("comparisons", []):
+                    comparison["device"] = report["device"]
+
+    def comparisons(self, *names: str) -> list[Json]:
+        return [comparison for name in names for comparison in self.files[name]["comparisons"]]
+
+    def gpus(self) -> list[Json]:
+        """What `make gpu` wrote on each device."""
+        return [file for name, file in self.files.items() if "reports" in file and ".partial" not in name]
+
+    def on_gpus(self) -> list[Json]:
+        """The first comparison of each GPU."""
+        reports = [found for gpu in self.gpus() for found in list(gpu["reports"].values())[:1]]
+        return [found["comparisons"][0] for found in reports if found.get("comparisons")]
+
+    def sources(self, *names: str) -> str:
+        """Device, versions and date of files, and links to them."""
+        said = []
+        for name in names:
+            file = self.files[name]
+            run = f"{file['device']}, {file['threads']} threads, torch {file['versions']['torch']}"
+            run += f", {file['date'][:10]}, medians of {file['repeats']} runs"
+            said.append(f"{run}: [{name}.json](../{RESULTS}/{name}.json).")
+        return "\n\n".join(said)
+
+
+def markdown(columns: dict[str, Any]) -> str:
+    """The first column to the left, the others to the right."""
+    table = pd.DataFrame(columns).fillna("")
+    lines = [list(table), ["---", *["---:"] * (len(table.columns) - 1)], *table.values.tolist()]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def by_input(name: str, comparisons: list[Json]) -> str:
+    """A table of `BY_INPUT`."""
+    templates = BY_INPUT[name].items()
+    return markdown(
+        {title: [filled(each, template) for each in comparisons] for title, template in templates}
+    )
+
+
+def filled(comparison: Json, template: str) -> str:
+    about, found = comparison["input"], frame(comparison)
+    words = {
+        "device": comparison["device"],
+        "size": size_of(comparison),
+        "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
+        "entries": "random weights"
+        if is_flat(comparison)
+        else f"{about['entries']:.0f}, {comparison['dtype']}",
+    }
+
+    def value(match: re.Match[str]) -> str:
+        if match[1] in words:
+            return words[match[1]]
+        peer, column = match[1].split()
+        peer = ours_in(found) if peer == "ours" else peer
+        missing = peer not in found.index or pd.isna(found.at[peer, column])
+        return "–" if missing else cells(found.loc[[peer]], column).iloc[0]
+
+    return re.sub("{(.*?)}", value, template)
+
+
+def ours_in(found: pd.DataFrame) -> str:
+    return next(name for name in OURS if name in found.index)
+
+
+def cells(found: pd.DataFrame, column: str) -> pd.Series:
+    """A column of `frame`, as pages show it."""
+    formats: dict[str, Callable[[Any], str]] = {
+        "ratio": lambda value: f"{number(value)}×",
+        "kept": percent,
+        "extra": lambda value: f"{value:,.0f} MiB",
+        "dhidden": scientific,
+        "dweight": scientific,
+    }
+    text = found[column].map(formats.get(column, duration), na_action="ignore")
+    return found["limit"] + text if column == "extra" else text
+
+
+def duration(ms: float) -> str:
+    return f"{number(ms / 1000)} s" if ms >= 1000 else f"{number(ms)} ms"
+
+
+def with_range(peer: pd.Series) -> str:
+    scale = 1000 if peer["both"] >= 1000 else 1
+    return f"{duration(peer['both'])} ({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
+
+
+def summary(results: Results) -> str:
+    """A step of TRL's trainer, and whether a GPU has run anything."""
+    file, comparison = results.files[STEP], results.files[STEP]["comparisons"][0]
+    trl, patched = (comparison["rows"][name] for name in ("TRL", "TRL under patch()"))
+    speed, setup = trl["ms"]["median"] / patched["ms"]["median"], comparison["setup"]
+    rows = comparison["padded_positions"] / comparison["completion_tokens"]
+    step = (
+        f"A DPO step of TRL's trainer is {number(speed)} times as fast under `patch()`, and takes "
+        f"{patched['extra_mib']:,.0f} MiB instead of {trl['extra_mib']:,.0f} MiB beside model and gradients "
+        f"({setup['dtype']}, V = {setup['vocab']}, {file['device']}, {file['threads']} threads). With its "
+        f"{setup['layers']} layers of {setup['hidden']} the head is nearly the whole step. A factor of "
+        f"{rows:.2g} comes from rows: on CPUs TRL's head computes prompts and padding, too. Expect less of a "
+        "7B model."
+    )
+    no_gpu = (
+        "**No GPU has timed it yet.** The `gpu` tests and the GPU benchmark are written and have not run; "
+        "[docs/performance.md](docs/performance.md#on-a-gpu) has estimates from the compiled code."
+    )
+    return "\n\n".join([step, *(map(tests_of, results.gpus()) if results.gpus() else [no_gpu])])
+
+
+def tests_of(gpu: Json) -> str:
+    tests = gpu.get("gpu_tests") or {"passed": 0}
+    counts = [f"{tests['passed']} GPU tests passed"]
+    counts += [
+        f"{len(tests[kind])} {kind}" for kind in ("failed", "unfinished", "not begun") if tests.get(kind)
+    ]
+    return f"{gpu['device']}: {', '.join(counts)}."
+
+
+def results_table(results: Results) -> str:
+    """Four rows: GPUs first."""
+    cpu = [*results.comparisons(LARGE, LARGE_FP32), *reversed(results.comparisons(SMALL))]
+    said = (
+        "Below 1× the other is faster. Extra memory: focalkern's, then TRL's. LM-like input, about 50 "
+        "softmax entries above 2^-12 per token. All peers: "
+        "[docs/performance.md](docs/performance.md#results)."
+    )
+    return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
+
+
+def peers_tables(results: Results) -> str:
+    """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
+    blocks = []
+    for comparison in [*results.on_gpus(), *results.comparisons(LARGE, SMALL)]:
+        found = frame(comparison)
+        table = {
+            "method": found["peer"],
+            "forward": cells(found, "forward"),
+            "both (range)": found.apply(with_range, axis=1),
+            "extra memory": cells(found, "extra"),
+            "error of dhidden": cells(found, "dhidden"),
+            "over focalkern": cells(found, "ratio"),
+        }
+        kept = percent(found.at[ours_in(found), "kept"])
+        title = f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:"
+        blocks += [title, markdown(table)]
+    return "\n\n".join([*blocks, results.sources(LARGE, SMALL)])
+
+
+def step_table(results: Results) -> str:
+    """Steps of TRL's trainer, with and without focalkern."""
+    of = {each["setup"]["dtype"]: each["rows"] for each in results.comparisons(STEP)}
+    table: dict[str, list[str]] = {"trainer": [name.replace("patch()", "`patch()`") for name in of["bf16"]]}
+    for dtype, rows in of.items():
+        trl = rows["TRL"]["ms"]["median"]
+        times = [row["ms"]["median"] for row in rows.values()]
+        table[dtype] = [duration(ms) + ("" if ms == trl else f", {number(trl / ms)}×") for ms in times]
+        table[f"memory, {dtype}"] = [f"{row['extra_mib']:,.0f} MiB" for row in rows.values()]
+    table["error, bf16"] = [scientific(row["gradient_error"]) for row in of["bf16"].values()]
+    return f"{markdown(table)}\n\n{results.sources(STEP)}"
+
+
+def figures(results: Results) -> str:
+    said = "![Forward and backward on {device} over {over}](figures/{file})"
+    return "\n\n".join(
+        said.format(device=results.files[name]["device"], over=over, file=file)
+        for file, (name, over) in PLOTS.items()
+    )
+
+
+def certified(table: str, *names: str) -> Callable[[Results], str]:
+    return lambda results: f"{by_input(table, results.comparisons(*names))}\n\n{results.sources(*names)}"
+
+
+PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
+    "README.md": {"summary": summary, "results": results_table},
+    "docs/performance.md": {"tables": peers_tables, "plots": figures},
+    "docs/trl.md": {"step": step_table},
+    "docs/certified-backward.md": {
+        "errors": certified("errors", SHARPNESS),
+        "times": certified("times", SHARPNESS, TAU),
+        "saturated": certified("saturated", SATURATED),
+    },
+}
+
+
+def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="change nothing; status 1 if anything is out of date"
+    )
+    check = parser.parse_args(arguments).check
+    results, stale = Results(root), []
+    for page, parts in PAGES.items():
+        text = (root / page).read_text(encoding="utf-8")
+        for name, content in parts.items():
+            updated = with_part(text, name, content(results), page)
+            stale += [f'{page}, part "{name}"'] if updated != text else []
+            text = updated
+        if not check:
+            (root / page).write_text(text, encoding="utf-8")
+    for file, (name, over) in PLOTS.items():
+        path = root / FIGURES / file
+        if drawn_from(path) != data_hash(results.files[name]):
+            stale.append(str(FIGURES / file))
+            if not check:
+                draw(results.files[name], over, path)
+    for what in stale:
+        print(f"{what} is out of date: make report" if check else f"{what}: written")
+    return 1 if check and stale else 0
+
+
+def with_part(text: str, name: str, content: str, page: str) -> str:
+    """The page with this content between the markers of the part; paragraphs are wrapped."""
+    begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
+    fill = textwrap.TextWrapper(115, break_on_hyphens=False, break_long_words=False).fill
+    blocks = [block if block.startswith(("|", "!")) else fill(block) for block in content.split("\n\n")]
+    before, rest = text.split(begin)
+    return "\n\n".join([before + begin, *blocks, end + rest.split(end)[1]])
+
+
+def drawn_from(path: Path) -> str | None:
+    """The hash that a figure carries."""
+    from PIL import Image
+
+    if not path.exists():
+        return None
+    with Image.open(path) as picture:
+        return picture.info.get("data")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

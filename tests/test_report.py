@@ -1,0 +1,133 @@
+"""The pages hold the numbers of the result files: `benchmarks/report.py`, on copies and on the repository."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+
+LARGE = f"{report.LARGE}.json"
+GPU = "NVIDIA H200"
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """The pages, results and figures."""
+    for page in report.PAGES:
+        (tmp_path / page).parent.mkdir(exist_ok=True)
+        shutil.copy(report.ROOT / page, tmp_path / page)
+    for folder in (report.RESULTS, report.FIGURES):
+        shutil.copytree(report.ROOT / folder, tmp_path / folder)
+    return tmp_path
+
+
+def result(root: Path, name: str = LARGE) -> dict:
+    return json.loads((root / report.RESULTS / name).read_text())
+
+
+def write(root: Path, name: str, data: dict) -> None:
+    (root / report.RESULTS / name).write_text(json.dumps(data))
+
+
+def test_the_repository_is_up_to_date(capsys):
+    assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "page, part", [(page, part) for page, parts in report.PAGES.items() for part in parts]
+)
+def test_check_names_the_part_in_which_a_number_was_changed(page, part, copy, capsys):
+    path = copy / page
+    text = path.read_text()
+    begin = text.index(f": begin {part} ")
+    place = begin + re.search(r"\d(?=[^\d]*<!-- measured: end)", text[begin:]).start()
+    changed = text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :]
+    path.write_text(changed)
+    assert report.main(["--check"], copy) == 1
+    assert capsys.readouterr().out == f'{page}, part "{part}" is out of date: make report\n'
+    assert path.read_text() == changed
+    assert report.main([], copy) == 0
+    assert path.read_text() == text
+
+
+def test_new_results_reach_tables_and_figures_and_text_outside_the_markers_stays(copy, capsys):
+    data = result(copy)
+    rows = {row["id"]: row for row in data["comparisons"][0]["rows"]}
+    rows["trl"]["both_ms"]["median"] = 3.9 * rows["torch"]["both_ms"]["median"]
+    write(copy, LARGE, data)
+    sweep = result(copy, f"{report.SHARPNESS}.json")
+    sweep["comparisons"][0]["rows"][2]["both_ms"]["median"] *= 2
+    write(copy, f"{report.SHARPNESS}.json", sweep)
+    page, figure = copy / "README.md", copy / report.FIGURES / "measured-sharpness.png"
+    page.write_text(f"Above.\n{page.read_text()}Below.")
+    before = figure.read_bytes()
+
+    assert report.main(["--check"], copy) == 1
+    stale = capsys.readouterr().out
+    assert all(what in stale for what in ('README.md, part "results"', '"tables"', figure.name))
+    assert figure.read_bytes() == before
+    assert report.main([], copy) == 0 and report.main(["--check"], copy) == 0
+    assert figure.read_bytes() != before
+    text = page.read_text()
+    assert "| 3.90× |" in text and text.startswith("Above.\n") and text.endswith("Below.")
+
+
+def test_results_of_a_gpu_come_first(copy):
+    assert "No GPU has timed it yet" in (copy / "README.md").read_text()
+    found = result(copy) | {"device": GPU, "device_type": "cuda"}
+    comparison = found["comparisons"][0]
+    comparison["shape"] |= {"hidden": 4096}
+    for row, name in zip(
+        comparison["rows"], ("torch", "torch-exact", "triton", "triton-exact"), strict=False
+    ):
+        row["id"] = name
+    tests = {"passed": 61, "failed": {"test_a": "wrong"}, "skipped": {}, "unfinished": []}
+    gpu = {"device": GPU, "gpu_tests": tests, "steps": [], "reports": {"shipped": found}}
+    write(copy, "nvidia-h200.json", gpu)
+    write(copy, "nvidia-h200.partial.json", {"device": GPU, "steps": []})
+    assert report.main([], copy) == 0
+    readme, page = ((copy / name).read_text() for name in ("README.md", "docs/performance.md"))
+    assert "No GPU has timed it" not in readme and f"{GPU}: 61 GPU tests passed, 1 failed." in readme
+    assert 0 < readme.index(f"| {GPU}, 4096 × 4096 × 128256, bf16 |") < readme.index("| AMD EPYC, 4096")
+    assert 0 < page.index(f"**{GPU}, 4096 × 4096 × 128256, bf16**") < page.index("**AMD EPYC, 4096")
+
+
+def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):
+    path = copy / "README.md"
+    text = path.read_text()
+    path.write_text(text.replace("<!-- measured: end results -->", ""))
+    with pytest.raises(SystemExit, match=r"README\.md: needs one "):
+        report.main(["--check"], copy)
+    path.write_text(text)
+    write(copy, "cpu-new.json", result(copy) | {"finished": False})
+    with pytest.raises(SystemExit, match=r"cpu-new\.json: its run has not ended"):
+        report.main(["--check"], copy)
+
+
+def test_tables_fit_into_80_columns_on_a_terminal_and_have_six_columns_on_a_page(copy):
+    for path in (copy / report.RESULTS).glob("cpu-*.json"):
+        for comparison in json.loads(path.read_text())["comparisons"]:
+            if "setup" not in comparison:
+                said = report.terminal(comparison)
+                assert max(map(len, said.splitlines())) <= 80, said
+                assert "focalkern (torch)" in said
+    for page, parts in report.PAGES.items():
+        for part in parts:
+            text = (copy / page).read_text().split(f"begin {part} ")[1].split("<!--")[0]
+            assert all(line.count("|") <= 7 for line in text.splitlines() if line.startswith("|"))
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0.0123456, "0.0123"), (0.9996, "1.00"), (1.2, "1.20"), (99.96, "100"), (16513.7, "16,500")],
+)
+def test_numbers_have_three_digits(value, text):
+    assert report.number(value) == text
