@@ -412,16 +412,16 @@ def summary(results: Results) -> str:
     speed, setup = trl["ms"]["median"] / patched["ms"]["median"], comparison["setup"]
     rows = comparison["padded_positions"] / comparison["completion_tokens"]
     step = (
-        f"A DPO step of TRL's trainer is {number(speed)} times as fast under `patch()`, and takes "
-        f"{patched['extra_mib']:,.0f} MiB instead of {trl['extra_mib']:,.0f} MiB beside model and gradients "
-        f"({setup['dtype']}, V = {setup['vocab']}, {file['device']}, {file['threads']} threads). With its "
-        f"{setup['layers']} layers of {setup['hidden']} the head is nearly the whole step. A factor of "
-        f"{rows:.2g} comes from rows: on CPUs TRL's head computes prompts and padding, too. Expect less of a "
-        "7B model."
+        f"Measured on {file['device']}, {file['threads']} threads, V = {setup['vocab']}, {setup['dtype']}: a DPO "
+        f"step of TRL's trainer is {number(speed)} times as fast under `patch()` and takes "
+        f"{patched['extra_mib']:,.0f} MiB instead of {trl['extra_mib']:,.0f} beside model and gradients. The "
+        f"model has {setup['layers']} layers of {setup['hidden']}, so the head is nearly the whole step, and a "
+        f"factor of {rows:.2g} comes from prompts and padding that TRL's head computes on CPUs. Expect less of "
+        "a 7B model."
     )
     no_gpu = (
-        "**No GPU has timed it yet.** The `gpu` tests and the GPU benchmark are written and have not run; "
-        "[docs/performance.md](docs/performance.md#on-a-gpu) has estimates from the compiled code."
+        "**No GPU has timed it yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has estimates from the "
+        "compiled code."
     )
     return "\n\n".join([step, *(map(tests_of, results.gpus()) if results.gpus() else [no_gpu])])
 
@@ -439,8 +439,8 @@ def results_table(results: Results) -> str:
     """Four rows: GPUs first."""
     cpu = [*results.comparisons(LARGE, LARGE_FP32), *reversed(results.comparisons(SMALL))]
     said = (
-        "Below 1× the other is faster. Extra memory: focalkern's, then TRL's. LM-like input, about 50 "
-        "softmax entries above 2^-12 per token. All peers: "
+        "Below 1× the other is faster. Extra memory: focalkern's, then TRL's. Synthetic input as sharp as a "
+        "trained model's. All peers: "
         "[docs/performance.md](docs/performance.md#results)."
     )
     return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
