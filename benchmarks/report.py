@@ -412,16 +412,16 @@ def summary(results: Results) -> str:
     speed, setup = trl["ms"]["median"] / patched["ms"]["median"], comparison["setup"]
     rows = comparison["padded_positions"] / comparison["completion_tokens"]
     step = (
-        f"Measured on {file['device']}, {file['threads']} threads, V = {setup['vocab']}, {setup['dtype']}: a DPO "
-        f"step of TRL's trainer is {number(speed)} times as fast under `patch()` and takes "
-        f"{patched['extra_mib']:,.0f} MiB instead of {trl['extra_mib']:,.0f} beside model and gradients. The "
-        f"model has {setup['layers']} layers of {setup['hidden']}, so the head is nearly the whole step, and a "
-        f"factor of {rows:.2g} comes from prompts and padding that TRL's head computes on CPUs. Expect less of "
-        "a 7B model."
+        f"Measured on {file['device']}, {file['threads']} threads, V = {setup['vocab']}, {setup['dtype']}: "
+        f"a DPO step of TRL's trainer is {number(speed)} times as fast under `patch()` and takes "
+        f"{patched['extra_mib']:,.0f} MiB instead of {trl['extra_mib']:,.0f} beside model and gradients. "
+        f"The model has {setup['layers']} layers of {setup['hidden']}, so the head is nearly the whole step, "
+        f"and a factor of {rows:.2g} comes from prompts and padding that TRL's head computes on CPUs. Expect "
+        "less of a 7B model."
     )
     no_gpu = (
-        "**No GPU has timed it yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has estimates from the "
-        "compiled code."
+        "**No GPU has timed it yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has estimates from "
+        "the compiled code."
     )
     return "\n\n".join([step, *(map(tests_of, results.gpus()) if results.gpus() else [no_gpu])])
 
