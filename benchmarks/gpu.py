@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(143)
-    )  # by an exception, on which `run` ends its command
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
     about = environment("cuda")
     about["commit"] = about["commit"] or options.commit
     report = {"device": about["device"], "environment": about, "steps": [], "reports": {}}
@@ -100,14 +98,15 @@ def steps(folder: Path) -> Iterator[Step]:
 
 def test_step(folder: Path, name: str, seconds: float, selected: str, processes: int) -> Step:
     """Tests with the mark `gpu`, in several processes and each with a time limit where plugins allow it."""
-    files = [path for path in (ROOT / "tests").glob("test_*.py") if "pytest.mark.gpu" in path.read_text()]
+    paths = sorted((ROOT / "tests").glob("test_*.py"))
+    files = [str(path) for path in paths if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
     result = folder / f"{name}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={result}"]
+    command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={result}"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(processes)]
     if importlib.util.find_spec("pytest_timeout"):
         command += ["--timeout=100", "--timeout-method=thread"]  # a signal would wait for what hangs in CUDA
-    command += ["-m", "gpu", "-k", selected, *sorted(str(path.relative_to(ROOT)) for path in files)]
+    command += ["--continue-on-collection-errors", "-m", "gpu", "-k", selected, *files]
     return Step(name, seconds, command, result)
 
 

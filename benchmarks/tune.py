@@ -350,13 +350,13 @@ def sweep(setting: Setting, jobs: list[Job], path: Path, seconds: float) -> Rows
 
 
 def compiled(setting: Setting, jobs: list[Job], deadline: float) -> Iterator[tuple[Job, str]]:
+    """Each job when it is compiled, and why that failed if it did."""
     processes = max(1, min(12, (os.cpu_count() or 1) - 2))
     with SPAWN.Pool(processes) as pool:
         found = pool.imap_unordered(functools.partial(compile_candidate, setting), jobs)
-        # A compiler that crashes gives no answer.
         with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
             while (left := deadline - time.monotonic()) > 0:
-                yield found.next(min(left, START_SECONDS))
+                yield found.next(left)  # never, if a compiler crashed
 
 
 def chosen(rows: Rows, setting: Setting) -> dict[str, Launch]:

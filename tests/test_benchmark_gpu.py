@@ -386,10 +386,10 @@ from pathlib import Path
 from benchmarks import tune
 from csrc_triton.launch import Launch
 
-tune.CANDIDATE_SECONDS = tune.START_SECONDS = 150
-setting = tune.Setting("interpret", 2**20, "fp32", tokens=16, hidden=32, vocab=1024, sharpness=4)
+tune.CANDIDATE_SECONDS = tune.START_SECONDS = 200
+setting = tune.Setting("interpret", 2**20, "fp32", tokens=16, hidden=32, vocab=2048, sharpness=4)
 other = {"certified_dweight": Launch(128, 64, 32, 1, 1)}
-names = ["fwd", "certified_dz_few", "certified_dweight", "certified_product", "bwd_dz", "fwd_small"]
+names = ["fwd", "certified_dz_few", "certified_dweight"]
 jobs = [(name, other.get(name, Launch(32, 128, 32, 1, 1))) for name in names]
 tune.sweep(setting, jobs, Path(sys.argv[1]), 350)
 """
@@ -401,4 +401,4 @@ def test_the_sweep_runs_from_end_to_end_in_the_interpreter(tmp_path):
     done = run_script(*python(SWEEP), str(path), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     found = json.loads(path.read_text())["candidates"]
-    assert [row["status"] for row in found] == ["ok"] * 6, found
+    assert [row["status"] for row in found] == ["ok"] * 3, found
