@@ -134,15 +134,17 @@ class _Driver(DriverBase):
         raise NotImplementedError
 
 
-def compiled_launches(arch: str, run: Callable[[], object]) -> list[CompiledLaunch]:
-    """The distinct kernels that `run()` launches, with the tiles of architecture `sm_{arch}`."""
+def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> list[CompiledLaunch]:
+    """The distinct kernels that `run()` launches, or one of them, with the tiles of this architecture."""
     launches: dict[int, CompiledLaunch] = {}
     compile_or_launch = JITFunction.run
 
     def compile_only(
         jit: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool, **kwargs: object
-    ) -> CompiledKernel:
+    ) -> CompiledKernel | None:
         assert all(size > 0 for size in grid)
+        if only not in ("", jit.fn.__name__):
+            return None
         kernel = compile_or_launch(jit, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in launches:
             tile = next((Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, Tile)), None)
