@@ -24,7 +24,7 @@ ERROR_FACTOR = 4.0
 SCALE_IN_EPS, SMALLEST_SCALE, LOSS_SCALE = 1.25, 1e-4, 2e-2
 HIDDEN_ROWS, VOCAB_ROWS = 64, 256
 EDGES = (0, 127, 128, 2047, 2048, -1)  # rows that are always looked at: the ends, and those of tiles
-TOKENS_AT_ONCE = 256
+LOGITS_AT_ONCE = 2**23  # 64 MiB in float64
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,8 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     lse, target = torch.empty(2, len(labels), dtype=wide, device=labels.device)
     everything, entries = (torch.arange(len(x), device=labels.device) for x in (labels, weight))
     description = f"reference in {str(dtype).removeprefix('torch.')}"
-    for tokens in tqdm(everything.split(TOKENS_AT_ONCE), desc=description, leave=False, disable=None):
+    tiles = everything.split(max(1, LOGITS_AT_ONCE // len(weight)))
+    for tokens in tqdm(tiles, desc=description, leave=False, disable=None):
         z = logits(tokens)
         lse[tokens], target[tokens] = z.logsumexp(-1), z.gather(-1, labels[tokens, None])[:, 0]
 
@@ -150,7 +151,8 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
         (slopes,) = torch.autograd.grad(losses.mean(), logps)
     g = sequences.per_token(slopes)  # [N]
 
-    dhidden = dlogits(logits(rows), rows, entries) @ weight
+    # CPUs may have no fast bf16 product of this form; in bf16, too, the sums are fp32.
+    dhidden = (dlogits(logits(rows), rows, entries).to(wide) @ weight.to(wide)).to(dtype)
     dweight = None
     if batch.weight.requires_grad:
         dweight = dlogits(logits(everything, vocab), everything, vocab).T @ hidden.to(dtype)

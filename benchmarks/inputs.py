@@ -250,8 +250,8 @@ def scale_for(shape: Shape, device: str, seed: int, entries: float) -> float:
     frequency = weight.sum(dim=1)  # [V]
 
     def entries_at(scale: float) -> float:
-        logps = shape.transform(scale * evidence + frequency).log_softmax(-1)
-        return (logps > math.log(PRESENT)).sum(-1).double().mean().item()
+        z = shape.transform(torch.add(frequency, evidence, alpha=scale))
+        return (z > z.logsumexp(-1, keepdim=True) + math.log(PRESENT)).sum(-1).double().mean().item()
 
     # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
     low, high = 3.0, 64.0
