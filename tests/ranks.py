@@ -5,6 +5,9 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import importlib
 import os
 import runpy
 import signal
@@ -56,14 +59,23 @@ def run_on_this_rank(script: str) -> None:
     os._exit(0)
 
 
+def import_what_is_imported_by(script: str) -> None:
+    for node in ast.parse(Path(script).read_text(encoding="utf-8")).body:
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            # Found by the script alone, once it has set its path: the ranks import it one by one.
+            with contextlib.suppress(ModuleNotFoundError):
+                importlib.import_module(name)
+
+
 def fork_ranks(script: str) -> int:
     """The exit code of the first rank that fails, which ends the others, or 0."""
     from torch.distributed import TCPStore
 
-    os.environ["WORLD_SIZE"] = str(RANKS)
-    runpy.run_path(script, run_name="imported")
+    import_what_is_imported_by(script)
     store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # on a port that is free
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(RANKS)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = []
     for rank in range(RANKS):
