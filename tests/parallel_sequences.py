@@ -154,51 +154,6 @@ def reference_and_given_log_probs_of_slices(packed: bool = False) -> None:
     agree("dweight", summed(dweight), expected_dweight)
 
 
-@check_of(
-    SEQUENCES,
-    {
-        "certified, padded": {},
-        "certified, packed": {"packed": True},
-        "exact, padded": {"backward": "exact"},
-        "exact, packed": {"packed": True, "backward": "exact"},
-    },
-)
-def weights_after_three_steps_on_slices(packed: bool = False, **options) -> None:
-    def train(is_sliced: bool) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(3)
-        weights = {
-            "layer": leaf(torch.eye(H) + 0.05 * torch.randn(H, H, generator=generator)),
-            "weight": leaf(make_batch().weight),
-        }
-        loss_fn = make_loss("α-DPO", None if is_sliced else alone(), **options)
-        optimizer = torch.optim.SGD(weights.values(), lr=0.05, momentum=0.9)
-        for step in range(3):
-            batch = make_batch(packed, seed=step)
-            if is_sliced:
-                batch, _ = slice_of(batch, "zigzag", dist.get_rank())
-            out = loss_fn(
-                batch.hidden @ weights["layer"],
-                weights["weight"],
-                batch.labels,
-                **batch.references,
-                cu_seqlens=batch.cu_seqlens,
-                sequence_group=dist.group.WORLD if is_sliced else None,
-            )
-            optimizer.zero_grad()
-            out.loss.backward()
-            if is_sliced:
-                for x in weights.values():
-                    dist.all_reduce(x.grad)
-            optimizer.step()
-        return weights
-
-    weights, expected = train(True), train(False)
-    assert relative_error(expected["weight"], make_batch().weight) > 1e-3, "steps too small to tell"
-    for name, x in weights.items():
-        agree(name, x, expected[name])
-    same_on_ranks(**weights)
-
-
 @check_of(SEQUENCES, {"padded": {}, "packed": {"packed": True}})
 def a_completion_that_only_one_rank_has(packed: bool = False) -> None:
     """Length normalisation divides by the tokens of all ranks."""

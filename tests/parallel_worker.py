@@ -39,7 +39,7 @@ def join(rank: int, ranks: int, store: Path, timeout: float) -> None:
 
 def run_checks(rank: int, group: str, ranks: int, folder: Path) -> None:
     """One check after the other, until one fails: the other ranks may wait within it."""
-    join(rank, ranks, folder / "store", timeout=60)
+    join(rank, ranks, folder / "store", timeout=300)
     poison_allocations()
     for name, check in CHECKS[group].items():
         try:

@@ -25,7 +25,7 @@ def groups_of(ranks: int) -> list[dist.ProcessGroup]:
     def join(rank: int) -> dist.ProcessGroup:
         group = dist.ProcessGroup(store, rank, ranks)
         group._set_default_backend(gloo)
-        backend = dist.ProcessGroupGloo(store, rank, ranks, timedelta(seconds=30))
+        backend = dist.ProcessGroupGloo(store, rank, ranks, timedelta(minutes=5))
         group._register_backend(torch.device("cpu"), gloo, backend)
         group._set_group_name(f"{ranks} threads")
         return group

@@ -97,21 +97,6 @@ def test_rows_beyond_the_vocabulary_are_refused(one_rank):
             )
 
 
-def test_labels_are_those_of_the_whole_vocabulary():
-    batch = make_batch()
-    labels = batch.labels.masked_fill(batch.labels == batch.labels[0, 2], V)
-
-    def run(group):
-        rows = slice(0, 600) if group.rank() == 0 else slice(600, V)
-        shard = VocabShard(group, rows.start, V)
-        with pytest.raises(
-            ValueError, match=rf"^labels must be in \[0, {V}\) .*; got {V} at position \[0, 2\]"
-        ):
-            linear_logps(batch.hidden, batch.weight[rows], labels, vocab_shard=shard)
-
-    run_ranks_as_threads(2, run)
-
-
 OTHER_LABELS = {
     "a label less": [IGNORED, 11, 12],
     "a label more": [10, 11, 12, 13],
@@ -166,19 +151,15 @@ def test_what_takes_a_gradient_on_one_rank_alone_is_refused_by_all(name):
     run_ranks_as_threads(2, run)
 
 
-@pytest.mark.parametrize("other", OTHER_LABELS)
-def test_a_loss_refuses_labels_that_differ_between_the_ranks_too(other):
+def test_a_loss_refuses_labels_that_differ_between_the_ranks_too():
     batch = make_batch()
-    labels = batch.labels.clone()
-    labels[1, 2:6] = torch.tensor([10, 11, 12, IGNORED])
-    others = labels.clone()
-    others[1, 2 : 2 + len(OTHER_LABELS[other])] = torch.tensor(OTHER_LABELS[other])
 
     def run(group):
         rows, shard = shard_of(group, [0, 600, V])
-        given = others if group.rank() else labels
+        labels = batch.labels.clone()
+        labels[1, 2] = 10 + group.rank()
         with pytest.raises(ValueError, match=r"^hidden and labels must be the same.*checksums of labels"):
-            make_loss("SimPO")(batch.hidden, batch.weight[rows], given, vocab_shard=shard)
+            make_loss("SimPO")(batch.hidden, batch.weight[rows], labels, vocab_shard=shard)
 
     run_ranks_as_threads(2, run)
 

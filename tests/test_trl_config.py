@@ -291,17 +291,18 @@ def models() -> tuple:
     return model, near(model)
 
 
-def adapter(kind: str):
-    options = {"task_type": "CAUSAL_LM"}
-    if kind == "DoRA":
-        return LoraConfig(target_modules=["lm_head"], use_dora=True, **options)
-    if kind == "prompt":
-        return PromptTuningConfig(num_virtual_tokens=2, **options)
-    return IA3Config(target_modules=["lm_head", "k_proj"], feedforward_modules=[], **options)
+CAUSAL = {"task_type": "CAUSAL_LM"}
+DORA = LoraConfig(target_modules=["lm_head"], use_dora=True, **CAUSAL)
+PROMPT = PromptTuningConfig(num_virtual_tokens=2, **CAUSAL)
+IA3 = IA3Config(target_modules=["lm_head", "k_proj"], feedforward_modules=[], **CAUSAL)
 
 
-def with_deep_head():
-    model = seeded(llama)
+def prompted():
+    return get_peft_model(llama(), PROMPT)
+
+
+def deep_head():
+    model = llama()
     model.lm_head = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, VOCAB))
     return model
 
@@ -326,68 +327,45 @@ def bloom():
 
 SIMPO = {"reference_free": True, "length_normalize": True, "gamma": 0.0}
 PACKED = {"padding_free": True}
+LINEAR = {"gamma_schedule": "linear"}
+PAIR = [llama, lambda: near(llama())]
 REFUSED_BY_THE_TRAINER = {
-    # name: (in the message, models, options of the configuration, of the trainer)
-    "iterable without steps": (
-        "max_steps",
-        models,
-        {"gamma_schedule": "linear", "max_steps": -1},
-        {"train_dataset": streamed},
-    ),
-    "no reference": ("ref_model", lambda: [seeded(llama)], {}, {}),
-    "alpha without a reference": (
-        "ref_model must be given.*alpha=0.5",
-        lambda: [seeded(llama)],
-        {"alpha": 0.5, **SIMPO},
-        {},
-    ),
-    "reference that is not used": ("ref_model", models, SIMPO, {}),
+    # name: (in the message, makers of the models, options of the configuration, of the trainer)
+    "iterable without steps": ("max_steps", PAIR, LINEAR | {"max_steps": -1}, {"train_dataset": streamed}),
+    "no reference": ("ref_model", [llama], {}, {}),
+    "alpha without a reference": ("ref_model must be given.*alpha=0.5", [llama], {"alpha": 0.5, **SIMPO}, {}),
+    "reference that is not used": ("ref_model", PAIR, SIMPO, {}),
     "reference that is not computed": (
         "precompute_ref_log_probs",
-        lambda: [seeded(llama)],
+        [llama],
         {**SIMPO, "precompute_ref_log_probs": True},
         {},
     ),
-    "reference that is not kept": (
-        "sync_ref_model",
-        lambda: [seeded(llama)],
-        {**SIMPO, "sync_ref_model": True},
-        {},
-    ),
-    "deep head": ("lm_head", lambda: [with_deep_head(), seeded(llama)], {}, {}),
-    "deep head of the reference": ("lm_head", lambda: [seeded(llama), with_deep_head()], {}, {}),
-    "DoRA": ("lm_head", lambda: [seeded(llama)], {}, {"peft_config": lambda: adapter("DoRA")}),
-    "IA3": ("lm_head", lambda: [seeded(llama)], {}, {"peft_config": lambda: adapter("IA3")}),
-    "packed, collator": ("data_collator", models, PACKED, {"data_collator": PackedPreferenceCollator}),
-    "packed, metrics": ("compute_metrics", models, PACKED, {"compute_metrics": lambda: lambda _: {}}),
-    "packed, multiple": ("pad_to_multiple_of", models, {**PACKED, "pad_to_multiple_of": 8}, {}),
-    "packed, prompt learning": (
-        "prompt learning",
-        lambda: [seeded(llama)],
-        PACKED,
-        {"peft_config": lambda: adapter("prompt")},
-    ),
-    "packed, prompt learning of the user": (
-        "prompt learning",
-        lambda: [get_peft_model(seeded(llama), adapter("prompt"))],
-        {**PACKED, **SIMPO},
-        {},
-    ),
-    "packed, stateful": ("padding_free", lambda: [seeded(mamba), seeded(mamba)], PACKED, {}),
-    "packed, masks without positions": ("padding_free", lambda: [seeded(afmoe), seeded(afmoe)], PACKED, {}),
-    "packed, no masks": ("padding_free", lambda: [seeded(bloom), seeded(bloom)], PACKED, {}),
-    "no data": ("train_dataset", models, {"gamma_schedule": "linear"}, {"train_dataset": lambda: None}),
-    "packed, no data": ("train_dataset", models, PACKED, {"train_dataset": lambda: None}),
+    "reference that is not kept": ("sync_ref_model", [llama], {**SIMPO, "sync_ref_model": True}, {}),
+    "deep head": ("lm_head", [deep_head, llama], {}, {}),
+    "deep head of the reference": ("lm_head", [llama, deep_head], {}, {}),
+    "DoRA": ("lm_head", [llama], {}, {"peft_config": lambda: DORA}),
+    "IA3": ("lm_head", [llama], {}, {"peft_config": lambda: IA3}),
+    "packed, collator": ("data_collator", PAIR, PACKED, {"data_collator": PackedPreferenceCollator}),
+    "packed, metrics": ("compute_metrics", PAIR, PACKED, {"compute_metrics": lambda: lambda _: {}}),
+    "packed, multiple": ("pad_to_multiple_of", PAIR, {**PACKED, "pad_to_multiple_of": 8}, {}),
+    "packed, prompt learning": ("prompt learning", [llama], PACKED, {"peft_config": lambda: PROMPT}),
+    "packed, prompt learning of the user": ("prompt learning", [prompted], {**PACKED, **SIMPO}, {}),
+    "packed, stateful": ("padding_free", [mamba, mamba], PACKED, {}),
+    "packed, masks without positions": ("padding_free", [afmoe, afmoe], PACKED, {}),
+    "packed, no masks": ("padding_free", [bloom, bloom], PACKED, {}),
+    "no data": ("train_dataset", PAIR, LINEAR, {"train_dataset": lambda: None}),
+    "packed, no data": ("train_dataset", PAIR, PACKED, {"train_dataset": lambda: None}),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_BY_THE_TRAINER.values(), ids=REFUSED_BY_THE_TRAINER)
 def test_what_cannot_be_trained_is_refused_by_name(case, tmp_path):
-    name, given, changes, options = case
+    name, makers, changes, options = case
     args = config(tmp_path, **changes)
     options = {"train_dataset": Dataset.from_list(RECORDS)} | {key: make() for key, make in options.items()}
     with pytest.raises((ValueError, TypeError), match=name):
-        trainer_of(args, *given(), **options)
+        trainer_of(args, *map(seeded, makers), **options)
     assert args.padding_free == changes.get("padding_free", False)
 
 
@@ -398,16 +376,21 @@ def test_what_cannot_be_packed_is_refused_also_where_it_cannot_be_tried(make, tm
         focal_trainer(tmp_path, seeded(make), seeded(make), padding_free=True)
 
 
+@pytest.fixture(scope="module")
+def packing_trainer(tmp_path_factory):
+    """Of use until a configuration is made without a trainer: that resets what accelerate knows."""
+    return focal_trainer(tmp_path_factory.mktemp("packing"), *models(), padding_free=True)
+
+
 @pytest.mark.parametrize("name", sorted(PACKABLE))
-def test_what_is_packed_untried_passes_where_it_can_be_tried(name, tmp_path, monkeypatch):
+def test_what_is_packed_untried_passes_where_it_can_be_tried(name, packing_trainer, monkeypatch):
     sizes = {**SIZES, "head_dim": 16, "vocab_size": VOCAB, "moe_intermediate_size": 16, "num_experts": 4}
     sizes["num_experts_per_tok"] = 2
     config = AutoConfig.for_model(name, **sizes, bos_token_id=0, eos_token_id=1)
-    trainer = focal_trainer(tmp_path, seeded(llama), seeded(llama), padding_free=True)
     model = AutoModelForCausalLM.from_config(config)
-    assert trainer._sequences_are_apart(model)
+    assert packing_trainer._sequences_are_apart(model)
     monkeypatch.setattr("focalkern.trl.trainer.is_whole", lambda model: False)
-    assert trainer._sequences_are_apart(model)
+    assert packing_trainer._sequences_are_apart(model)
 
 
 def test_the_reference_is_tried_too(tmp_path):
@@ -442,11 +425,6 @@ def test_an_adapter_of_the_user_is_copied_for_a_reference_alone(objective, copie
     trainer = focal_trainer(tmp_path, model, **objective)
     assert set(trainer.model.peft_config) == {"default", *(["ref"] if copied else [])}
     trainer.train()
-
-
-def test_a_dataset_must_be_given(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset must be given"):
-        focal_trainer(tmp_path, *models(), options={"train_dataset": None}, padding_free=True)
 
 
 @pytest.mark.parametrize("name", ["dpo", "simpo", "alpha_dpo", "dynamic", "focal"])
@@ -525,6 +503,6 @@ def test_trl_is_left_as_it_was(tmp_path):
     before = [getattr(dpo_trainer, name) for name in names]
     focal_trainer(tmp_path, *models())
     with pytest.raises(TypeError):
-        focal_trainer(tmp_path, with_deep_head(), seeded(llama))
+        focal_trainer(tmp_path, seeded(deep_head), seeded(llama))
     assert [getattr(dpo_trainer, name) for name in names] == before
     assert re.match("trl", before[0].__module__)

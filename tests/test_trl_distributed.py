@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("trl")
 pytest.importorskip("deepspeed")
 
 from peft import AutoPeftModelForCausalLM
-from ranks import TORCHRUN, run_ranks
+from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
@@ -47,21 +48,27 @@ def accelerate(config: str, *options: str) -> tuple[str, ...]:
     return (*launcher, "--num_processes", "2", "--main_process_port", "0", *options)
 
 
-IN_FP32 = ("--mixed_precision", "no")
-# Launcher, and what is run in one launch.
+RESUMED = f"resumed {ALPHA}"
+# Launcher, and what is run in one launch: a start takes longer than a training.
 LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "ZeRO-3": (accelerate("zero3", *IN_FP32), (*FP32, f"resumed {ALPHA}")),
-    "FSDP2": (accelerate("fsdp2", *IN_FP32), (*FP32, f"resumed {ALPHA}", "refused", "tensor-parallel head")),
-    "ZeRO-2": (accelerate("zero2", *IN_FP32), (*FP32, f"resumed {ALPHA}")),
-    "ZeRO-1": (accelerate("zero2", *IN_FP32, "--zero_stage", "1"), (*FP32, f"resumed {ALPHA}")),
-    "DDP": (TORCHRUN, (*FP32, f"resumed {ALPHA}")),
-    "FSDP2 in bf16": (accelerate("fsdp2"), (*BF16, *OF_TRL)),
-    "ZeRO-2 in bf16": (accelerate("zero2"), BF16),
+    "ZeRO-3, ZeRO-2 in bf16": (
+        accelerate("zero3"),
+        (*FP32, RESUMED, "ZeRO stage 2", *BF16, "ZeRO stage 3", "script"),
+    ),
+    "FSDP2": (
+        accelerate("fsdp2"),
+        (*FP32, RESUMED, *BF16, *OF_TRL, "refused", "tensor-parallel head"),
+    ),
     "ZeRO-3 in bf16": (accelerate("zero3"), BF16),
+    "ZeRO-2": (accelerate("zero2"), (*FP32, RESUMED)),
+    "ZeRO-1": (accelerate("zero2", "--zero_stage", "1"), (*FP32, RESUMED)),
+    "DDP": ((), (*FP32, RESUMED)),
 }
+ZERO, FSDP2, *SLOW = LAUNCHES
+SLOW_BF16, *SLOW_ENGINES = (pytest.param(name, marks=pytest.mark.slow) for name in SLOW)
 # The others differ by what is sharded alone.
-ENGINES = ["ZeRO-3", "FSDP2", *(pytest.param(x, marks=pytest.mark.slow) for x in ("ZeRO-2", "ZeRO-1", "DDP"))]
-BF16_ENGINES = ["FSDP2 in bf16", "ZeRO-2 in bf16", pytest.param("ZeRO-3 in bf16", marks=pytest.mark.slow)]
+ENGINES = [ZERO, FSDP2, *SLOW_ENGINES]
+BF16_ENGINES = [ZERO, FSDP2, SLOW_BF16]
 
 
 def on(*launches):
@@ -130,6 +137,16 @@ def assert_same_update(actual: Path, expected: Path, start: Path) -> None:
         difference, update = (ours[name] - theirs[name]).norm(), (theirs[name] - before[name]).norm()
         assert update > 0 or "base_layer" in name
         assert difference <= UPDATE_RTOL * update, f"{name}: off by {difference / update:.1e}"
+
+
+def test_the_configurations_of_zero_differ_by_the_stage_alone():
+    """Which the second part of a launch changes."""
+    paths = (ROOT / f"examples/accelerate/zero{stage}.yaml" for stage in (2, 3))
+    zero2, zero3 = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in paths)
+    assert [x["deepspeed_config"].pop("zero_stage") for x in (zero2, zero3)] == [2, 3]
+    for name in ("zero3_init_flag", "zero3_save_16bit_model"):
+        assert zero3["deepspeed_config"].pop(name)
+    assert zero2 == zero3
 
 
 # -------------------------------------------------------------------------------------- in fp32: the same run
@@ -212,7 +229,7 @@ def test_reference_log_probs_computed_in_advance_are_not_rounded(ranks):
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=0)
 
 
-@on("FSDP2 in bf16")
+@on(FSDP2)
 def test_under_a_patch_trl_s_dpo_keeps_fp32_log_probs_as_well(ranks):
     ours, theirs = (ranks / name for name in OF_TRL)
     expected = [
@@ -222,17 +239,27 @@ def test_under_a_patch_trl_s_dpo_keeps_fp32_log_probs_as_well(ranks):
     assert_same_history(logged(theirs), expected, 1e-4, 1e-4)
 
 
-@on("FSDP2")
+@on(FSDP2)
 def test_a_tensor_parallel_head_is_the_whole_one(ranks):
     errors = json.loads((ranks / "tensor_parallel_head.json").read_text(encoding="utf-8"))
     assert len(errors) == 6
     assert max(errors.values()) <= RTOL, errors
 
 
+@on(ZERO)
+def test_the_example_script_trains_on_two_ranks(ranks, inputs):
+    """As docs/trl.md launches it, but for the number of processes and the precision."""
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (inputs / "model", ranks / "script")
+    )
+    assert after.keys() == before.keys()
+    assert all(not torch.equal(after[name], before[name]) for name in before)
+
+
 # -------------------------------------------------------------------------------------------- what is refused
 
 
-@on("FSDP2")
+@on(FSDP2)
 def test_what_ranks_cannot_do_is_refused_by_name(ranks):
     messages = json.loads((ranks / "refused.json").read_text(encoding="utf-8"))
     assert messages.keys() == {"cp_size", "sp_size", "precompute_ref_log_probs"}

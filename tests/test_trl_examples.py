@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("trl")
 
-from ranks import run_ranks
 from tiny import write_jsonl
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, ScriptArguments, TrlParser
@@ -28,6 +27,7 @@ from focalkern.trl import FocalPOConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+assert len(RECIPES) >= 5
 ON_CPU = "--use_cpu --bf16 false"
 SHORT = f"{ON_CPU} --max_steps 2 --per_device_train_batch_size 2 --report_to none --disable_tqdm true"
 
@@ -40,48 +40,25 @@ def model_folder(tmp_path_factory) -> str:
     return str(folder)
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+def run_script(model: str, data: Path, out: Path, options: str = ""):
+    given = f"--model_name_or_path {model} --dataset_name {data} --output_dir {out} {options} {SHORT}"
+    return trl_focalpo.main(given.split())
 
 
-@pytest.mark.parametrize("records", [RECORDS, CONVERSATIONS], ids=["plain", "conversations"])
-def test_the_script_trains_and_saves(records, model_folder, tmp_path):
-    data = write_jsonl(tmp_path / "pairs.jsonl", records)
-    out = tmp_path / "out"
-    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {out} --gamma 0.2"
-    trainer = trl_focalpo.main([*given.split(), "--learning_rate", "1e-2", *SHORT.split()])
+def test_the_script_trains_and_saves(model_folder, tmp_path):
+    data, out = write_jsonl(tmp_path / "pairs.jsonl", RECORDS), tmp_path / "out"
+    trainer = run_script(model_folder, data, out, "--gamma 0.2 --learning_rate 1e-2")
     assert trainer.state.global_step == 2
     assert trainer.loss_fn.focal.gamma == 0.2
-    before, after = weights(Path(model_folder)), weights(out)
+    before, after = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (model_folder, out))
     assert all(not torch.equal(after[name], before[name]) for name in before)
 
 
 def test_the_script_trains_lora_on_the_head(model_folder, tmp_path):
-    data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
-    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {tmp_path / 'out'}"
     lora = "--use_peft --lora_r 4 --lora_target_modules q_proj lm_head --padding_free true"
-    trainer = trl_focalpo.main([*given.split(), *lora.split(), *SHORT.split()])
-    head = trainer.model.get_output_embeddings()
-    assert head.lora_B["default"].weight.any()  # it starts at 0
-
-
-def test_the_script_trains_on_two_ranks(model_folder, tmp_path):
-    """As docs/trl.md launches it, but for the number of processes and the precision."""
-    pytest.importorskip("deepspeed")
     data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
-    out = tmp_path / "out"
-    config = ("--config_file", str(ROOT / "examples/accelerate/zero3.yaml"), "--main_process_port", "0")
-    changes = ("--num_processes", "2", "--mixed_precision", "no")
-    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {out} {SHORT}"
-    run_ranks(
-        ROOT / "examples/trl_focalpo.py",
-        *given.split(),
-        *("--learning_rate", "1e-2"),
-        launcher=(sys.executable, "-m", "accelerate.commands.launch", *config, *changes),
-    )
-    before, after = weights(Path(model_folder)), weights(out)
-    assert after.keys() == before.keys()
-    assert all(not torch.equal(after[name], before[name]) for name in before)
+    trainer = run_script(model_folder, data, tmp_path / "out", lora)
+    assert trainer.model.get_output_embeddings().lora_B["default"].weight.any()  # it starts at 0
 
 
 @pytest.mark.parametrize("arguments", [[], ["--dataset_name", "x"], ["--model_name_or_path", "x"]])
@@ -93,19 +70,17 @@ def test_the_script_says_what_is_missing(arguments, tmp_path, capsys):
 
 def test_the_script_says_which_splits_there_are(model_folder, tmp_path, capsys):
     data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
-    given = f"--model_name_or_path {model_folder} --dataset_name {data} --output_dir {tmp_path / 'out'}"
     with pytest.raises(SystemExit):
-        trl_focalpo.main([*given.split(), "--eval_strategy", "steps", *SHORT.split()])
+        run_script(model_folder, data, tmp_path / "out", "--eval_strategy steps")
     assert "has the splits ['train'], not ['test']" in capsys.readouterr().err
 
 
-def test_the_script_evaluates_on_a_folder(model_folder, tmp_path):
+def test_the_script_evaluates_conversations_of_a_folder(model_folder, tmp_path):
+    (tmp_path / "data").mkdir()
     for split in ("train", "test"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", RECORDS)
-    given = f"--model_name_or_path {model_folder} --dataset_name {tmp_path / 'data'}"
-    options = f"--output_dir {tmp_path / 'out'} --eval_strategy steps --eval_steps 2"
-    trainer = trl_focalpo.main([*given.split(), *options.split(), *SHORT.split()])
+        write_jsonl(tmp_path / "data" / f"{split}.jsonl", CONVERSATIONS)
+    options = "--eval_strategy steps --eval_steps 2"
+    trainer = run_script(model_folder, tmp_path / "data", tmp_path / "out", options)
     assert any("eval_loss" in entry for entry in trainer.state.log_history)
 
 
@@ -128,16 +103,18 @@ def test_a_recipe_is_the_paper_s(path):
     assert config.needs_reference == config.precompute_ref_log_probs
 
 
-def test_there_are_recipes():
-    assert len(RECIPES) >= 5
+SIZE = "--hidden 32 --layers 1 --vocab 4500 --pairs 3 --dtype fp32 --entries 20"
 
 
-def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(tmp_path, monkeypatch, capsys):
-    # Memory in this process: a fresh one would take longer to start than all the rest.
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Memory is measured in a fresh one, which takes longer to start than all the rest."""
     monkeypatch.setattr(trl_step, "in_fresh_process", lambda function, *given: function(*given))
+
+
+def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(in_this_process, tmp_path, capsys):
     path = tmp_path / "step.json"
-    size = "--hidden 32 --layers 1 --vocab 4500 --pairs 3 --repeats 2 --dtype fp32 --entries 20"
-    assert trl_step.main([*size.split(), "--json", str(path)]) == 0
+    assert trl_step.main([*SIZE.split(), "--repeats", "2", "--json", str(path)]) == 0
     (found,) = json.loads(path.read_text())["comparisons"]
     assert list(found["rows"]) == list(trl_step.NAMES)
     assert found["tokens"] < found["padded_positions"]
@@ -149,9 +126,7 @@ def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(tmp_path, monkeypat
     assert "FocalPOTrainer, packed" in capsys.readouterr().out
 
 
-def test_the_benchmark_says_where_gradients_differ(tmp_path, monkeypatch):
-    monkeypatch.setattr(trl_step, "in_fresh_process", lambda function, *given: function(*given))
+def test_the_benchmark_says_where_gradients_differ(in_this_process, monkeypatch):
     other_loss = partial(FocalPOConfig, modulation="focal")
     monkeypatch.setattr(trl_step, "FocalPOConfig", lambda gamma, **options: other_loss(gamma=1.0, **options))
-    size = "--hidden 32 --layers 1 --vocab 4500 --pairs 3 --repeats 1 --dtype fp32 --entries 20"
-    assert trl_step.main(size.split()) == 1
+    assert trl_step.main([*SIZE.split(), "--repeats", "1"]) == 1

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("trl")
 
+import peft
 import transformers
 from accelerate import cpu_offload
 from tiny import TINY
@@ -91,25 +92,31 @@ def expected_outputs(logits: torch.Tensor, labels: torch.Tensor, temperature: fl
     }
 
 
-def assert_same(
-    outputs,
-    expected: dict,
-    parameters: list[torch.Tensor],
-    their_parameters: list[torch.Tensor] | None = None,
-) -> None:
-    """Every output, and the gradient of log-probs and entropies in every parameter."""
+def own_logits(model, batch: dict) -> torch.Tensor:
+    return model(**{name: x for name, x in batch.items() if name != "labels"}).logits
+
+
+def expected_of(model, batch: dict, temperature: float = 1.0) -> dict:
+    """From the model's own logits, before it has a fused head or beside it."""
+    return expected_outputs(own_logits(model, batch), batch["labels"], temperature)
+
+
+def assert_same_values(outputs, expected: dict) -> None:
     for name, value in expected.items():
         assert relative_error(outputs[name], value) < TOLERANCE, name
     assert expected["log_probs"].any()
+
+
+def assert_same(outputs, expected: dict, parameters: list, their_parameters: list | None = None) -> None:
+    """Every output, and the gradient of log-probs and entropies in every parameter."""
+    assert_same_values(outputs, expected)
     if not outputs["log_probs"].requires_grad:
         return
     torch.manual_seed(2)
-    weights = [torch.randn_like(expected[name]) for name in ("log_probs", "entropy")]
+    weights = {name: torch.randn_like(expected[name]) for name in ("log_probs", "entropy")}
     ours, theirs = (
         torch.autograd.grad(
-            sum((w * x[name]).sum() for w, name in zip(weights, ("log_probs", "entropy"), strict=True)),
-            wanted,
-            materialize_grads=True,
+            sum((w * x[name]).sum() for name, w in weights.items()), wanted, materialize_grads=True
         )
         for x, wanted in ((outputs, parameters), (expected, their_parameters or parameters))
     )
@@ -121,16 +128,17 @@ def assert_same(
 # Models
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("name", "temperature"),
+    [*((name, 0.7) for name in ARCHITECTURES), ("Llama", 1.0), ("Gemma2", 1.0)],
+)
 def test_every_architecture_has_its_own_logits(name, temperature, batch):
     model = built(name)
-    labels = batch.pop("labels")
-    expected = expected_outputs(model(**batch).logits, labels, temperature)
+    expected = expected_of(model, batch, temperature)
     add_fused_lm_head(model, temperature, outputs=OUTPUTS)
-    outputs = model(**batch, labels=labels, fused_lm_head=True)
+    outputs = model(**batch, fused_lm_head=True)
     assert_same(outputs, expected, list(model.parameters()))
-    assert torch.equal(outputs.label_mask, labels[:, 1:] != -100)
+    assert torch.equal(outputs.label_mask, batch["labels"][:, 1:] != -100)
 
 
 def test_the_transforms_are_felt(batch):
@@ -180,26 +188,18 @@ class _Without:
         return getattr(self._config, name)
 
 
-def test_shifted_labels_are_taken_as_they_are(batch):
-    model = built()
-    labels = batch.pop("labels")
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_shifted_labels_are_taken_as_they_are(name, batch):
+    model = built(name)
+    means = own_logits(model, batch).mean(-1)
     add_fused_lm_head(model, outputs=OUTPUTS)
+    theirs = model(**batch, fused_lm_head=True)
+    labels = batch.pop("labels")
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=5)
     ours = model(**batch, shift_labels=shifted, fused_lm_head=True)
-    theirs = model(**batch, labels=labels, fused_lm_head=True)
     assert ours.log_probs.shape == labels.shape
     assert torch.equal(ours.log_probs[:, :-1], theirs.log_probs)
-    assert torch.equal(ours.mean_logits_everywhere, theirs.mean_logits_everywhere)
-
-
-def test_softcapped_means_everywhere_come_with_shifted_labels_too(batch):
-    model = built("Gemma2")
-    labels = batch.pop("labels")
-    expected = model(**batch).logits.mean(-1)
-    add_fused_lm_head(model, outputs=("mean_logits_everywhere",))
-    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=5)
-    ours = model(**batch, shift_labels=shifted, fused_lm_head=True).mean_logits_everywhere
-    assert relative_error(ours, expected) < TOLERANCE
+    assert relative_error(ours.mean_logits_everywhere, means) < TOLERANCE
 
 
 def test_a_batch_without_labels_has_gradients_of_zero(batch):
@@ -224,24 +224,21 @@ def test_the_fp32_head_of_a_bf16_model(dtype, batch):
     """With the head in bf16, or cast already, as GRPO does it."""
     model = built().bfloat16()
     model.lm_head.to(dtype)
-    labels = batch.pop("labels")
-    hidden = model.model(**batch).last_hidden_state
-    expected = expected_outputs(hidden.float() @ model.lm_head.weight.float().T, labels)
+    hidden = model.model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    expected = expected_outputs(hidden.float() @ model.lm_head.weight.float().T, batch["labels"])
     add_fused_lm_head(model, cast_lm_head_to_fp32=True, outputs=OUTPUTS)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(**batch, labels=labels, fused_lm_head=True)
-    for name, value in expected.items():
-        assert relative_error(outputs[name], value) < TOLERANCE, name
+        outputs = model(**batch, fused_lm_head=True)
+    assert_same_values(outputs, expected)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
 def test_mean_logits_everywhere_are_fp32_under_autocast(name, batch):
     model = built(name)
-    labels = batch.pop("labels")
     add_fused_lm_head(model, outputs=("mean_logits_everywhere",))
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = model(**batch, labels=labels, fused_lm_head=True)
-        logits = model(**batch).logits
+        outputs = model(**batch, fused_lm_head=True)
+        logits = own_logits(model, batch)
     assert outputs.mean_logits_everywhere.dtype == torch.float32
     # What bf16 logits are off by in the mean over the vocabulary
     assert relative_error(outputs.mean_logits_everywhere, logits.float().mean(-1)) < 1e-2
@@ -249,15 +246,12 @@ def test_mean_logits_everywhere_are_fp32_under_autocast(name, batch):
 
 def test_offloaded_weights(batch):
     model = built()
-    labels = batch.pop("labels")
-    expected = expected_outputs(model(**batch).logits, labels)
+    expected = expected_of(model, batch)
     add_fused_lm_head(model, outputs=OUTPUTS)
     cpu_offload(model, execution_device="cpu")
     assert model.lm_head.weight.is_meta
     with torch.no_grad():
-        outputs = model(**batch, labels=labels, fused_lm_head=True)
-    for name, value in expected.items():
-        assert relative_error(outputs[name], value) < TOLERANCE, name
+        assert_same_values(model(**batch, fused_lm_head=True), expected)
 
 
 def test_a_compiled_model(batch):
@@ -301,8 +295,7 @@ def test_weights_that_are_there_only_inside_the_heads_calls(name, adapter, batch
     model = built(name, tie_word_embeddings=False)
     if adapter:
         model = with_lora(model).get_base_model()
-    labels = batch.pop("labels")
-    expected = expected_outputs(model(**batch).logits, labels)
+    expected = expected_of(model, batch)
     head = model.get_output_embeddings()
     wanted = [x for x in head.parameters() if x.requires_grad]
     torch.manual_seed(2)
@@ -314,10 +307,9 @@ def test_weights_that_are_there_only_inside_the_heads_calls(name, adapter, batch
         for parameter in module.parameters(recurse=False):
             _partition(module, parameter)
     assert all(x.numel() == 0 for x in head.parameters())
-    outputs = model(**batch, labels=labels, fused_lm_head=True)
+    outputs = model(**batch, fused_lm_head=True)
     assert all(x.numel() == 0 for x in head.parameters())
-    for key, value in expected.items():
-        assert relative_error(outputs[key], value) < TOLERANCE, key
+    assert_same_values(outputs, expected)
     ours = torch.autograd.grad((weights * outputs.log_probs).sum(), wanted)
     for actual, exact in zip(ours, theirs, strict=True):
         assert relative_error(actual, exact) < TOLERANCE
@@ -354,37 +346,17 @@ def _partition(module: nn.Module, parameter: nn.Parameter) -> None:
 
 
 def with_lora(model, **options):
-    peft = pytest.importorskip("peft")
     torch.manual_seed(3)
     options = {"target_modules": ["lm_head", "q_proj"], "init_lora_weights": False, **options}
     return peft.get_peft_model(model, peft.LoraConfig(r=4, **options)).eval()
 
 
 def two_adapters(model):
-    peft = pytest.importorskip("peft")
     model = with_lora(model, lora_alpha=16)
     other = peft.LoraConfig(r=3, target_modules=["lm_head"], lora_bias=True, init_lora_weights=False)
     model.add_adapter("other", other)
     model.base_model.set_adapter(["default", "other"])
     return model.eval()
-
-
-def disabled(model):
-    model = with_lora(model)
-    model.base_model.disable_adapter_layers()
-    return model
-
-
-def merged(model):
-    model = with_lora(model)
-    model.merge_adapter()
-    return model
-
-
-def disabled_and_merged(model):
-    model = merged(model)
-    model.base_model.disable_adapter_layers()
-    return model
 
 
 def saved(model):
@@ -394,8 +366,12 @@ def saved(model):
     return model
 
 
-def saved_and_disabled(model):
-    model = saved(model)
+def merged(model):
+    model.merge_adapter()
+    return model
+
+
+def disabled(model):
     model.base_model.disable_adapter_layers()
     return model
 
@@ -407,25 +383,30 @@ ADAPTERS = {
     "rsLoRA": lambda model: with_lora(model, use_rslora=True),
     "with a bias": lambda model: with_lora(model, lora_bias=True),
     "two": two_adapters,
-    "disabled": disabled,
-    "merged": merged,
-    "disabled and merged": disabled_and_merged,
+    "disabled": lambda model: disabled(with_lora(model)),
+    "merged": lambda model: merged(with_lora(model)),
+    "disabled and merged": lambda model: disabled(merged(with_lora(model))),
     "modules_to_save": saved,
-    "modules_to_save, disabled": saved_and_disabled,
+    "modules_to_save, disabled": lambda model: disabled(saved(model)),
 }
 
 
-@pytest.mark.parametrize("architecture", ["Llama", "Gemma2", "Phi, with a bias"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        *((name, "Llama") for name in ADAPTERS),
+        *((name, "Gemma2") for name in ("LoRA", "two", "merged", "modules_to_save")),
+        *((name, "Phi, with a bias") for name in ("LoRA", "with a bias", "disabled", "modules_to_save")),
+    ],
+)
 def test_adapters_of_the_head_are_pefts(name, architecture, batch):
     model = ADAPTERS[name](built(architecture))
     twin = copy.deepcopy(model)  # a forward of PEFT's may unmerge what is disabled
-    labels = batch.pop("labels")
     torch.manual_seed(4)
-    expected = expected_outputs(twin(**batch).logits, labels)
+    expected = expected_of(twin, batch)
     add_fused_lm_head(model.get_base_model(), outputs=OUTPUTS)
     torch.manual_seed(4)
-    outputs = model(**batch, labels=labels, fused_lm_head=True)
+    outputs = model(**batch, fused_lm_head=True)
     assert outputs.log_probs.requires_grad == expected["log_probs"].requires_grad
     ours, theirs = ([x for x in of.parameters() if x.requires_grad] for of in (model, twin))
     assert_same(outputs, expected, ours, theirs)
@@ -434,12 +415,11 @@ def test_adapters_of_the_head_are_pefts(name, architecture, batch):
 def test_an_adapter_is_felt_from_the_next_forward_on(batch):
     """Switched on and off after the head was added: as TRL's reference of an adapter is."""
     model = with_lora(built())
-    labels = batch.pop("labels")
     add_fused_lm_head(model.get_base_model())
-    on = model(**batch, labels=labels, fused_lm_head=True).log_probs
+    on = model(**batch, fused_lm_head=True).log_probs
     with model.disable_adapter():
-        off = model(**batch, labels=labels, fused_lm_head=True).log_probs
-        expected = expected_outputs(model(**batch).logits, labels)["log_probs"]
+        off = model(**batch, fused_lm_head=True).log_probs
+        expected = expected_of(model, batch)["log_probs"]
     assert relative_error(off, expected) < TOLERANCE
     assert relative_error(on, expected) > 0.01
 
@@ -448,47 +428,34 @@ def test_an_adapter_in_fp32_on_a_bf16_model(batch):
     """PEFT's default: as good as PEFT's own logits, which are bf16."""
     model = with_lora(built().bfloat16())
     assert model.get_output_embeddings().lora_A["default"].weight.dtype == torch.float32
-    labels = batch.pop("labels")
-    exact = expected_outputs(copy.deepcopy(model).double()(**batch).logits, labels)["log_probs"]
-    own = expected_outputs(model(**batch).logits.double(), labels)["log_probs"]
+    exact = expected_of(copy.deepcopy(model).double(), batch)["log_probs"]
+    own = expected_outputs(own_logits(model, batch).double(), batch["labels"])["log_probs"]
     add_fused_lm_head(model.get_base_model())
-    ours = model(**batch, labels=labels, fused_lm_head=True).log_probs
+    ours = model(**batch, fused_lm_head=True).log_probs
     assert relative_error(ours, exact) <= 1.5 * relative_error(own, exact)
 
 
-def other_tuners():
-    peft = pytest.importorskip("peft")
-    head = {"target_modules": ["lm_head"]}
-    return {
-        "DoRA": peft.LoraConfig(**head, use_dora=True),
-        "IA3": peft.IA3Config(**head, feedforward_modules=[]),
-        "LoHa": peft.LoHaConfig(**head),
-        "VeRA": peft.VeraConfig(**head, r=4),
-        "AdaLoRA": peft.AdaLoraConfig(**head, total_step=10),
-        "a single parameter": peft.LoraConfig(target_modules=[], target_parameters=["lm_head.weight"]),
-    }
+HEAD = {"target_modules": ["lm_head"]}
 
 
 @pytest.mark.parametrize(
-    ("name", "match"),
+    ("kind", "options", "match"),
     [
-        ("DoRA", "'default' is DoraLinearVariant"),
-        ("IA3", "ia3.layer.Linear"),
-        ("LoHa", "loha.layer.Linear"),
-        ("VeRA", "vera.layer.Linear"),
-        ("AdaLoRA", "adalora.layer.SVDLinear"),
-        ("a single parameter", "ParamWrapper"),
+        ("Lora", {**HEAD, "use_dora": True}, "'default' is DoraLinearVariant"),
+        ("IA3", {**HEAD, "feedforward_modules": []}, "ia3.layer.Linear"),
+        ("LoHa", HEAD, "loha.layer.Linear"),
+        ("Vera", {**HEAD, "r": 4}, "vera.layer.Linear"),
+        ("AdaLora", {**HEAD, "total_step": 10}, "adalora.layer.SVDLinear"),
+        ("Lora", {"target_modules": [], "target_parameters": ["lm_head.weight"]}, "ParamWrapper"),
     ],
 )
-def test_what_is_no_lora_is_refused_by_name(name, match):
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(built(), other_tuners()[name])
+def test_what_is_no_lora_is_refused_by_name(kind, options, match):
+    model = peft.get_peft_model(built(), getattr(peft, f"{kind}Config")(**options))
     with pytest.raises(TypeError, match=match):
         add_fused_lm_head(model.get_base_model())
 
 
 def test_dora_that_is_not_active_yet_is_refused():
-    peft = pytest.importorskip("peft")
     model = with_lora(built())
     model.add_adapter("other", peft.LoraConfig(target_modules=["lm_head"], use_dora=True))
     with pytest.raises(TypeError, match="'other' is DoraLinearVariant"):
@@ -599,17 +566,17 @@ def test_labels_must_be_given(batch):
 # Models whose logits the head does not know
 
 
-def modernbert_decoder(**changes):
-    kind = transformers.ModernBertDecoderConfig
-    sizes = {"global_attn_every_n_layers": 1, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 0}
-    sizes |= {"cls_token_id": 0, "sep_token_id": 0}
-    sizes = {name: value for name, value in {**TINY, **sizes}.items() if name != "num_key_value_heads"}
-    return transformers.ModernBertDecoderForCausalLM(kind(vocab_size=VOCAB_SIZE, **sizes)).eval()
+WITHOUT_GROUPS = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
 
 
-def roberta(**changes):
-    sizes = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
-    config = transformers.RobertaConfig(vocab_size=VOCAB_SIZE, is_decoder=True, **sizes)
+def modernbert_decoder():
+    ids = {f"{name}_token_id": 0 for name in ("bos", "eos", "cls", "sep")}
+    sizes = {**WITHOUT_GROUPS, **ids, "global_attn_every_n_layers": 1, "vocab_size": VOCAB_SIZE}
+    return transformers.ModernBertDecoderForCausalLM(transformers.ModernBertDecoderConfig(**sizes)).eval()
+
+
+def roberta():
+    config = transformers.RobertaConfig(vocab_size=VOCAB_SIZE, is_decoder=True, **WITHOUT_GROUPS)
     return transformers.RobertaForCausalLM(config).eval()
 
 
@@ -663,8 +630,7 @@ def test_a_head_whose_class_its_engine_has_replaced(adapter, batch):
     """As FSDP2 does it: a class of its own over that of the module."""
     model = built()
     model = with_lora(model).get_base_model() if adapter else model
-    labels = batch["labels"]
-    expected = expected_outputs(model(**{k: v for k, v in batch.items() if k != "labels"}).logits, labels)
+    expected = expected_of(model, batch)
     add_fused_lm_head(model, outputs=OUTPUTS)
     head = model.get_output_embeddings()
     for module in head.modules():

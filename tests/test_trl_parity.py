@@ -1,10 +1,11 @@
-"""Our losses against TRL's own trainers: the same model, the same batch, `compute_loss` and every gradient.
+"""Every loss against TRL's own trainers on one batch: value, metrics and the gradient of every parameter.
 
 The trainers are real and so are their batches; the model is a Llama of random weights, in fp32 on the CPU.
 """
 
 from __future__ import annotations
 
+from copy import copy, deepcopy
 from functools import partial
 
 import pytest
@@ -12,77 +13,43 @@ import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset, disable_progress_bars
-from tiny import TINY
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch.nn.functional import logsigmoid
 from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
-from trl_tiny import tokenizer_of
+from trl_tiny import RECORDS as ALL_RECORDS
+from trl_tiny import VOCAB, focal_trainer, llama, near, random_model, seeded, settings, trainer_of
 
-from focalkern import FusedFocalPOLoss, FusedPairLoss, methods
+from focalkern import FusedPairLoss, methods
 from focalkern.pairs.pair_loss import Pairs
+from focalkern.trl.mixed_loss import MixedLoss
 
-THINGS = {"sky": "blue", "sea": "green", "door": "brown", "hat": "red", "old stone house": "grey"}
-RECORDS = [
-    {
-        "prompt": f"The {thing} is",
-        "chosen": f" {colour}." * (3 * (i % 3) + 1),
-        "rejected": f" not {colour}, no." * (1 + i % 2),
-    }
-    for i, (thing, colour) in enumerate(THINGS.items())
-]
+RECORDS = [ALL_RECORDS[i] for i in (0, 2, 5, 6)]  # the short ones
 PAIRS = len(RECORDS)
 # Sums of log-probs of up to 150 nats in fp32: two kernels differ by an ulp of that, 1.5e-5. Times β, at most
 # 0.5, it is what u and with it log σ'(u) is off by.
 RTOL = 1e-5
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tokenizer_of(RECORDS)
+def with_batch(trainer):
+    trainer.batch = next(iter(trainer.get_train_dataloader()))
+    return trainer
 
 
-def llama(tokenizer, perturbation: float = 0.0, sharpness: float = 20.0) -> LlamaForCausalLM:
-    """Random weights of some size; `perturbation` makes another model that is near."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **{**TINY, "num_hidden_layers": 2}))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(sharpness)
-        for parameter in model.parameters():
-            parameter.add_(perturbation * torch.randn_like(parameter) * parameter.abs().mean())
-    return model
+def of_trl(trainer_class, config_class, folder, *models, **changes):
+    args = config_class(**settings(folder, per_device_train_batch_size=2 * PAIRS, **changes))
+    return with_batch(trainer_of(args, *models, trainer_class=trainer_class, records=RECORDS))
 
 
-def arguments(folder) -> dict:
-    return {
-        "output_dir": str(folder),
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 2 * PAIRS,
-        "max_length": None,
-    }
-
-
-def built(trainer_class, *models, args, tokenizer):
-    disable_progress_bars()
-    return trainer_class(
-        *models, args=args, train_dataset=Dataset.from_list(RECORDS), processing_class=tokenizer
-    )
-
-
-def gradients(loss: torch.Tensor, model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
+def gradients(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     found = torch.autograd.grad(loss, list(model.parameters()), materialize_grads=True)
     return dict(zip([name for name, _ in model.named_parameters()], found, strict=True))
 
 
-def assert_same_training(
-    loss: torch.Tensor, expected: torch.Tensor, model: LlamaForCausalLM, rtol=RTOL
-) -> None:
-    """Value, and the gradient of every parameter, relative to the size of the gradient of all."""
+def assert_same_training(loss, model, expected, their_model, rtol=RTOL) -> None:
+    """Value, and the gradient of every parameter, relative to its size."""
     torch.testing.assert_close(loss, expected, rtol=rtol, atol=0)
-    ours, theirs = gradients(loss, model), gradients(expected, model)
+    ours, theirs = gradients(loss, model), gradients(expected, their_model)
     assert theirs["lm_head.weight"].any()
     assert theirs["model.layers.0.mlp.up_proj.weight"].any()
     for name in theirs:
@@ -94,18 +61,20 @@ def hidden_states(model, input_ids, attention_mask) -> torch.Tensor:
     return model.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
 
 
-# DPOTrainer
+# DPOTrainer, and FocalPOTrainer with its loss types
 
 
 @pytest.fixture(scope="module")
-def dpo_trainer(tokenizer, tmp_path_factory):
-    args = DPOConfig(use_weighting=True, **arguments(tmp_path_factory.mktemp("dpo")))
-    trainer = built(DPOTrainer, llama(tokenizer), llama(tokenizer, 0.3), args=args, tokenizer=tokenizer)
-    trainer.batch = next(iter(trainer.get_train_dataloader()))
-    return trainer
+def trainers(tmp_path_factory):
+    """TRL's and ours, of the same weights, whose heads return whatever a loss takes."""
+    folder = tmp_path_factory.mktemp("dpo")
+    model = seeded(llama)
+    theirs = of_trl(DPOTrainer, DPOConfig, folder, deepcopy(model), near(model), use_weighting=True)
+    ours = focal_trainer(folder, model, near(model), loss_type=["sigmoid"], use_weighting=True)
+    return theirs, ours
 
 
-DPO_SETTINGS = {
+DEFAULTS = {
     "loss_types": ["sigmoid"],
     "loss_weights": [1.0],
     "beta": 0.1,
@@ -117,164 +86,140 @@ DPO_SETTINGS = {
 }
 
 
-def trl_loss(trainer, **settings) -> torch.Tensor:
-    for name, value in {**DPO_SETTINGS, **settings}.items():
+def their_loss(trainer, loss_type, loss_weights=None, **options) -> torch.Tensor:
+    trainer.args.discopop_tau = options.pop("discopop_tau", 0.05)
+    weights = loss_weights or [1.0] * len(loss_type)
+    for name, value in {**DEFAULTS, "loss_types": loss_type, "loss_weights": weights, **options}.items():
         assert hasattr(trainer, name)
         setattr(trainer, name, value)
     return trainer.compute_loss(trainer.model, trainer.batch)
 
 
-def our_loss(trainer, loss_fn) -> torch.Tensor:
-    """From the hidden states of the trainer's model and of its reference."""
-    batch = trainer.batch
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    inputs = (batch["input_ids"], batch["attention_mask"])
-    ref, model = trainer.ref_model, trainer.model
-    with torch.no_grad():
-        refs = loss_fn.reference_logps(hidden_states(ref, *inputs), ref.lm_head.weight, labels, shift=True)
-    out = loss_fn(hidden_states(model, *inputs), model.lm_head.weight, labels, None, *refs, shift=True)
-    return out.loss
+def our_loss(trainer, batch, **options) -> torch.Tensor:
+    args = copy(trainer.args)  # making a new one would reset what accelerate knows of the process
+    vars(args).update({"use_weighting": False, **options})
+    trainer.loss_fn = MixedLoss(args)
+    return trainer.compute_loss(trainer.model, batch)
 
 
-def test_the_batch_tells_losses_apart(dpo_trainer):
+def logged(trainer) -> dict[str, float]:
+    metrics = {name: float(values[-1]) for name, values in trainer._metrics["train"].items()}
+    del metrics["num_tokens"]  # of all that was computed so far
+    trainer._metrics["train"].clear()
+    return metrics
+
+
+def test_the_batch_tells_losses_apart(trainers):
     """Unequal lengths, log-ratios of both signs and of some size."""
-    lengths = dpo_trainer.batch["completion_mask"].sum(-1)
+    theirs, ours = trainers
+    lengths = theirs.batch["completion_mask"].sum(-1)
     assert (lengths[:PAIRS] < lengths[PAIRS:]).any()
     assert (lengths[:PAIRS] > lengths[PAIRS:]).any()
     seen = []
-    our_loss(dpo_trainer, FusedPairLoss(lambda pairs: seen.append(pairs) or methods.dpo(pairs)))
+    our_loss(ours, theirs.batch, loss_type=["sigmoid"])
+    ours.loss_fn.others = FusedPairLoss(lambda pairs: seen.append(pairs) or methods.dpo(pairs))
+    ours.compute_loss(ours.model, theirs.batch)
     ratios = torch.cat([seen[0].chosen_log_ratios, seen[0].rejected_log_ratios])
     assert ratios.min() < -0.3
     assert ratios.max() > 0.3
     assert ratios.abs().max() < 20
 
 
-LOSS_TYPES = {
-    "sigmoid": (methods.dpo, {}),
-    "hinge": (methods.hinge, {}),
-    "ipo": (methods.ipo, {}),
-    "exo_pair": (methods.exo_pair, {"label_smoothing": 1e-3}),
-    "exo_pair 0.2": (partial(methods.exo_pair, label_smoothing=0.2), {"label_smoothing": 0.2}),
-    "nca_pair": (methods.nca_pair, {}),
-    "robust": (partial(methods.robust, label_smoothing=0.1), {"label_smoothing": 0.1}),
-    "bco_pair": (methods.bco_pair, {}),
-    "sppo_hard": (methods.sppo_hard, {}),
-    "aot": (methods.aot, {}),
-    "aot 0.2": (partial(methods.aot, label_smoothing=0.2), {"label_smoothing": 0.2}),
-    "aot_unpaired": (methods.aot_unpaired, {}),
-    "aot_unpaired 0.2": (partial(methods.aot_unpaired, label_smoothing=0.2), {"label_smoothing": 0.2}),
-    "apo_zero": (methods.apo_zero, {}),
-    "apo_down": (methods.apo_down, {}),
-    "discopop": (methods.discopop, {}),
-    "sft": (methods.sft, {}),
-    "sigmoid_norm": (methods.sigmoid_norm, {}),
+SINGLE = {
+    "sigmoid": {},
+    "hinge": {},
+    "ipo": {},
+    "exo_pair": {"label_smoothing": 0.2},
+    "nca_pair": {},
+    "robust": {"label_smoothing": 0.1},
+    "bco_pair": {},
+    "sppo_hard": {},
+    "aot": {"label_smoothing": 0.2},
+    "aot_unpaired": {"label_smoothing": 0.2},
+    "apo_zero": {},
+    "apo_down": {},
+    "discopop": {"discopop_tau": 0.5},
+    "sft": {},
+    "sigmoid_norm": {},
+}
+DIVERGENCES = [
+    ("sigmoid", "forward_kl", None),
+    ("sigmoid", "js_divergence", None),
+    ("sigmoid", "alpha_divergence", 0.0),
+    ("sigmoid", "alpha_divergence", 0.5),
+    ("sigmoid", "alpha_divergence", 1.0),
+    ("sigmoid", "alpha_divergence", 1.5),
+    ("ipo", "js_divergence", None),
+    ("sigmoid_norm", "alpha_divergence", 0.3),
+    ("hinge", "forward_kl", None),
+]
+LOSSES = {
+    **{name: {"loss_type": [name], "beta": 0.25, **more} for name, more in SINGLE.items()},
+    **{f"{name}, not smoothed": {"loss_type": [name]} for name in ("aot", "aot_unpaired")},
+    **{
+        f"{name}, {divergence} {alpha or ''}": {"loss_type": [name], "f_divergence_type": divergence}
+        | ({} if alpha is None else {"f_alpha_divergence_coef": alpha})
+        for name, divergence, alpha in DIVERGENCES
+    },
+    **{
+        f"{name}, ld_alpha {ld_alpha}": {"loss_type": [name], "ld_alpha": ld_alpha}
+        for name in ("sigmoid", "ipo", "sft", "nca_pair")
+        for ld_alpha in (0.0, 0.5, 1.0)
+    },
+    **{
+        f"{name}, WPO": {"loss_type": [name], "use_weighting": True}
+        for name in ("sigmoid", "ipo", "bco_pair")
+    },
+    "MPO": {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.5]},
+    # With "sft" among them TRL writes to an expanded tensor, which PyTorch refuses.
+    "MPO, WPO": {"loss_type": ["sigmoid", "bco_pair"], "loss_weights": [0.8, 0.2], "use_weighting": True},
+    "no weights": {"loss_type": ["aot", "ipo"]},
+    "divergence and sft": {"loss_type": ["sigmoid_norm", "sft"], "f_divergence_type": "js_divergence"},
 }
 
 
-def test_every_loss_type_of_trl_is_compared(dpo_trainer):
+def test_every_loss_type_of_trl_is_compared(trainers):
     with pytest.raises(ValueError, match="Should be one of") as caught:
-        trl_loss(dpo_trainer, loss_types=["none"])
+        their_loss(trainers[0], ["none"])
     known = str(caught.value).split("Should be one of")[1]
-    ours = {name.split()[0] for name in LOSS_TYPES}
-    assert known.count("'") == 2 * len(ours)
-    assert all(f"'{name}'" in known for name in ours)
+    assert known.count("'") == 2 * len(SINGLE)
+    assert all(f"'{name}'" in known for name in SINGLE)
 
 
-@pytest.mark.parametrize(
-    ("name", "function", "settings"), [(k, *v) for k, v in LOSS_TYPES.items()], ids=LOSS_TYPES
-)
-def test_every_loss_type_of_the_dpo_trainer(name, function, settings, dpo_trainer):
-    expected = trl_loss(dpo_trainer, loss_types=[name.split()[0]], beta=0.25, **settings)
-    loss = our_loss(dpo_trainer, FusedPairLoss(function, beta=0.25))
-    assert_same_training(loss, expected, dpo_trainer.model)
-
-
-def test_the_dpo_of_the_other_class(dpo_trainer):
-    batch, loss_fn = dpo_trainer.batch, FusedFocalPOLoss.dpo(beta=0.3)
-    references = FusedPairLoss(methods.dpo).reference_logps
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-    states = [
-        hidden_states(model, batch["input_ids"], batch["attention_mask"])
-        for model in (dpo_trainer.model, dpo_trainer.ref_model)
-    ]
-    refs = references(states[1], dpo_trainer.ref_model.lm_head.weight, labels, shift=True)
-    out = loss_fn(states[0], dpo_trainer.model.lm_head.weight, labels, None, *refs, shift=True)
-    assert_same_training(out.loss, trl_loss(dpo_trainer, beta=0.3), dpo_trainer.model)
-
-
-@pytest.mark.parametrize(
-    ("loss_type", "f_divergence", "alpha"),
-    [
-        ("sigmoid", "reverse_kl", 0.5),
-        ("sigmoid", "forward_kl", 0.5),
-        ("sigmoid", "js_divergence", 0.5),
-        ("sigmoid", "alpha_divergence", 0.0),
-        ("sigmoid", "alpha_divergence", 0.5),
-        ("sigmoid", "alpha_divergence", 1.0),
-        ("sigmoid", "alpha_divergence", 1.5),
-        ("ipo", "js_divergence", 0.5),
-        ("sigmoid_norm", "alpha_divergence", 0.5),
-        ("hinge", "forward_kl", 0.5),
-    ],
-)
-def test_every_f_divergence(loss_type, f_divergence, alpha, dpo_trainer):
-    expected = trl_loss(
-        dpo_trainer,
-        loss_types=[loss_type],
-        f_divergence_type=f_divergence,
-        f_alpha_divergence_coef=alpha,
-    )
-    own_alpha = alpha if f_divergence == "alpha_divergence" else None
-    function = methods.with_f_divergence(LOSS_TYPES[loss_type][0], f_divergence, own_alpha)
+@pytest.mark.parametrize("options", LOSSES.values(), ids=LOSSES)
+def test_every_loss_of_the_dpo_trainer(options, trainers):
+    theirs, ours = trainers
+    expected, loss = their_loss(theirs, **options), our_loss(ours, theirs.batch, **options)
     # f′(t) = 1 − 1/t and powers of t: a log-ratio off by δ puts the score off by t·δ.
-    assert_same_training(
-        our_loss(dpo_trainer, FusedPairLoss(function)), expected, dpo_trainer.model, 2 * RTOL
-    )
+    rtol = 2 * RTOL if "f_divergence_type" in options else RTOL
+    assert_same_training(loss, ours.model, expected, theirs.model, rtol)
+    assert logged(ours) == pytest.approx(logged(theirs), rel=RTOL, abs=RTOL)
 
 
-@pytest.mark.parametrize("ld_alpha", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "sft", "nca_pair"])
-def test_ld_dpo(loss_type, ld_alpha, dpo_trainer):
-    expected = trl_loss(dpo_trainer, loss_types=[loss_type], ld_alpha=ld_alpha)
-    loss_fn = FusedPairLoss(LOSS_TYPES[loss_type][0], ld_alpha=ld_alpha)
-    assert_same_training(our_loss(dpo_trainer, loss_fn), expected, dpo_trainer.model)
-
-
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "bco_pair"])
-def test_wpo(loss_type, dpo_trainer):
-    expected = trl_loss(dpo_trainer, loss_types=[loss_type], use_weighting=True)
-    function = methods.with_wpo_weights(LOSS_TYPES[loss_type][0])
-    loss_fn = FusedPairLoss(function, outputs=("log_sum_sq_probs",))
-    assert_same_training(our_loss(dpo_trainer, loss_fn), expected, dpo_trainer.model)
-
-
-@pytest.mark.parametrize("use_weighting", [False, True], ids=["", "wpo"])
-def test_a_mixture_of_losses(use_weighting, dpo_trainer):
-    weights = {"sigmoid": 0.8, "bco_pair": 0.2, **({} if use_weighting else {"sft": 1.5})}
-    expected = trl_loss(
-        dpo_trainer,
-        loss_types=list(weights),
-        loss_weights=list(weights.values()),
-        use_weighting=use_weighting,
-    )
-    function = methods.weighted_sum(*((LOSS_TYPES[name][0], weight) for name, weight in weights.items()))
-    if use_weighting:
-        function = methods.with_wpo_weights(function)
-    loss_fn = FusedPairLoss(function, outputs=("log_sum_sq_probs",))
-    assert_same_training(our_loss(dpo_trainer, loss_fn), expected, dpo_trainer.model)
+@pytest.mark.parametrize(
+    "mixture",
+    [
+        {"loss_type": ["sigmoid"], "beta": 0.3},
+        {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [0.7, 0.1, 2.0]},
+    ],
+    ids=["alone", "in a mixture"],
+)
+def test_the_focal_loss_without_gamma_is_dpo(mixture, trainers):
+    theirs, ours = trainers
+    focal = {**mixture, "loss_type": ["focalpo", *mixture["loss_type"][1:]], "gamma": 0.0}
+    expected, loss = their_loss(theirs, **mixture), our_loss(ours, theirs.batch, **focal)
+    assert_same_training(loss, ours.model, expected, theirs.model)
 
 
 # KTOTrainer
 
 
-@pytest.fixture(scope="module", params=[(20, 30), (30, 20)], ids=["", "KL cut off at 0"])
-def kto_trainer(request, tokenizer, tmp_path_factory):
+@pytest.fixture(scope="module", params=[(10, 15), (15, 10)], ids=["", "KL cut off at 0"])
+def kto_trainer(request, tmp_path_factory):
     """The completions are random to both models: the sharper finds them less likely. Hence the KL's sign."""
-    args = KTOConfig(**arguments(tmp_path_factory.mktemp("kto")))
     sharpness, ref_sharpness = request.param
-    models = (llama(tokenizer, 0.3, sharpness), llama(tokenizer, 0.0, ref_sharpness))
-    trainer = built(KTOTrainer, *models, args=args, tokenizer=tokenizer)
-    trainer.batch = next(iter(trainer.get_train_dataloader()))
+    model, ref = (random_model(vocab_size=VOCAB, sharpness=x) for x in request.param)
+    trainer = of_trl(KTOTrainer, KTOConfig, tmp_path_factory.mktemp("kto"), near(model), ref)
     trainer.has_kl = sharpness < ref_sharpness
     return trainer
 
@@ -310,27 +255,20 @@ def test_kto(weights, kto_trainer):
     assert bool(kl > 0) == kto_trainer.has_kl
     refs = {"ref_chosen_logps": ref_chosen_logps, "ref_rejected_logps": ref_rejected_logps}
     out = loss_fn(**sums("", model, order), **refs, kl=kl)
-    assert_same_training(out.loss, expected, model)
+    assert_same_training(out.loss, model, expected, model)
 
 
 # CPOTrainer, ORPOTrainer
 
 
 @pytest.fixture(scope="module")
-def cpo_trainer(tokenizer, tmp_path_factory):
-    args = CPOConfig(**{**arguments(tmp_path_factory.mktemp("cpo")), "max_length": 60})
-    return with_pair_batch(built(CPOTrainer, llama(tokenizer), args=args, tokenizer=tokenizer))
+def cpo_trainer(tmp_path_factory):
+    return of_trl(CPOTrainer, CPOConfig, tmp_path_factory.mktemp("cpo"), seeded(llama), max_length=60)
 
 
 @pytest.fixture(scope="module")
-def orpo_trainer(tokenizer, tmp_path_factory):
-    args = ORPOConfig(**{**arguments(tmp_path_factory.mktemp("orpo")), "max_length": 60})
-    return with_pair_batch(built(ORPOTrainer, llama(tokenizer), args=args, tokenizer=tokenizer))
-
-
-def with_pair_batch(trainer):
-    trainer.batch = next(iter(trainer.get_train_dataloader()))
-    return trainer
+def orpo_trainer(tmp_path_factory):
+    return of_trl(ORPOTrainer, ORPOConfig, tmp_path_factory.mktemp("orpo"), seeded(llama), max_length=60)
 
 
 def our_reference_free_loss(trainer, loss_fn) -> torch.Tensor:
@@ -344,7 +282,7 @@ def our_reference_free_loss(trainer, loss_fn) -> torch.Tensor:
 
 def simpo(pairs: Pairs) -> torch.Tensor:
     margin = pairs.beta * (pairs.chosen_mean_logps - pairs.rejected_mean_logps) - 0.5
-    return -torch.nn.functional.logsigmoid(margin) + 0.7 * methods.sft(pairs)
+    return -logsigmoid(margin) + 0.7 * methods.sft(pairs)
 
 
 CPO_CASES = {
@@ -362,14 +300,15 @@ CPO_CASES = {
 }
 
 
-@pytest.mark.parametrize(("function", "settings"), CPO_CASES.values(), ids=CPO_CASES)
-def test_cpo(function, settings, cpo_trainer):
+@pytest.mark.parametrize(("function", "options"), CPO_CASES.values(), ids=CPO_CASES)
+def test_cpo(function, options, cpo_trainer):
     defaults = {"beta": 0.1, "label_smoothing": 0.0, "cpo_alpha": 1.0, "simpo_gamma": 0.5, "alpha": 0.0}
-    for name, value in {**defaults, **settings}.items():
+    for name, value in {**defaults, **options}.items():
         setattr(cpo_trainer, name, value)
-    expected, _ = cpo_trainer.get_batch_loss_metrics(cpo_trainer.model, cpo_trainer.batch)
+    model = cpo_trainer.model
+    expected, _ = cpo_trainer.get_batch_loss_metrics(model, cpo_trainer.batch)
     loss = our_reference_free_loss(cpo_trainer, FusedPairLoss(function, beta=cpo_trainer.beta))
-    assert_same_training(loss, expected, cpo_trainer.model)
+    assert_same_training(loss, model, expected, model)
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -382,4 +321,4 @@ def test_orpo(beta, orpo_trainer):
     nll = our_reference_free_loss(orpo_trainer, FusedPairLoss(methods.sft))
     # Theirs has the NLL of prompt and completion, ours, as the paper, that of the completion.
     assert not torch.allclose(nll_with_prompt, nll, rtol=1e-3)
-    assert_same_training(ours - nll + nll_with_prompt, expected, model)
+    assert_same_training(ours - nll + nll_with_prompt, model, expected, model)

@@ -83,6 +83,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
 
 
 def make_trainer(name: str, inputs: Path, folder: Path, **changes) -> FocalPOTrainer | DPOTrainer:
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # by the launcher; the options say otherwise or do not
     options = {"reference": None, "peft": None, "trainer": "focal", "in_memory": False, **TRAININGS[name]}
     options |= changes
     reference, peft, owner, in_memory = (
@@ -172,6 +173,18 @@ def refused(inputs: Path, out: Path) -> None:
         (out / "refused.json").write_text(json.dumps(messages), encoding="utf-8")
 
 
+def script(inputs: Path, out: Path) -> None:
+    """That of examples, which trl_tiny has on its path."""
+    import trl_focalpo
+
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    given = {"model_name_or_path": inputs / "model", "dataset_name": inputs / "pairs.jsonl"}
+    given |= {"output_dir": out / "script", "bf16": "false", "report_to": "none", "disable_tqdm": "true"}
+    given |= {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
+    # Closes the process group: the last of a launch.
+    trl_focalpo.main(["--use_cpu", *(str(x) for name in given for x in (f"--{name}", given[name]))])
+
+
 def tensor_parallel_head(inputs: Path, out: Path) -> None:
     """How far a head split by vocabulary is from the whole one, in all that the fused head gives."""
     outputs = ("log_probs", "entropy", "mean_logits", "mean_logits_everywhere")
@@ -193,16 +206,19 @@ def tensor_parallel_head(inputs: Path, out: Path) -> None:
 
 
 def main(inputs: str, out: str, *names: str) -> None:
+    others = {"refused": refused, "tensor-parallel head": tensor_parallel_head, "script": script}
     for name in names:
-        if name == "refused":
-            refused(Path(inputs), Path(out))
-        elif name == "tensor-parallel head":
-            tensor_parallel_head(Path(inputs), Path(out))
+        if name.startswith("ZeRO stage "):
+            os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = name[-1]
+            os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = str(name[-1] == "3").lower()
+        elif name in others:
+            others[name](Path(inputs), Path(out))
         elif name.startswith("resumed "):
             resume(name.removeprefix("resumed "), Path(inputs), Path(out))
         else:
             train(name, Path(inputs), Path(out))
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

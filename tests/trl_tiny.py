@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset, disable_progress_bars
 from tiny import TINY
 from transformers import (
@@ -107,6 +108,16 @@ def sharpened(model: PreTrainedModel, factor: float = 20.0) -> PreTrainedModel:
         for text in texts if head is not embeddings else ():
             ids = TOKENIZER(text)["input_ids"]
             head.index_add_(0, torch.tensor(ids[1:]), torch.nn.functional.normalize(embeddings[ids[:-1]]))
+    return model
+
+
+def random_model(kind: str = "Llama", seed: int = 0, sharpness: float = 20.0, **options) -> PreTrainedModel:
+    """Of any architecture of transformers, with logits of some size."""
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{kind}Config")(**{**TINY, "num_hidden_layers": 2, **options})
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(sharpness)
     return model
 
 
