@@ -93,18 +93,15 @@ class CapturedInput:
     device: str
 
     def build(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        capture = self._capture()
+        capture = Capture.load(self.path).first(self.pairs)
         # Copies: pages of the mapped file would count as memory of the step that touches them first.
-        hidden, weight, bias = (
-            x if x is None else x.to(self.device, self.dtype, copy=True)
-            for x in (capture.hidden, capture.weight, capture.bias)
-        )
-        return hidden, weight, bias
+        tensors = (capture.hidden, capture.weight, capture.bias)
+        return tuple(x if x is None else x.to(self.device, self.dtype, copy=True) for x in tensors)
 
     def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
         """The captured batch; the sharpness is that of the tensors in this dtype."""
         hidden, weight, bias = self.build()
-        capture, transform = self._capture(), self.shape.transform
+        capture, transform = Capture.load(self.path).first(self.pairs), self.shape.transform
         labels = capture.labels.to(self.device)
         _, logps, sharpness = label_logps(hidden, weight, bias, transform, lambda rows, _: labels[rows])
         sequences = Sequences(capture.cu_seqlens.to(self.device))
@@ -114,8 +111,5 @@ class CapturedInput:
 
     def about(self) -> dict[str, Any]:
         capture = Capture.load(self.path)
-        names = {"model": capture.model, "reference": capture.reference, "data": capture.data}
+        names = {name: getattr(capture, name) for name in ("model", "reference", "data")}
         return {"kind": "captured", "file": self.path.name, **names}
-
-    def _capture(self) -> Capture:
-        return Capture.load(self.path).first(self.pairs)

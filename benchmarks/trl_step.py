@@ -3,13 +3,12 @@
     python benchmarks/trl_step.py              # a tiny Llama with a vocabulary of 128256, some minutes
     python benchmarks/trl_step.py --quick      # whether all of it runs
 
-A step is `training_step` of a real trainer on real text (docstrings of Python's standard library): forward
-of policy and reference, loss, metrics, backward. The optimizer's step is the same for all and left out.
-Steps are timed in one interleaved run; memory is measured for each in a process of its own, beyond model
-and gradients. Before that, the losses and gradients of all are compared with those of TRL in fp32. The
-model has random weights, and its final norm a scale that makes the softmax as sharp as a trained model's.
-Its tokenizer knows 4096 words: the rest of the vocabulary is never a label. On a CPU TRL's head computes
-every position, on a GPU only those of completions.
+A step is `training_step` of a real trainer on docstrings of Python's standard library: forward of policy and
+reference, loss, metrics, backward. The optimizer's step is the same for all and left out. Loss and gradients
+are compared with those of TRL in fp32. Steps are timed in one interleaved run. Memory, beyond model and
+gradients, is measured in a process of its own. The weights are random, and the final norm's scale makes the
+softmax as sharp as a trained model's. Only 4096 words of the vocabulary are ever a label. On a CPU TRL's head
+computes every position, on a GPU only those of completions.
 """
 
 from __future__ import annotations
@@ -22,15 +21,14 @@ import sys
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas as pd
 import torch
 import transformers
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
@@ -39,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from preference_data import Pair, docstring_pairs
-from quickstart import train_tokenizer
+from quickstart_parts import at_least, train_tokenizer
 
 from benchmarks.inputs import PRESENT
 from benchmarks.measure import (
@@ -48,9 +46,9 @@ from benchmarks.measure import (
     in_fresh_process,
     interleaved_times,
     peak_extra_bytes,
+    settle_exp,
 )
 from benchmarks.report import MIB, environment, percent
-from benchmarks.throughput import positive, settle_exp
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 
 TRL, PATCHED = "TRL", "TRL under patch()"
@@ -72,7 +70,6 @@ class Setup:
     pairs: int
     dtype: str  # "bf16" is autocast over fp32 weights, as TRL trains by default
     entries: int  # softmax entries above 2^-12 per token
-    threads: int
     scale: float = 1.0  # of the final norm
 
 
@@ -96,21 +93,16 @@ class Contestant:
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
-    settle_exp()
-    quiet()
-    console = Console() if sys.stdout.isatty() else Console(width=130)
+    settle()
     about = environment("cpu")
     size = (options.hidden, options.layers, options.vocab, options.pairs)
-    comparisons = [
-        compare(Setup(*size, dtype, options.entries, options.threads), options.repeats, console)
-        for dtype in options.dtype
-    ]
+    setups = [Setup(*size, dtype, options.entries) for dtype in options.dtype]
+    comparisons = [compare(setup, options.repeats) for setup in setups]
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         found = {**about, "repeats": options.repeats, "comparisons": comparisons}
         options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
-        console.print(f"written to {options.json}", highlight=False)
+        print(f"written to {options.json}")
     return 0 if all(row["agrees"] for found in comparisons for row in found["rows"].values()) else 1
 
 
@@ -118,17 +110,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    add = parser.add_argument
-    add("--hidden", type=positive, default=256, metavar="H", help="hidden size (default: 256)")
-    add("--layers", type=positive, default=2, metavar="L", help="default: 2")
-    add("--vocab", type=positive, default=128256, metavar="V", help="default: 128256")
-    add("--pairs", type=positive, default=16, metavar="B", help="pairs of the batch (default: 16)")
-    add("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"], help="default: both")
-    add("--entries", type=positive, default=50, metavar="K", help="softmax entries above 2^-12 (default: 50)")
-    add("--repeats", type=positive, default=5, metavar="R", help="measured rounds (default: 5)")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="default: PyTorch's")
+    add = partial(parser.add_argument, help="default: %(default)s")
+    add("--hidden", type=at_least(1), default=256, metavar="H")
+    add("--layers", type=at_least(1), default=2, metavar="L")
+    add("--vocab", type=at_least(1), default=128256, metavar="V")
+    add("--pairs", type=at_least(1), default=16, metavar="B")
+    add("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    add("--entries", type=at_least(1), default=50, metavar="K", help="above 2^-12; default: %(default)s")
+    add("--repeats", type=at_least(1), default=5, metavar="R", help="rounds; default: %(default)s")
     add("--json", type=Path, metavar="PATH", help="write every number there")
-    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds: whether it runs")
+    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
     options = parser.parse_args(argv)
     if options.quick:
         options.hidden, options.layers, options.vocab = 64, 1, 8192
@@ -136,22 +127,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def quiet() -> None:
+def settle() -> None:
+    settle_exp()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def compare(setup: Setup, repeats: int, console: Console) -> dict[str, Any]:
+def compare(setup: Setup, repeats: int) -> dict[str, Any]:
     setup = replace(setup, scale=scale_for(setup))
     found = {"setup": asdict(setup), **timed(setup, repeats)}
     for name in tqdm(NAMES, desc=f"{setup.dtype}, memory", leave=False):
         memory = in_fresh_process(memory_of, name, setup)
-        found["rows"][name] |= {
-            "extra_mib": memory.extra / MIB,
-            "extra_is_upper_limit": memory.upper_limit,
-        }
-    show(found, console)
+        found["rows"][name] |= {"extra_mib": memory.extra / MIB, "extra_is_upper_limit": memory.upper_limit}
+    show(found)
     return found
 
 
@@ -171,18 +160,16 @@ def timed(setup: Setup, repeats: int) -> dict[str, Any]:
         times = interleaved_times(steps, torch.device("cpu"), 1, repeats, tick)
     batch = contestants[TRL].inputs
     tokens = int(batch["attention_mask"].sum())
+    allowed = {what: max(FP32_ERROR, ERROR_FACTOR * error) for what, error in errors[TRL].items()}
     rows = {
         name: {
             "ms": times[name].both.as_ms(),
             "tokens_per_s": tokens / times[name].both.median,
-            "kept_share": kept_share(contestants[name]),
+            "kept_share": contestant.trainer._metrics["train"].get("focal/kept_share", [None])[-1],
             **errors[name],
-            "agrees": all(
-                error <= max(FP32_ERROR, ERROR_FACTOR * errors[TRL][what])
-                for what, error in errors[name].items()
-            ),
+            "agrees": all(error <= allowed[what] for what, error in errors[name].items()),
         }
-        for name in NAMES
+        for name, contestant in contestants.items()
     }
     return {
         "tokens": tokens,
@@ -192,30 +179,26 @@ def timed(setup: Setup, repeats: int) -> dict[str, Any]:
     }
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(found: dict[str, Any]) -> None:
     setup, rows = found["setup"], found["rows"]
-    table = Table(
-        title=f"A DPO step, {setup['dtype']}: Llama, {setup['layers']} layers of {setup['hidden']}, "
-        f"vocabulary {setup['vocab']}; {setup['pairs']} pairs, {found['tokens']} tokens, "
-        f"{found['completion_tokens']} of completions, {found['padded_positions']} positions when padded",
-        title_justify="left",
+    print(
+        f"A DPO step in {setup['dtype']}: Llama, {setup['layers']} layers of {setup['hidden']}, "
+        f"vocabulary {setup['vocab']};\n{setup['pairs']} pairs, {found['tokens']} tokens, "
+        f"{found['completion_tokens']} of completions, {found['padded_positions']} positions when padded"
     )
-    columns = ("ms", "range", "tokens/s", "x TRL", "extra MiB", "kept share", "gradient error")
-    for column in ("", *columns):
-        table.add_column(column, justify="right" if column else "left")
-    for name, row in rows.items():
-        ms = row["ms"]
-        table.add_row(
-            name,
-            f"{ms['median']:.0f}",
-            f"{ms['min']:.0f}-{ms['max']:.0f}",
-            f"{row['tokens_per_s']:,.0f}",
-            f"{rows[TRL]['ms']['median'] / ms['median']:.2f}",
-            f"{'<= ' if row['extra_is_upper_limit'] else ''}{row['extra_mib']:,.0f}",
-            percent(row["kept_share"]),
-            f"{row['gradient_error']:.1e}" + ("" if row["agrees"] else ": too much"),
-        )
-    console.print(table)
+    table = {
+        name: {
+            "ms": f"{row['ms']['median']:.0f}",
+            "x TRL": f"{rows[TRL]['ms']['median'] / row['ms']['median']:.2f}",
+            "tokens/s": f"{row['tokens_per_s']:,.0f}",
+            "MiB": f"{'<= ' if row['extra_is_upper_limit'] else ''}{row['extra_mib']:,.0f}",
+            "kept": percent(row["kept_share"]),
+            "error": f"{row['gradient_error']:.1e}" + ("" if row["agrees"] else " too much"),
+        }
+        for name, row in rows.items()
+    }
+    print(pd.DataFrame.from_dict(table, orient="index").to_string())
+    print("ms: medians; MiB: extra memory; kept: share of the backward; error: of the gradient\n")
 
 
 def build(name: str, setup: Setup, folder: str) -> Contestant:
@@ -305,16 +288,9 @@ def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str
     return found
 
 
-def kept_share(contestant: Contestant) -> float | None:
-    recorded = contestant.trainer._metrics["train"].get("focal/kept_share")
-    return float(recorded[-1]) if recorded else None
-
-
 def memory_of(name: str, setup: Setup) -> PeakMemory:
     """Extra memory of a step; runs in a process of its own."""
-    torch.set_num_threads(setup.threads)
-    settle_exp()
-    quiet()
+    settle()
     with tempfile.TemporaryDirectory() as folder:
         contestant = build(name, setup, folder)
 

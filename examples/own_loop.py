@@ -22,8 +22,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from preference_data import IGNORE_INDEX, Batch, EncodedPair, PreferenceSet, docstring_pairs, encode_pairs
-from quickstart import train_tokenizer
+from preference_data import IGNORE_INDEX, Batch, PreferenceSet, TokenIds, docstring_pairs, encode_pairs
+from quickstart_parts import train_tokenizer
 from torch import nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -208,7 +208,7 @@ def prepare(device: torch.device) -> tuple[PreferenceSet, Policy]:
 
 
 @functools.cache
-def tokenized_pairs() -> tuple[PreTrainedTokenizerBase, list[EncodedPair]]:
+def tokenized_pairs() -> tuple[PreTrainedTokenizerBase, list[TokenIds]]:
     pairs = docstring_pairs(seed=0)[:400]
     tokenizer = train_tokenizer(pairs)
     return tokenizer, encode_pairs(pairs, tokenizer, max_length=128)[0]

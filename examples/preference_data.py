@@ -1,7 +1,7 @@
-"""Preference data for `quickstart.py`: from the standard library's docstrings or a JSONL file, up to batches.
+"""Preference pairs from text to batches: what the examples and benchmarks train on.
 
-`docstring_pairs` and `read_pairs` give `Pair`s of text, `split_pairs` sets some aside, `encode_pairs` turns
-them into token ids, and a `PreferenceSet` makes batches of those.
+`docstring_pairs` and `read_pairs` give `Pair`s of text, and `split_pairs` holds some of them out.
+`encode_pairs` turns them into token ids and reports on them; a `PreferenceSet` makes batches.
 """
 
 from __future__ import annotations
@@ -19,15 +19,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 IGNORE_INDEX = -100
-MAX_ERRORS_SHOWN = 10
+KEYS = ("prompt", "chosen", "rejected")
+NOT_SUPPORTED = ("images", "image", "tools", "chat_template_kwargs")
 
 Message = dict[str, str]  # {"role": ..., "content": ...}
 Text = str | list[Message]  # plain, or a conversation
+TokenIds = dict[str, list[int]]  # "prompt_ids", "chosen_ids", "rejected_ids", as TRL has them
 
 
 class DataError(ValueError):
@@ -51,17 +53,10 @@ class Pair:
         return [message["content"] for message in self.prompt + self.chosen]
 
 
-@dataclass(frozen=True)
-class EncodedPair:
-    """Token ids of prompt + completion, twice; the first `prompt_length` tokens of both are not scored."""
-
-    chosen: list[int]
-    rejected: list[int]
-    prompt_length: int
-
-    def labels(self, ids: list[int]) -> list[int]:
-        """The labels of `chosen` or `rejected`: its ids, with the prompt masked."""
-        return [IGNORE_INDEX] * self.prompt_length + ids[self.prompt_length :]
+def shared_prefix(*sequences: Sequence[Any]) -> int:
+    """The number of items with which all the sequences begin."""
+    same = takewhile(lambda items: all(item == items[0] for item in items), zip(*sequences, strict=False))
+    return sum(1 for _ in same)
 
 
 # -------------------------------------------------------------- pairs from the standard library's docstrings
@@ -76,44 +71,30 @@ def docstring_pairs(seed: int, library: Path | None = None) -> list[Pair]:
 
     The exchanged words are neighbours, and neither the first nor the last. So chosen and rejected consist of
     the same tokens: no length and no single word gives the rejected one away, only how the words follow each
-    other. Sources are parsed, never imported.
-
-    Args:
-        seed: of the exchanged words.
-        library: folder of Python sources; the running interpreter's standard library unless given.
-
-    Returns:
-        list[Pair]: in the order of the sources, no docstring twice. The group of a pair is its module.
+    other. No docstring comes twice. Sources are parsed, never imported. The group of a pair is its module.
     """
     library = library or Path(sysconfig.get_paths()["stdlib"])
+    sources = {path.relative_to(library).as_posix(): path for path in library.rglob("*.py")}
     rng = random.Random(seed)
     pairs, seen = [], set()
-    for path in library_sources(library):
-        module = module_name(path.relative_to(library))
+    for name, path in sorted(sources.items()):  # an order that no file system decides
+        if NOT_LIBRARY & set(name.split("/")):
+            continue
+        module = name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
         for scope, function in documented_functions(parse(path)):
-            docstring = first_paragraph(function)
+            docstring = " ".join(ast.get_docstring(function).split("\n\n")[0].split()[:MAX_WORDS])
             spoiled = exchange_neighbours(docstring, rng)
             if spoiled is None or docstring.casefold() in seen:
                 continue
             seen.add(docstring.casefold())
-            origin = ".".join([module, *scope, function.name])
-            prompt = f'# {".".join([module, *scope])}\ndef {signature(function)}:\n    """'
-            pairs.append(Pair(prompt, docstring, spoiled, group=module, origin=origin))
+            place = ".".join([module, *scope])
+            signature = f"{function.name}({ast.unparse(function.args)})"
+            signature = textwrap.shorten(signature, MAX_SIGNATURE, placeholder=" ...")
+            prompt = f'# {place}\ndef {signature}:\n    """'
+            pairs.append(Pair(prompt, docstring, spoiled, group=module, origin=f"{place}.{function.name}"))
     if not pairs:
         raise DataError(f"no docstrings found in {library}: this Python comes without its library's sources")
     return pairs
-
-
-def library_sources(library: Path) -> list[Path]:
-    """Source files without tests and installed packages, in an order that no file system decides."""
-    sources = (
-        path for path in library.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(library).parts)
-    )
-    return sorted(sources, key=lambda path: path.relative_to(library).as_posix())
-
-
-def module_name(path: Path) -> str:
-    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def parse(path: Path) -> ast.Module:
@@ -137,17 +118,6 @@ def documented_functions(node: ast.AST, scope: tuple[str, ...] = ()) -> Iterator
         yield from documented_functions(child, inner)
 
 
-def signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    return textwrap.shorten(
-        f"{function.name}({ast.unparse(function.args)})", MAX_SIGNATURE, placeholder=" ..."
-    )
-
-
-def first_paragraph(function: ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    paragraph = (ast.get_docstring(function) or "").split("\n\n")[0]
-    return " ".join(paragraph.split()[:MAX_WORDS])
-
-
 def exchange_neighbours(text: str, rng: random.Random) -> str | None:
     """The text with two neighbouring inner words exchanged; None where no two differ."""
     words = text.split()
@@ -161,8 +131,6 @@ def exchange_neighbours(text: str, rng: random.Random) -> str | None:
 
 # ----------------------------------------------------------------------------------- pairs from a JSONL file
 
-NOT_SUPPORTED = ("images", "image", "tools", "chat_template_kwargs")
-
 
 def read_pairs(path: Path) -> list[Pair]:
     """Read a file with one preference pair per line, in TRL's format.
@@ -172,172 +140,104 @@ def read_pairs(path: Path) -> list[Pair]:
     messages with which both begin are the prompt. Other keys are ignored; empty lines are skipped.
 
     Raises:
-        DataError: naming the lines at fault (the first ten) and what is wrong with each.
+        DataError: a line is not in this format; names the first such line, and counts the others.
         OSError: the file cannot be read.
     """
     pairs, errors = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                if text:
-                    pairs.append(parse_pair(text, origin=f"line {number}"))
-            except UnicodeDecodeError as error:
-                errors.append(f"line {number}: not UTF-8 text (byte {error.start + 1})")
+                if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
+                    pairs.append(parse_pair(json.loads(text), origin=f"line {number}"))
+            except json.JSONDecodeError as error:
+                errors.append(f"line {number}: not valid JSON: {error.msg} (column {error.colno})")
             except ValueError as error:
                 errors.append(f"line {number}: {error}")
     if errors:
-        raise DataError(report(path, errors))
+        others = f" (and {len(errors) - 1} more lines cannot be used)" if len(errors) > 1 else ""
+        raise DataError(f"{path}, {errors[0]}{others}")
     if not pairs:
         raise DataError(f"{path} holds no preference pairs")
     return pairs
 
 
-def report(path: Path, errors: Sequence[str]) -> str:
-    lines = [f"{path} cannot be used:", *errors[:MAX_ERRORS_SHOWN]]
-    if len(errors) > MAX_ERRORS_SHOWN:
-        lines.append(f"and {len(errors) - MAX_ERRORS_SHOWN} more lines")
-    return "\n  ".join(lines)
-
-
-def parse_pair(line: str, origin: str) -> Pair:
-    """The pair of one line. Raises ValueError saying what is wrong with it."""
-    record = parse_object(line)
-    kinds = {key: text_kind(key, record[key]) for key in ("prompt", "chosen", "rejected") if key in record}
-    if len(set(kinds.values())) > 1:
+def parse_pair(record: Any, origin: str) -> Pair:
+    """The pair of one line. Raises ValueError if the line is not in the format."""
+    if not isinstance(record, dict):
+        raise ValueError("expected a JSON object with prompt, chosen and rejected")
+    if used := [key for key in NOT_SUPPORTED if record.get(key)]:
+        raise ValueError(f"`{used[0]}` is not supported by this example")
+    kinds = {key: kind(record[key]) if key in record else "missing" for key in KEYS}
+    if list(kinds.values()) == ["missing", "messages", "messages"]:
+        shared = shared_prefix(record["chosen"][:-1], record["rejected"][:-1])
+        prompt, chosen, rejected = (
+            record["chosen"][:shared],
+            record["chosen"][shared:],
+            record["rejected"][shared:],
+        )
+    elif set(kinds.values()) in ({"text"}, {"messages"}):
+        prompt, chosen, rejected = (record[key] for key in KEYS)
+    else:
         found = ", ".join(f"`{key}` is {kind}" for key, kind in kinds.items())
-        raise ValueError(f"plain text and conversations are mixed: {found}")
-    if record["chosen"] == record["rejected"]:
-        raise ValueError("`chosen` and `rejected` are identical")
-    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if prompt is None:
-        prompt, chosen, rejected = split_shared_prompt(chosen, rejected)
-    check_prompt(prompt)
-    check_completion("chosen", chosen)
-    check_completion("rejected", rejected)
+        raise ValueError(
+            f"{found}; expected all three as text, or all as messages with role and content;"
+            f" the line's keys: {', '.join(record) or 'none'}"
+        )
+    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()  # refuses half of a surrogate pair
+    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+        raise ValueError("the prompt is empty")
+    if isinstance(prompt, list):
+        if prompt[-1]["role"] == "assistant":
+            raise ValueError("the prompt ends with a message of the assistant, whose turn must come next")
+        ends = [*chosen[:1], *chosen[-1:], *rejected[:1], *rejected[-1:]]
+        if any(message["role"] != "assistant" for message in ends):
+            raise ValueError("`chosen` and `rejected` must begin and end with the assistant")
     return Pair(prompt, chosen, rejected, group=json.dumps(prompt), origin=origin)
 
 
-def parse_object(line: str) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} (column {error.colno})") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"expected a JSON object with prompt, chosen and rejected, got {json_type(record)}")
-    implicit_prompt = isinstance(record.get("chosen"), list)
-    required = ["chosen", "rejected"] if implicit_prompt else ["prompt", "chosen", "rejected"]
-    if missing := [f"`{key}`" for key in required if key not in record]:
-        raise ValueError(f"{' and '.join(missing)} missing; the keys here: {', '.join(record) or 'none'}")
-    if used := [key for key in NOT_SUPPORTED if record.get(key)]:
-        raise ValueError(f"`{used[0]}` is not supported by this example")
-    return record
-
-
-def text_kind(key: str, value: Any) -> str:
-    """Whether the value is plain text or a conversation. Raises ValueError if it is neither."""
+def kind(value: Any) -> str:
     if isinstance(value, str):
-        check_encodable(f"`{key}`", value)
-        return "plain text"
-    if not isinstance(value, list):
-        raise ValueError(f"`{key}` must be a string or a list of messages, got {json_type(value)}")
-    for i, message in enumerate(value):
-        if not isinstance(message, dict):
-            raise ValueError(
-                f"`{key}`[{i}] must be an object with role and content, got {json_type(message)}"
-            )
-        for field in ("role", "content"):
-            if not isinstance(message.get(field), str):
-                found = json_type(message[field]) if field in message else "nothing"
-                raise ValueError(f"`{key}`[{i}]: `{field}` must be a string, got {found}")
-            check_encodable(f"`{key}`[{i}]", message[field])
-    return "a conversation"
-
-
-def check_encodable(where: str, text: str) -> None:
-    if any("\ud800" <= character <= "\udfff" for character in text):
-        raise ValueError(f"{where} holds half of a surrogate pair, which is not a character")
-
-
-def split_shared_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], ...]:
-    """Prompt, chosen and rejected of two conversations: the prompt is what both begin with."""
-    shared = list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-    if not shared:
-        raise ValueError("`prompt` missing, and `chosen` and `rejected` do not begin with the same message")
-    return chosen[: len(shared)], chosen[len(shared) :], rejected[len(shared) :]
-
-
-def check_prompt(prompt: Text) -> None:
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError("the prompt is empty")
-    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        raise ValueError("the prompt ends with a message of the assistant, whose turn must come next")
-
-
-def check_completion(key: str, completion: Text) -> None:
-    messages = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-    if not messages or not all(message["content"].strip() for message in messages):
-        raise ValueError(f"the completion of `{key}` is empty")
-    for place in (0, -1):
-        if (role := messages[place]["role"]) != "assistant":
-            raise ValueError(f"the completion of `{key}` must begin and end with the assistant, not {role!r}")
-
-
-def json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
+        return "text"
+    messages = isinstance(value, list) and all(
+        isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
+    return "messages" if messages else "neither text nor messages"
 
 
 # ------------------------------------------------------------------------------------- splitting, tokenising
 
 
 def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Training and held-out pairs. Whole groups, drawn at random, are held out until `held_out` is reached.
-
-    Raises:
-        DataError: nothing is left on one of the sides.
-    """
+    """Training and held-out pairs. Whole groups, drawn at random, are held out until there are enough."""
     sizes = Counter(pair.group for pair in pairs)
     groups = sorted(sizes)
     random.Random(seed).shuffle(groups)
-    chosen_groups, count = set(), 0
+    drawn, count = set(), 0
     for group in groups:
         if count >= held_out:
             break
-        chosen_groups.add(group)
+        drawn.add(group)
         count += sizes[group]
-    sides = [[pair for pair in pairs if (pair.group in chosen_groups) is held] for held in (False, True)]
-    if not all(sides):
-        raise DataError(
-            f"{len(pairs)} pairs with {len(sizes)} different prompts cannot be split: two are needed"
-        )
-    return sides[0], sides[1]
+    train = [pair for pair in pairs if pair.group not in drawn]
+    if not train:
+        raise DataError("only one prompt in the data: two are needed, one to train on and one to hold out")
+    return train, [pair for pair in pairs if pair.group in drawn]
 
 
-def encode_pairs(
-    pairs: Iterable[Pair], tokenizer: Any, max_length: int
-) -> tuple[list[EncodedPair], Counter[str]]:
-    """Token ids of the pairs, and how many pairs were left out for what reason.
-
-    Nothing is truncated: without the end of a completion, or the start of its prompt, it would be another
-    pair than the one that was judged.
+def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, max_length: int) -> tuple[list[TokenIds], DataReport]:
+    """Token ids of the pairs that can be trained on, and a report on all of them.
 
     Raises:
-        DataError: the tokenizer has no chat template for conversational pairs, or the template refuses one.
+        DataError: the tokenizer has no EOS, no chat template for a conversation, or one that refuses it.
     """
-    encoded, left_out = [], Counter()
-    for pair in pairs:
-        tokens = encode_pair(pair, tokenizer)
-        if max(len(tokens.chosen), len(tokens.rejected)) > max_length:
-            left_out[f"longer than {max_length} tokens"] += 1
-        elif tokens.chosen == tokens.rejected:
-            left_out["chosen and rejected have the same tokens"] += 1
-        else:
-            encoded.append(tokens)
-    return encoded, left_out
+    if tokenizer.eos_token_id is None:
+        raise DataError("the model's tokenizer has no EOS token")
+    encoded = [encode_pair(pair, tokenizer) for pair in pairs]
+    return check_pairs(encoded, tokenizer.bos_token_id, tokenizer.eos_token_id, max_length)
 
 
-def encode_pair(pair: Pair, tokenizer: Any) -> EncodedPair:
+def encode_pair(pair: Pair, tokenizer: Any) -> TokenIds:
     """The completion begins where the tokens of the prompt alone and of prompt + completion part, as in TRL:
     a tokenizer may merge across the boundary, and a template may end a lone prompt differently."""
     if isinstance(pair.prompt, list):
@@ -345,15 +245,18 @@ def encode_pair(pair: Pair, tokenizer: Any) -> EncodedPair:
         chosen = encode_conversation(pair, pair.prompt + pair.chosen, tokenizer)
         rejected = encode_conversation(pair, pair.prompt + pair.rejected, tokenizer)
     else:
-        prompt = encode_text(pair.prompt, tokenizer)
-        chosen = encode_text(pair.prompt + pair.chosen, tokenizer, end=True)
-        rejected = encode_text(pair.prompt + pair.rejected, tokenizer, end=True)
-    prompt_length = min(common_prefix_length(prompt, chosen), common_prefix_length(prompt, rejected))
-    return EncodedPair(chosen, rejected, prompt_length)
+        prompt = tokenizer(pair.prompt)["input_ids"]
+        chosen, rejected = (
+            tokenizer(pair.prompt + completion)["input_ids"] for completion in (pair.chosen, pair.rejected)
+        )
+        end = tokenizer.eos_token_id
+        chosen, rejected = (ids if ids[-1:] == [end] else [*ids, end] for ids in (chosen, rejected))
+    start = shared_prefix(prompt, chosen, rejected)
+    return {"prompt_ids": prompt[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
 
 
 def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **options: Any) -> list[int]:
-    """The chat template writes BOS and end-of-turn itself: nothing is added to what it gives."""
+    """The chat template writes BOS and end-of-turn itself: nothing is added to its text."""
     if not tokenizer.chat_template:
         raise DataError(f"{pair.origin} is a conversation, but the model's tokenizer has no chat template")
     try:
@@ -363,27 +266,52 @@ def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **o
     return encoding["input_ids"]
 
 
-def encode_text(text: str, tokenizer: Any, end: bool = False) -> list[int]:
-    """Plain text as the tokenizer writes it, but with no second BOS; on request EOS, which is scored too."""
-    if tokenizer.eos_token_id is None:
-        raise DataError("the model's tokenizer has no EOS token")
-    ids = tokenizer(text)["input_ids"]
-    if len(ids) > 1 and ids[0] == ids[1] == tokenizer.bos_token_id:  # the text itself began with it
-        ids = ids[1:]
-    if end and ids[-1] != tokenizer.eos_token_id:
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids
+@dataclass
+class DataReport:
+    """What `check_pairs` found, in pairs."""
+
+    kept: int = 0
+    too_long: int = 0  # dropped, like the next two
+    identical: int = 0  # chosen and rejected have the same tokens
+    empty: int = 0  # a completion has no token before EOS
+    doubled_bos: int = 0  # kept without the second BOS
+    without_eos: int = 0  # kept, but a completion does not teach where to stop
+
+    def __str__(self) -> str:
+        counts = {name: count for name, count in vars(self).items() if count or name == "kept"}
+        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
-def common_prefix_length(ids: list[int], others: list[int]) -> int:
-    return sum(1 for _ in takewhile(lambda both: both[0] == both[1], zip(ids, others, strict=False)))
+def check_pairs(
+    pairs: Iterable[TokenIds], bos: int | None, eos: int, max_length: int
+) -> tuple[list[TokenIds], DataReport]:
+    """The pairs that can be trained on, and a report on all of them.
+
+    Long pairs are dropped whole. Cut short, a pair would be another one than the one that was judged.
+    """
+    kept, report = [], DataReport()
+    for pair in pairs:
+        prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
+        if prompt[:2] == [bos, bos]:  # the tokenizer's, and one in the text
+            prompt = prompt[1:]
+            report.doubled_bos += 1
+        if not (set(chosen) - {eos} and set(rejected) - {eos}):
+            report.empty += 1
+        elif chosen == rejected:
+            report.identical += 1
+        elif len(prompt) + max(len(chosen), len(rejected)) > max_length:
+            report.too_long += 1
+        else:
+            report.kept += 1
+            report.without_eos += not (eos in chosen and eos in rejected)
+            kept.append({**pair, "prompt_ids": prompt})
+    return kept, report
 
 
 # --------------------------------------------------------------------------------------------------- batches
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     ids: torch.Tensor  # [S, T]
     mask: torch.Tensor  # [S, T]
     labels: torch.Tensor  # [S, T], of the completions alone unless said otherwise
@@ -393,7 +321,7 @@ class Batch:
 class PreferenceSet:
     """Tokenised pairs, and their completions' log-probs under the reference model once they are known."""
 
-    pairs: list[EncodedPair]
+    pairs: list[TokenIds]
     batch_size: int
     device: str
     ref_logps: torch.Tensor | None = None  # [2, pairs]: chosen, rejected
@@ -403,19 +331,18 @@ class PreferenceSet:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """All the chosen, then all the rejected sequences: the order that `FusedFocalPOLoss` expects."""
-        pairs = [self.pairs[i] for i in indices]
-        chosen = [(pair.chosen, pair.labels(pair.chosen)) for pair in pairs]
-        rejected = [(pair.rejected, pair.labels(pair.rejected)) for pair in pairs]
-        return pad(chosen + rejected, self.device)
+        rows = [(self.pairs[i], side) for side in ("chosen_ids", "rejected_ids") for i in indices]
+        prompts_masked = [[IGNORE_INDEX] * len(pair["prompt_ids"]) + pair[side] for pair, side in rows]
+        return pad([pair["prompt_ids"] + pair[side] for pair, side in rows], prompts_masked, self.device)
 
     def sft_batch(self, indices: Sequence[int]) -> Batch:
         """The chosen sequences; the prompt is learned too."""
-        return pad([(self.pairs[i].chosen, self.pairs[i].chosen) for i in indices], self.device)
+        sequences = [self.pairs[i]["prompt_ids"] + self.pairs[i]["chosen_ids"] for i in indices]
+        return pad(sequences, sequences, self.device)
 
     def by_length(self, indices: Sequence[int] | None = None) -> list[list[int]]:
         """Batches of pairs of similar length, which need little padding; of all pairs unless given."""
-        indices = range(len(self)) if indices is None else indices
-        ordered = sorted(indices, key=lambda i: self.tokens([i]))
+        ordered = sorted(range(len(self)) if indices is None else indices, key=lambda i: self.tokens([i]))
         return [ordered[at : at + self.batch_size] for at in range(0, len(ordered), self.batch_size)]
 
     def shuffled(self, steps: int, seed: int) -> Iterator[list[int]]:
@@ -435,18 +362,17 @@ class PreferenceSet:
         return math.ceil(len(self) / self.batch_size)
 
     def tokens(self, indices: Sequence[int]) -> int:
-        return sum(len(self.pairs[i].chosen) + len(self.pairs[i].rejected) for i in indices)
+        """Tokens of the sequences of these pairs, prompts included."""
+        pairs = [self.pairs[i] for i in indices]
+        return sum(2 * len(p["prompt_ids"]) + len(p["chosen_ids"]) + len(p["rejected_ids"]) for p in pairs)
 
 
-def pad(sequences: Sequence[tuple[list[int], list[int]]], device: str) -> Batch:
-    """Ids and labels of the sequences, padded on the right to the longest."""
-    length = max(len(ids) for ids, _ in sequences)
+def pad(sequences: list[list[int]], labels: list[list[int]], device: str) -> Batch:
+    """A batch padded on the right."""
+    length = max(map(len, sequences))
 
-    def padded(rows: Iterable[list[int]], value: int) -> torch.Tensor:
+    def padded(rows: list[list[int]], value: int) -> torch.Tensor:
         return torch.tensor([row + [value] * (length - len(row)) for row in rows], device=device)
 
-    return Batch(
-        ids=padded((ids for ids, _ in sequences), 0),
-        mask=padded(([1] * len(ids) for ids, _ in sequences), 0),
-        labels=padded((labels for _, labels in sequences), IGNORE_INDEX),
-    )
+    ones = [[1] * len(ids) for ids in sequences]
+    return Batch(padded(sequences, 0), padded(ones, 0), padded(labels, IGNORE_INDEX))

@@ -23,23 +23,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import transformers
 from matplotlib.figure import Figure
 from paper_figures import draw_all
 from preference_data import Batch, DataError, PreferenceSet
-from quickstart import (
-    Policy,
-    adamw,
-    at_least,
-    parse_arguments,
-    preference_loss,
-    prepare,
-    update,
-    wins,
-)
-from rich.console import Console
-from rich.table import Table
+from quickstart import preference_loss, prepare
+from quickstart_parts import Policy, adamw, at_least, parse_arguments, update, wins
 from tqdm import tqdm
 
 import focalkern
@@ -78,6 +69,16 @@ def methods(beta: float, gamma: float) -> dict[str, Callable[[int], FusedFocalPO
         "focal × SimPO": lambda steps: simpo(SIMPO_BETA, margin, gamma=gamma),
         "focal × α-DPO": lambda steps: alpha_dpo(SIMPO_BETA, margin, alpha, gamma=gamma),
     }
+
+
+class RecordedPolicy(Policy):
+    """Keeps the last hidden states, and lets their gradient be kept."""
+
+    def hidden(self, batch: Batch) -> torch.Tensor:  # [S, T, H]
+        self.last_hidden = super().hidden(batch)
+        if self.last_hidden.requires_grad:
+            self.last_hidden.retain_grad()
+        return self.last_hidden
 
 
 @dataclass
@@ -121,6 +122,7 @@ def reproduce(args: argparse.Namespace, seeds: int) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     claims = draw_all(args.out)
     policy, train, held_out = prepare(args)
+    policy = RecordedPolicy(policy.model, policy.tokenizer)
     reference = copy.deepcopy(policy.model).requires_grad_(False)
     start = {name: tensor.to("cpu", copy=True) for name, tensor in policy.model.state_dict().items()}
 
@@ -151,7 +153,7 @@ def reproduce(args: argparse.Namespace, seeds: int) -> None:
 
 def train_one(
     run: Run,
-    policy: Policy,
+    policy: RecordedPolicy,
     loss_fn: FusedFocalPOLoss,
     train: PreferenceSet,
     steps: int,
@@ -163,11 +165,10 @@ def train_one(
     began = time.perf_counter()
     for step, indices in enumerate(train.shuffled(steps, run.seed)):
         loss_fn.set_step(step)
-        hidden = policy.hidden(train.batch(indices))
-        hidden.retain_grad()
-        out = preference_loss(policy, loss_fn, train, indices, hidden)
+        out = preference_loss(policy, loss_fn, train, indices)
         update(out.loss, policy.model, optimizer, scheduler)
-        run.contribution.append(contribution(pair_gradient_norms(hidden.grad), reward_margins(out)))
+        norms = pair_gradient_norms(policy.last_hidden.grad)
+        run.contribution.append(contribution(norms, reward_margins(out)))
         bar.update()
     run.seconds = time.perf_counter() - began
 
@@ -181,14 +182,12 @@ def contribution(norms: torch.Tensor, margins: torch.Tensor) -> float:
 
 
 def hidden_norms(
-    policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
+    policy: RecordedPolicy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:  # [pairs], [pairs]
     """Norm of each pair's gradient of the hidden states, from one backward; and the reward margins."""
-    hidden = policy.hidden(data.batch(indices))
-    hidden.retain_grad()
-    out = preference_loss(policy, loss_fn, data, indices, hidden)
+    out = preference_loss(policy, loss_fn, data, indices)
     out.loss.backward()
-    return pair_gradient_norms(hidden.grad), reward_margins(out)
+    return pair_gradient_norms(policy.last_hidden.grad), reward_margins(out)
 
 
 def parameter_norms(
@@ -206,16 +205,14 @@ def parameter_norms(
 
 
 def configured(loss_fn: FusedFocalPOLoss, policy: Policy) -> FusedFocalPOLoss:
-    loss_fn.softcap, loss_fn.logit_scale = (
-        policy.logit_options["softcap"],
-        policy.logit_options["logit_scale"],
-    )
+    for option, value in policy.logit_options.items():
+        setattr(loss_fn, option, value)
     return loss_fn
 
 
 def evaluate(
     run: Run,
-    policy: Policy,
+    policy: RecordedPolicy,
     reference: torch.nn.Module,
     loss_fn: FusedFocalPOLoss,
     held_out: PreferenceSet,
@@ -234,9 +231,8 @@ def evaluate(
     for indices in batches:
         batch = held_out.batch(indices)
         with torch.no_grad():
-            hidden = policy.hidden(batch)
-            out = preference_loss(policy, loss_fn, held_out, indices, hidden)
-            kl += token_kl(policy, frozen, batch, hidden).sum(-1).view(2, -1).sum(-1).cpu()
+            out = preference_loss(policy, loss_fn, held_out, indices)
+            kl += token_kl(policy, frozen, batch).sum(-1).view(2, -1).sum(-1).cpu()
         own.append(reward_margins(out))
         refs = held_out.ref_logps[:, indices]
         margins.append((out.chosen_logps - refs[0]) - (out.rejected_logps - refs[1]))
@@ -247,9 +243,9 @@ def evaluate(
     run.chosen_kl, run.rejected_kl = (kl / tokens).tolist()
 
 
-def token_kl(policy: Policy, reference: Policy, batch: Batch, hidden: torch.Tensor) -> torch.Tensor:
+def token_kl(policy: RecordedPolicy, reference: Policy, batch: Batch) -> torch.Tensor:  # [S, T-1]
     return linear_kl(
-        hidden,
+        policy.last_hidden,
         policy.weight,
         reference.hidden(batch),
         reference.weight,
@@ -274,45 +270,36 @@ def over_seeds(values: Sequence[float], scale: float = 1.0, digits: int = 3) -> 
 
 
 def show(runs: Sequence[Run], before: dict[str, float]) -> None:
-    results = Table(title="Held-out pairs: mean ± standard deviation over the seeds")
-    for column in ("", "own accuracy", "accuracy", "margin", "KL"):
-        results.add_column(column, no_wrap=True)
-    stages = Table(title="R(t) in per cent, beside DynamicFocalPO's Table 8")
-    for column in ("", *STAGES, "Table 8"):
-        stages.add_column(column, no_wrap=True)
-    proxy = Table(title="R in per cent, on held-out pairs after training, from the gradient of")
-    for column in ("", "hidden states", "parameters"):
-        proxy.add_column(column, no_wrap=True)
+    results, stages, proxy = {}, {}, {}
     for method, own in by_method(runs).items():
-        results.add_row(
-            method,
-            over_seeds([run.own_accuracy for run in own]),
-            over_seeds([run.log_ratio_accuracy for run in own]),
-            over_seeds([run.log_ratio_margin for run in own], digits=2),
-            over_seeds([run.chosen_kl for run in own], digits=2),
-        )
-        cells = [over_seeds([run.stage(stage) for run in own], 100, 1) for stage in STAGES]
-        stages.add_row(
-            method,
-            *cells,
-            "/".join(map(str, TABLE_8.get(method, ()))),
-        )
-        proxy.add_row(
-            method,
-            over_seeds([run.final_contribution for run in own], 100, 1),
-            over_seeds([run.final_exact_contribution for run in own], 100, 1),
-        )
-    console = Console()
-    console.print(results)
+        results[method] = {
+            "own accuracy": over_seeds([run.own_accuracy for run in own]),
+            "accuracy": over_seeds([run.log_ratio_accuracy for run in own]),
+            "margin": over_seeds([run.log_ratio_margin for run in own], digits=2),
+            "KL": over_seeds([run.chosen_kl for run in own], digits=2),
+        }
+        stages[method] = {stage: over_seeds([run.stage(stage) for run in own], 100, 1) for stage in STAGES}
+        stages[method]["Table 8"] = "/".join(map(str, TABLE_8.get(method, ())))
+        proxy[method] = {
+            "hidden states": over_seeds([run.final_contribution for run in own], 100, 1),
+            "parameters": over_seeds([run.final_exact_contribution for run in own], 100, 1),
+        }
     level = ", ".join(f"{method} {accuracy:.3f}" for method, accuracy in before.items())
-    print(f"own accuracy before training: {level}; the other methods have one of these two rewards")
-    print(
-        "own accuracy: by the method's own reward; accuracy and margin: by log(π_θ/π_ref), in nats, for all"
-    )
-    print("KL: KL(π_ref ‖ π_θ) of the chosen completions, in nats per token")
-    console.print(stages)
-    print("R from the gradient of the hidden states, which one backward has for all pairs")
-    console.print(proxy)
+    print(f"""Held-out pairs: mean ± standard deviation over the seeds
+{as_table(results)}
+own accuracy: by the method's own reward; before training {level} (the others have one of these rewards)
+accuracy, margin: by log(π_θ/π_ref), in nats, for all
+KL: KL(π_ref ‖ π_θ) of the chosen completions, in nats per token
+
+R(t) in per cent, from the gradient of the hidden states, beside DynamicFocalPO's Table 8
+{as_table(stages)}
+
+R in per cent, on held-out pairs after training, from the gradient of
+{as_table(proxy)}""")
+
+
+def as_table(rows: dict[str, dict[str, str]]) -> str:
+    return pd.DataFrame.from_dict(rows, orient="index").to_string()
 
 
 def save(

@@ -8,33 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_quickstart import HEADS, model_with
 from tiny import TINY, write_jsonl
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PhiConfig,
-    PhiForCausalLM,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import quickstart
+import quickstart_parts
 from preference_data import Pair, docstring_pairs, encode_pair, read_pairs
 
 from benchmarks import capture, throughput
-from benchmarks.capture_file import Capture, CapturedInput, CaptureError
-from benchmarks.check import choose_sample, error_bound, errors_of, plain_errors, sampled_step
+from benchmarks.capture_file import Capture, CaptureError
 from benchmarks.inputs import PRESENT
-from benchmarks.peers import all_peers
 
 # Chosen and rejected differ in length, and so do the pairs.
 RECORDS = [
@@ -42,29 +28,7 @@ RECORDS = [
     for times, thing in enumerate(["sky", "sea", "house", "car", "door", "hat"], start=1)
     for colour in ["red", "green", "blue", "white"]
 ]
-# Transforms of the logits are to show.
-SHARP = {**TINY, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.5}
-MODELS = {
-    "llama": lambda vocab: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **SHARP)),
-    "gemma2": lambda vocab: Gemma2ForCausalLM(
-        Gemma2Config(vocab_size=vocab, head_dim=16, final_logit_softcapping=5.0, **SHARP)
-    ),
-    "cohere": lambda vocab: CohereForCausalLM(CohereConfig(vocab_size=vocab, logit_scale=0.25, **SHARP)),
-    "granite": lambda vocab: GraniteForCausalLM(GraniteConfig(vocab_size=vocab, logits_scaling=4.0, **SHARP)),
-    "phi": lambda vocab: with_bias(PhiForCausalLM(PhiConfig(vocab_size=vocab, **SHARP))),
-}
-
-
-def with_bias(model):
-    torch.nn.init.normal_(model.lm_head.bias)
-    return model
-
-
-@pytest.fixture(autouse=True)
-def same_threads_afterwards():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("same_threads_afterwards")
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +36,32 @@ def data(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", RECORDS)
 
 
-def save_model(folder: Path, kind: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
-    torch.manual_seed(seed)
-    pairs = [Pair(record["prompt"], record["chosen"], record["rejected"], "", "") for record in RECORDS]
-    tokenizer = quickstart.train_tokenizer(pairs)
-    MODELS[kind](len(tokenizer)).to(dtype).save_pretrained(folder)
+def save_model(
+    folder: Path, head: str = "llama", dtype: torch.dtype = torch.float32, **sizes: object
+) -> Path:
+    tokenizer = quickstart_parts.train_tokenizer([Pair(**r, group="", origin="") for r in RECORDS])
+    model_with(head, len(tokenizer), **sizes).to(dtype).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory) -> Path:
-    return save_model(tmp_path_factory.mktemp("models") / "llama")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {head: save_model(folder / head, head) for head in HEADS} | {
+        "sft": save_model(folder / "sft", intermediate_size=32),
+        "bf16": save_model(folder / "bf16", dtype=torch.bfloat16),
+    }
+
+
+@pytest.fixture(scope="module")
+def captures(models, data, tmp_path_factory) -> dict[str, Path]:
+    """Files of all the models; "with-sft" has another model's reference log-probs."""
+    folder = tmp_path_factory.mktemp("captures")
+    for kind, model in models.items():
+        take(model, data, folder / f"{kind}.pt")
+    take(models["llama"], data, folder / "with-sft.pt", "--reference", models["sft"])
+    return {path.stem: path for path in folder.iterdir()}
 
 
 def take(model: Path, data: Path, out: Path, *options: object) -> Capture:
@@ -93,22 +71,25 @@ def take(model: Path, data: Path, out: Path, *options: object) -> Capture:
 
 
 @torch.no_grad()
-def own_logps(model: Path, data: Path) -> dict[tuple[int, ...], float]:
-    """Log-prob of each completion by its tokens and their number, one unpadded sequence at a time."""
+def own_logps(model: Path, data: Path) -> list[tuple[str, str, float, float]]:
+    """Text and log-prob of each pair's completions, one unpadded sequence at a time."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    found = {}
+
+    def logp(prompt: list[int], completion: list[int]) -> float:
+        logps = network(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logps.gather(-1, torch.tensor(completion)[:, None]).sum().item()
+
+    found = []
     for pair in read_pairs(data):
-        encoded = encode_pair(pair, tokenizer)
-        for ids in (encoded.chosen, encoded.rejected):
-            logps = network(torch.tensor([ids])).logits[0, :-1].float().log_softmax(-1)
-            scored = range(encoded.prompt_length - 1, len(ids) - 1)
-            found[tuple(ids)] = sum(logps[at, ids[at + 1]].item() for at in scored)
-    return found
+        ids = encode_pair(pair, tokenizer)
+        sides = ids["chosen_ids"], ids["rejected_ids"]
+        found.append((*map(tokenizer.decode, sides), *(logp(ids["prompt_ids"], side) for side in sides)))
+    return sorted(found)
 
 
 def head_logps(taken: Capture) -> torch.Tensor:
-    """Log-probs of the labels `[N]` from what the file holds, as one reads it who has no model."""
+    """Log-probs of the labels `[N]` from the file alone, without the model."""
     logits = taken.hidden @ taken.weight.T + (0 if taken.bias is None else taken.bias)
     logits = taken.logit_scale * logits.float()
     if taken.softcap is not None:
@@ -116,71 +97,61 @@ def head_logps(taken: Capture) -> torch.Tensor:
     return logits.log_softmax(-1).gather(-1, taken.labels[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("kind", MODELS)
-def test_hidden_states_and_head_give_the_log_probs_of_the_model(kind, data, tmp_path):
-    model = save_model(tmp_path / "model", kind)
-    taken = take(model, data, tmp_path / "capture.pt")
+@pytest.mark.parametrize("kind", HEADS)
+def test_hidden_states_and_head_give_the_models_log_probs_chosen_first(kind, models, captures, data):
+    taken = Capture.load(captures[kind])
     assert taken.pairs == len(RECORDS) and taken.labels.shape == taken.hidden.shape[:1]
-    assert (taken.softcap, taken.logit_scale) == {
-        "gemma2": (5.0, 1.0), "cohere": (None, 0.25), "granite": (None, 0.25)
-    }.get(kind, (None, 1.0))  # fmt: skip
+    transforms = {"gemma2": (2.0, 1.0), "cohere": (None, 0.25), "granite": (None, 0.25)}
+    assert (taken.softcap, taken.logit_scale) == transforms.get(kind, (None, 1.0))
     assert (taken.bias is not None) == (kind == "phi")
-    sums = torch.stack([part.sum() for part in head_logps(taken).split(taken.cu_seqlens.diff().tolist())])
+    lengths = taken.cu_seqlens.diff().tolist()
+    sums = torch.stack([part.sum() for part in head_logps(taken).split(lengths)])
     torch.testing.assert_close(sums, taken.ref_logps, rtol=1e-4, atol=1e-4)
-    expected = sorted(own_logps(model, data).values())
-    torch.testing.assert_close(sums.sort().values, torch.tensor(expected), rtol=1e-4, atol=1e-3)
+    tokenizer = AutoTokenizer.from_pretrained(models[kind])
+    texts = [tokenizer.decode(part) for part in taken.labels.split(lengths)]
+    chosen, rejected = slice(taken.pairs), slice(taken.pairs, None)
+    found = sorted(zip(texts[chosen], texts[rejected], sums[chosen], sums[rejected], strict=True))
+    for mine, expected in zip(found, own_logps(models[kind], data), strict=True):
+        assert mine[:2] == expected[:2]
+        assert mine[2:] == pytest.approx(expected[2:], rel=1e-4, abs=1e-3)
 
 
-def test_chosen_come_first_and_their_rejected_in_the_same_order(llama, data, tmp_path):
-    taken = take(llama, data, tmp_path / "capture.pt")
-    tokenizer = AutoTokenizer.from_pretrained(llama)
-    texts = [tokenizer.decode(part) for part in taken.labels.split(taken.cu_seqlens.diff().tolist())]
-    pairs = set(zip(texts[: taken.pairs], texts[taken.pairs :], strict=True))
-    assert pairs == {(record["chosen"] + "</s>", record["rejected"] + "</s>") for record in RECORDS}
-
-
-def test_sharpness_is_that_of_the_captured_rows(llama, data, tmp_path, capsys):
-    taken = take(llama, data, tmp_path / "capture.pt")
+def test_sharpness_is_that_of_the_captured_rows(captures):
+    taken = Capture.load(captures["llama"])
     logps = (taken.hidden @ taken.weight.T).log_softmax(-1)
     assert taken.sharpness["rows"] == len(logps)
     assert taken.sharpness["nll"] == pytest.approx(-head_logps(taken).mean().item(), rel=1e-4)
     assert taken.sharpness["entropy"] == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-4)
     entries = (logps.exp() > PRESENT).sum(-1).double().mean().item()
     assert taken.sharpness["entries"] == pytest.approx(entries, rel=1e-3)
-    assert f"{entries:.0f} entries above 2^-12 per row" in capsys.readouterr().out
 
 
-def test_capture_stops_with_the_pair_that_brings_the_last_token(llama, data, tmp_path):
-    everything = take(llama, data, tmp_path / "all.pt")
-    taken = take(llama, data, tmp_path / "some.pt", "--tokens", 60, "--batch-size", 5)
+def test_capture_stops_with_the_pair_that_brings_the_last_token(models, captures, data, tmp_path):
+    everything = Capture.load(captures["llama"])
+    taken = take(models["llama"], data, tmp_path / "some.pt", "--tokens", 60)
     assert len(taken.labels) >= 60 > len(taken.first(taken.pairs - 1).labels)
     torch.testing.assert_close(taken.hidden, everything.first(taken.pairs).hidden)
     assert torch.equal(taken.labels, everything.first(taken.pairs).labels)
 
 
-def test_reference_log_probs_are_those_of_the_reference_model(llama, data, tmp_path):
-    other = save_model(tmp_path / "sft", seed=1)
-    taken = take(llama, data, tmp_path / "capture.pt", "--reference", other)
-    of_other = take(other, data, tmp_path / "other.pt")
-    torch.testing.assert_close(taken.ref_logps, of_other.ref_logps)
+def test_reference_log_probs_are_those_of_the_reference_model(captures):
+    taken, other = Capture.load(captures["with-sft"]), Capture.load(captures["sft"])
+    torch.testing.assert_close(taken.ref_logps, other.ref_logps)
     assert (taken.model, taken.reference) == ("llama", "sft")
-    assert (of_other.model, of_other.reference) == ("sft", "sft")
+    assert (other.model, other.reference) == ("sft", "sft")
 
 
-def test_dtype_of_the_checkpoint_is_kept(data, tmp_path):
-    model = save_model(tmp_path / "model", "gemma2", dtype=torch.bfloat16)
-    taken = take(model, data, tmp_path / "capture.pt")
+def test_dtype_of_the_checkpoint_is_kept(captures):
+    taken = Capture.load(captures["bf16"])
     assert taken.hidden.dtype == taken.weight.dtype == torch.bfloat16
     assert taken.ref_logps.dtype == torch.float32
 
 
-def test_docstrings_are_the_data_unless_given(llama, tmp_path, monkeypatch):
-    library = tmp_path / "library"
-    library.mkdir()
-    (library / "m.py").write_text('def f():\n    """a b c d e"""\n\n\ndef g():\n    """f g h i"""\n')
-    monkeypatch.setattr(capture, "docstring_pairs", lambda seed: docstring_pairs(seed, library))
+def test_docstrings_are_the_data_unless_given(models, tmp_path, monkeypatch):
+    (tmp_path / "m.py").write_text('def f():\n    """a b c d e"""\n\n\ndef g():\n    """f g h i"""\n')
+    monkeypatch.setattr(capture, "docstring_pairs", lambda seed: docstring_pairs(seed, tmp_path))
     path = tmp_path / "capture.pt"
-    capture.main([str(llama), "--out", str(path), "--device", "cpu"])
+    capture.main([str(models["llama"]), "--out", str(path), "--device", "cpu"])
     taken = Capture.load(path)
     assert taken.pairs == 2 and taken.data == "docstrings of Python's standard library"
 
@@ -194,116 +165,70 @@ class Shifted(LlamaForCausalLM):
         return out
 
 
-def test_a_model_that_transforms_its_logits_in_another_way_is_refused(llama, data, tmp_path, monkeypatch):
-    monkeypatch.setattr(capture, "AutoModelForCausalLM", Shifted)
-    with pytest.raises(
-        SystemExit, match=r"Shifted is not supported: it transforms its logits(.|\n)*Nothing was"
-    ):
-        take(llama, data, tmp_path / "capture.pt")
+def test_a_model_that_transforms_its_logits_in_another_way_is_refused(models, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart_parts, "AutoModelForCausalLM", Shifted)
+    with pytest.raises(SystemExit, match=r"Nothing was captured: Shifted is not supported: it transforms"):
+        take(models["llama"], data, tmp_path / "capture.pt")
     assert not (tmp_path / "capture.pt").exists()
 
 
-def test_a_reference_with_another_vocabulary_is_refused(llama, data, tmp_path):
-    tokenizer = quickstart.train_tokenizer([Pair("Quite", " other words", "", "", "")])
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHARP)).save_pretrained(tmp_path / "other")
+def test_a_reference_with_another_vocabulary_is_refused(models, data, tmp_path):
+    tokenizer = quickstart_parts.train_tokenizer([Pair("Quite", " other words", "", "", "")])
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(tmp_path / "other")
     tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(SystemExit, match="another vocabulary"):
-        take(llama, data, tmp_path / "capture.pt", "--reference", tmp_path / "other")
+        take(models["llama"], data, tmp_path / "capture.pt", "--reference", tmp_path / "other")
 
 
 @pytest.mark.parametrize(
-    ("lines", "options", "message"),
+    ("model", "line", "options", "message"),
     [
-        ('{"prompt": "a", "chosen": "b"}', [], "`rejected` missing"),
-        ('{"prompt": "a", "chosen": "b", "rejected": "c"}', ["--max-length", 2], "longer than 2 tokens"),
+        ("llama", '{"prompt": "a", "chosen": "b"}', [], "`rejected` is missing"),
+        ("llama", '{"prompt": "a", "chosen": "b", "rejected": "c"}', ["--max-length", 2], "'too_long': 1"),
+        ("no-such-model", '{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "no-such-model"),
     ],
 )
-def test_unusable_data_is_refused_by_name(lines, options, message, llama, tmp_path, capsys):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(lines)
-    with pytest.raises(SystemExit) as stop:
-        take(llama, path, tmp_path / "capture.pt", *options)
-    assert message in str(stop.value) + capsys.readouterr().out
-    assert "Nothing was captured" in str(stop.value)
-
-
-def test_a_missing_model_is_refused(data, tmp_path):
-    with pytest.raises(SystemExit, match="Nothing was captured"):
-        take(tmp_path / "no-such-model", data, tmp_path / "capture.pt")
+def test_unusable_data_or_model_is_refused_by_name(model, line, options, message, models, tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(line)
+    model = models.get(model, tmp_path / model)
+    with pytest.raises(SystemExit, match=f"Nothing was captured: (.|\n)*{message}"):
+        take(model, tmp_path / "pairs.jsonl", tmp_path / "capture.pt", *options)
 
 
 def benchmark(path: Path, tmp_path: Path, *options: object) -> tuple[int, dict]:
     report = tmp_path / "result.json"
-    arguments = [
-        "--capture",
-        path,
-        "--device",
-        "cpu",
-        "--threads",
-        1,
-        "--repeats",
-        1,
-        "--json",
-        report,
-        *options,
-    ]
-    status = throughput.main([str(argument) for argument in arguments])
+    arguments = ["--capture", path, "--device", "cpu", "--threads", 1, "--repeats", 1, "--json", report]
+    status = throughput.main([str(argument) for argument in [*arguments, *options]])
     return status, json.loads(report.read_text())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "phi"])
-def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, data, tmp_path, capsys):
-    path = tmp_path / "capture.pt"
-    taken = take(save_model(tmp_path / "model", kind), data, path)
+@pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi"])
+def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, tmp_path, capsys):
+    taken = Capture.load(captures[kind])
     options = ["--no-memory", "--only", "torch", "torch-exact", "eager", "--saturated", 0, 0.5]
-    status, result = benchmark(path, tmp_path, "--dtype", "fp32", "bf16", *options)
+    status, result = benchmark(captures[kind], tmp_path, "--dtype", "fp32", "bf16", *options)
     assert status == 0 and len(result["comparisons"]) == 4
     for comparison in result["comparisons"]:
         assert [row["status"] for row in comparison["rows"]] == ["ok"] * 3
         assert (comparison["tokens"], comparison["pairs"]) == (len(taken.labels), taken.pairs)
         assert comparison["shape"]["vocab"] == len(taken.weight)
-        assert comparison["input"]["kind"] == "captured" and comparison["input"]["model"] == "model"
-        assert str(tmp_path) not in json.dumps(comparison)
+        assert comparison["input"]["kind"] == "captured" and comparison["input"]["model"] == taken.model
+        assert str(captures[kind].parent) not in json.dumps(comparison)
     # In the model's own dtype the input is as sharp as the model was.
     assert result["comparisons"][0]["input"]["nll"] == pytest.approx(taken.sharpness["nll"], rel=1e-5)
-    assert "captured from model on pairs.jsonl, reference model" in capsys.readouterr().out
+    assert (
+        f"captured from {taken.model} on pairs.jsonl, reference {taken.reference}" in capsys.readouterr().out
+    )
 
 
-@pytest.mark.parametrize("name", ["torch", "eager", "trl"])
-def test_peers_agree_on_sequences_of_different_lengths(name, llama, data, tmp_path):
-    if name == "trl":
-        pytest.importorskip("trl", reason="the comparison needs TRL, which the extra `trl` installs")
-    path = tmp_path / "capture.pt"
-    taken = take(llama, data, path, "--reference", save_model(tmp_path / "sft", seed=1))
-    assert len(set(taken.cu_seqlens.diff().tolist())) > 3
-    source = CapturedInput(path, taken.shape, len(taken.labels), taken.pairs, torch.float32, "cpu")
-    batch, _ = source.batch()
-    batch.requires_grad_(frozen_head=False)
-    sample = choose_sample(batch, seed=0)
-    truth, plain = (sampled_step(batch, sample, dtype) for dtype in (torch.float64, torch.float32))
-    # The reference is another model: no pair is at u = 0.
-    assert (truth.losses - torch.log(torch.tensor(2.0))).abs().min() > 1e-4
-    loss = all_peers()[name].load("cpu")(batch).loss
-    gradients = list(torch.autograd.grad(loss, batch.differentiated()))
-    found = errors_of(loss.detach(), gradients, sample, truth)
-    assert found.exceeded(error_bound(plain_errors(truth, plain), torch.float32)) == []
-
-
-def test_memory_of_a_capture_is_measured_without_the_file(llama, data, tmp_path):
-    path = tmp_path / "capture.pt"
-    take(llama, data, path)
-    status, result = benchmark(path, tmp_path, "--dtype", "fp32", "--only", "torch")
-    (row,) = result["comparisons"][0]["rows"]
+def test_memory_of_the_first_pairs_that_fit_is_measured_without_the_file(captures, tmp_path):
+    taken = Capture.load(captures["llama"])
+    options = ["--dtype", "fp32", "--only", "torch", "--tokens", 50]
+    status, result = benchmark(captures["llama"], tmp_path, *options)
+    (comparison,) = result["comparisons"]
+    (row,) = comparison["rows"]
     assert status == 0 and row["note"] == "" and 0 <= row["extra_bytes"] < 2**28
-
-
-def test_fewer_tokens_take_the_first_pairs_that_fit(llama, data, tmp_path):
-    path = tmp_path / "capture.pt"
-    taken = take(llama, data, path)
-    options = ["--dtype", "fp32", "--no-memory", "--only", "torch", "--tokens", 50]
-    status, result = benchmark(path, tmp_path, *options)
-    comparison = result["comparisons"][0]
-    assert status == 0 and 0 < comparison["pairs"] < taken.pairs and comparison["tokens"] <= 50
+    assert 0 < comparison["pairs"] < taken.pairs and comparison["tokens"] <= 50
     assert len(taken.first(comparison["pairs"]).labels) == comparison["tokens"]
     assert len(taken.first(comparison["pairs"] + 1).labels) > 50
 
@@ -317,11 +242,9 @@ def test_fewer_tokens_take_the_first_pairs_that_fit(llama, data, tmp_path):
         (["--tokens", "1"], "the first pair of"),
     ],
 )
-def test_options_that_a_capture_decides_are_refused(options, message, llama, data, tmp_path, capsys):
-    path = tmp_path / "capture.pt"
-    take(llama, data, path)
+def test_options_that_a_capture_decides_are_refused(options, message, captures, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark(path, tmp_path, *options)
+        benchmark(captures["llama"], tmp_path, *options)
     assert message in capsys.readouterr().err
 
 

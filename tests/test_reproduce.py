@@ -35,19 +35,8 @@ FIGURES = [
 def result(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("reproduce")
     data = write_jsonl(out / "pairs.jsonl", RECORDS)
-    arguments = [
-        "--data",
-        str(data),
-        "--seeds",
-        "2",
-        "--steps",
-        "12",
-        "--sft-steps",
-        "20",
-        "--batch-size",
-        "8",
-    ]
-    reproduce.main([*arguments, "--out", str(out)])
+    options = ["--seeds", "2", "--steps", "10", "--batch-size", "8"]
+    reproduce.main(["--data", str(data), "--out", str(out), *options])
     return out
 
 
@@ -59,12 +48,12 @@ def test_it_writes_every_figure_and_a_record_of_all_runs(result):
         (method, seed) for method in reproduce.methods(0.5, 0.05) for seed in (0, 1)
     }
     for run in record["runs"]:
-        assert len(run["contribution"]) == 12
+        assert len(run["contribution"]) == 10
         assert all(0 <= share <= 1 for share in run["contribution"][1:])
         assert 0 <= run["own_accuracy"] <= 1
         assert run["chosen_kl"] > 0  # it was trained
         assert run["rejected_kl"] > 0
-        assert run["R"]["late"] == pytest.approx(sum(run["contribution"][10:]) / 2, abs=1e-4)
+        assert run["R"]["late"] == pytest.approx(sum(run["contribution"][8:]) / 2, abs=1e-4)
         # The gradient of the hidden states stands for that of the parameters.
         assert abs(run["final_contribution"] - run["final_exact_contribution"]) <= 0.2
     # Policy and reference are equal before training: DPO's rewards are level.
