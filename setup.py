@@ -15,7 +15,7 @@ assert version
 trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("trl>=1.16,<2", "peft>=0.18"))]
 # Other fused heads; both need triton. QuACK's, for Hopper GPUs alone, is not installed with them.
 peers = [f'{name}; platform_system == "Linux"' for name in ("liger-kernel>=0.8.5", "cut-cross-entropy>=25.1")]
-bench = [*trl, *peers, "matplotlib>=3.9", "pandas>=2.2", "psutil>=6", "rich>=13", "tqdm>=4.66"]
+bench = [*trl, *peers, "matplotlib>=3.9", "pandas>=2.2", "psutil>=6", "tqdm>=4.66"]
 deepspeed = "deepspeed>=0.17"
 tools = [
     "hypothesis>=6.100",

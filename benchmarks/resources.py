@@ -15,13 +15,12 @@ import functools
 import json
 import re
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -155,12 +154,8 @@ def instruction_mix(code: list[str]) -> tuple[int, int, int, int]:
 
 
 def print_table(arch: str, kernels: list[Compiled]) -> None:
-    columns = list(Compiled.__dataclass_fields__)
-    table = Table(*columns, title=f"{arch}, triton {triton.__version__}", title_justify="left")
-    for kernel in kernels:
-        row = asdict(replace(kernel, occupancy=round(kernel.occupancy, 3)))
-        table.add_row(*(str(row[column]) for column in columns))
-    Console(width=170).print(table)
+    table = pd.DataFrame(map(asdict, kernels)).round({"occupancy": 3})
+    print(f"{arch}, triton {triton.__version__}", table.to_string(index=False), sep="\n", end="\n\n")
 
 
 if __name__ == "__main__":
