@@ -99,7 +99,7 @@ def frame(comparison: Json) -> pd.DataFrame:
             "slowest": row["both_ms"]["max"],
             "kept": row.get("kept_share"),
             "extra": row["extra_bytes"] / MIB if "extra_bytes" in row else None,
-            "limit": "≤ " if row.get("extra_bytes_is_upper_limit") else "",
+            "memory": memory_of(row),
             "dhidden": row["errors"]["dhidden"],
             "dweight": row["errors"].get("dweight"),
         }
@@ -109,6 +109,11 @@ def frame(comparison: Json) -> pd.DataFrame:
     found = pd.DataFrame.from_dict(lines, orient="index")
     ours = next((name for name in OURS if name in lines), None)
     return found.assign(ratio=found["both"] / lines[ours]["both"] if ours else None) if lines else found
+
+
+def memory_of(row: Json) -> str | None:
+    limit = "≤ " if row.get("extra_bytes_is_upper_limit") else ""
+    return f"{limit}{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else None
 
 
 def kind_of(comparison: Json) -> str:
@@ -145,7 +150,7 @@ def terminal(comparison: Json) -> str:
         )
         shown["x focalkern"] = found["ratio"].map("{:.2f}".format, na_action="ignore")
         shown["kept"] = found["kept"].map(percent)
-        shown["extra MiB"] = found["limit"] + found["extra"].map("{:,.0f}".format, na_action="ignore")
+        shown["extra MiB"] = found["memory"]
         shown["error"] = found["dhidden"].map(scientific)
         table = [shown.set_axis(found["peer"], axis=0).rename_axis(None).fillna("").to_string()]
     reasons: dict[str, list[str]] = {}
@@ -279,7 +284,7 @@ BY_INPUT = {
         "focalkern": "{ours both}",
         "TRL's head": "{trl ratio}",
         "compiled PyTorch": "{compile ratio}",
-        "extra memory": "{ours extra} : {trl extra}",
+        "extra memory": "{ours memory} : {trl memory}",
     },
     "errors": {
         "entries, dtype": "{entries}",
@@ -388,12 +393,11 @@ def cells(found: pd.DataFrame, column: str) -> pd.Series:
     formats: dict[str, Callable[[Any], str]] = {
         "ratio": lambda value: f"{number(value)}×",
         "kept": percent,
-        "extra": lambda value: f"{value:,.0f} MiB",
+        "memory": "{} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
     }
-    text = found[column].map(formats.get(column, duration), na_action="ignore")
-    return found["limit"] + text if column == "extra" else text
+    return found[column].map(formats.get(column, duration), na_action="ignore")
 
 
 def duration(ms: float) -> str:
@@ -452,7 +456,7 @@ def peers_tables(results: Results) -> str:
             "method": found["peer"],
             "forward": cells(found, "forward"),
             "both (range)": found.apply(with_range, axis=1),
-            "extra memory": cells(found, "extra"),
+            "extra memory": cells(found, "memory"),
             "error of dhidden": cells(found, "dhidden"),
             "over focalkern": cells(found, "ratio"),
         }
