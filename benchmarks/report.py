@@ -145,9 +145,7 @@ def terminal(comparison: Json) -> str:
     ]
     found, table = frame(comparison), []
     if len(found):
-        shown = pd.DataFrame(
-            {"forward ms": found["forward"].map(number), "both ms": found["both"].map(number)}
-        )
+        shown = pd.DataFrame({"fwd ms": found["forward"].map(number), "both ms": found["both"].map(number)})
         shown["x focalkern"] = found["ratio"].map("{:.2f}".format, na_action="ignore")
         shown["kept"] = found["kept"].map(percent)
         shown["extra MiB"] = found["memory"]

@@ -10,7 +10,7 @@
 
 Each peer's loss and gradients are compared with float64 first; a wrong peer is not timed.
 
-    forward, both   medians of runs that alternate between the peers. Compilation and tuning come before
+    fwd, both       medians of runs that alternate between the peers. Compilation and tuning come before
     x focalkern     the peer's time of both over that of focalkern: below 1, the peer is faster
     kept            share of the (token, vocabulary block) pairs that the certified backward computed
     extra MiB       peak memory beyond inputs and gradients; on a CPU in a process of its own, ≤ where only

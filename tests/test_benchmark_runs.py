@@ -77,7 +77,7 @@ def test_script_measures_time_memory_and_error_of_each_peer_within_80_columns(tm
             assert 0 <= row["extra_bytes"] < 2**28
         assert 0 < ours["kept_share"] <= 1 and "kept_share" not in exact
     words = done.stdout.split()
-    assert {"focalkern", "forward", "error"} <= set(words) and "needs a CUDA device" in " ".join(words)
+    assert {"focalkern", "fwd", "error"} <= set(words) and "needs a CUDA device" in " ".join(words)
 
 
 def test_quick_runs_every_peer_that_needs_no_compiler(tmp_path, capsys):
