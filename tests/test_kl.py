@@ -346,7 +346,7 @@ def test_packed_gives_the_same_as_padded(shift, backend):
     lengths = torch.tensor([4, 1, 0, 6], device=DEVICE)
     models = kl_problem(4, 6)
     real = torch.arange(6, device=DEVICE) < lengths[:, None]
-    models.labels[~real] = -100
+    models.labels = torch.where(real, 5, -100)
     cu_seqlens = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     packed = replace(models, hidden=models.hidden[real], labels=models.labels[real])
     packed.ref = replace(models.ref, hidden=models.ref.hidden[real])
