@@ -187,7 +187,7 @@ def test_logps_entropy_and_their_gradients_are_as_accurate_as_plain_pytorch(prob
     check_logps(problem, backend, with_entropy)
 
 
-@pytest.mark.parametrize(("modulation", "dtype"), zip(MODULATIONS, (DTYPES * 2)[:3], strict=True), ids=str)
+@pytest.mark.parametrize(("modulation", "dtype"), [*zip(MODULATIONS, (DTYPES * 2)[:3], strict=True)], ids=str)
 def test_loss_over_several_tiles_and_chunks(modulation, dtype, backend):
     """More rows and vocabulary than one tile or chunk of either backend holds, at the sharpness of a trained
     LM."""
