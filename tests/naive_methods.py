@@ -220,11 +220,3 @@ def wpo(method):
         return (weight_w * weight_l).detach() * method(x, **tensors)
 
     return naive
-
-
-def token_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:  # [S, T] twice
-    """Of an LM head: log p_t(y_t) and log Σ_v p_tv², 0 where the label is -100."""
-    p = torch.softmax(hidden @ weight.T, dim=-1)
-    keep = labels != -100
-    logps = torch.log(p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1))
-    return torch.where(keep, logps, 0), torch.where(keep, torch.log((p**2).sum(-1)), 0)

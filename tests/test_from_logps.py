@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import DEVICE
-from test_loss import Batch
+from problems import batch
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, LowRankUpdate, linear_logps, methods
 
-LAYOUTS = ("padded", "packed")
 LOSSES = {
     "FocalPO": lambda: FusedFocalPOLoss(gamma=0.5, margin=0.3),
     "SimPO": lambda: FusedFocalPOLoss.simpo(),
@@ -20,54 +19,45 @@ LOSSES = {
 }
 
 
-def inputs(batch: Batch, layout: str) -> dict[str, torch.Tensor]:
-    if layout == "padded":
-        return {"hidden": batch.hidden, "labels": batch.labels}
-    hidden, labels, cu_seqlens = batch.packed()
-    return {"hidden": hidden, "labels": labels, "cu_seqlens": cu_seqlens}
-
-
-@pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shift"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "shift"), [("padded", False), ("padded", True), ("packed", True)])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_it_is_the_loss_on_the_head(loss, layout, shift, backend):
-    batch = Batch(lengths=(4, 3, 5, 3, 5, 4))
-    found = []
+    pairs, found = batch((4, 3, 5, 3, 5, 4)), []
     for from_logps in (False, True):
-        loss_fn = LOSSES[loss]()
-        given = inputs(batch, layout) | {"shift": shift}
-        hidden = given.pop("hidden").clone().requires_grad_()
-        weight = batch.weight.clone().requires_grad_()
+        loss_fn, leaves = LOSSES[loss](), pairs.leaves()
+        inputs = pairs.in_layout(layout, leaves) | {"shift": shift}
         if from_logps:
-            outputs = getattr(loss_fn, "outputs", ())
-            tokens = linear_logps(hidden, weight, **given, outputs=outputs, backend=backend)
-            out = loss_fn.from_logps(tokens, **given, **batch.refs)
+            tokens = linear_logps(**inputs, outputs=getattr(loss_fn, "outputs", ()), backend=backend)
+            given = {name: x for name, x in inputs.items() if name not in leaves}
+            out = loss_fn.from_logps(tokens, **given, **pairs.refs)
         else:
-            out = loss_fn(hidden, weight, **given, **batch.refs)
+            loss_fn.backend = backend
+            out = pairs.loss(loss_fn, inputs)
         out.loss.backward()
-        found.append([out.losses, out.chosen_rewards, out.prob, out.lengths, hidden.grad, weight.grad])
+        gradients = (x.grad for x in leaves.values())
+        found.append([out.losses, out.chosen_rewards, out.prob, out.lengths, *gradients])
     for direct, by_logps in zip(*found, strict=True):
         torch.testing.assert_close(by_logps, direct, rtol=1e-5, atol=1e-6)
     assert found[0][-1].any()
 
 
 def test_several_losses_share_one_head(backend):
-    batch = Batch()
+    pairs = batch()
     focal, sft = FusedFocalPOLoss(), FusedPairLoss(methods.sft)
-    leaves = [batch.leaves() for _ in range(2)]
-    tokens = linear_logps(**leaves[0], labels=batch.labels, backend=backend)
-    loss = focal.from_logps(tokens, batch.labels, **batch.refs).loss
-    (loss + 0.3 * sft.from_logps(tokens, batch.labels).loss).backward()
-    apart = focal(**leaves[1], labels=batch.labels, **batch.refs).loss
-    (apart + 0.3 * sft(**leaves[1], labels=batch.labels).loss).backward()
+    leaves = [pairs.leaves() for _ in range(2)]
+    tokens = linear_logps(**leaves[0], labels=pairs.labels, backend=backend)
+    loss = focal.from_logps(tokens, pairs.labels, **pairs.refs).loss
+    (loss + 0.3 * sft.from_logps(tokens, pairs.labels).loss).backward()
+    apart = focal(**leaves[1], labels=pairs.labels, **pairs.refs).loss
+    (apart + 0.3 * sft(**leaves[1], labels=pairs.labels).loss).backward()
     for shared, own in zip(leaves[0].values(), leaves[1].values(), strict=True):
         torch.testing.assert_close(shared.grad, own.grad, rtol=1e-5, atol=1e-7)
 
 
 def test_what_the_backward_left_out_is_told_by_either_output():
-    batch = Batch(dtype=torch.float32)
-    tokens = linear_logps(batch.hidden.clone().requires_grad_(), batch.weight, batch.labels, tau=1e-3)
-    out = FusedFocalPOLoss().from_logps(tokens, batch.labels, **batch.refs)
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden.clone().requires_grad_(), pairs.weight, pairs.labels, tau=1e-3)
+    out = FusedFocalPOLoss().from_logps(tokens, pairs.labels, **pairs.refs)
     out.loss.backward()
     assert out.kept_share is tokens.kept_share
     assert out.kept_share.isfinite()
@@ -79,33 +69,34 @@ def test_what_the_backward_left_out_is_told_by_either_output():
 )
 def test_the_losses_take_a_low_rank_update(make, backend):
     """As a head with the update merged into its weight; `reference_logps` too."""
-    batch = Batch()
-    a, b = torch.randn(3, 16).to(batch.hidden) / 4, torch.randn(150, 3).to(batch.hidden)
-    update = LowRankUpdate.lora(batch.hidden, a, b, scaling=0.5)
-    merged = batch.weight + 0.5 * b @ a
+    pairs = batch()
+    a, b = torch.randn(3, 16).to(pairs.hidden) / 4, torch.randn(150, 3).to(pairs.hidden)
+    update = LowRankUpdate.lora(pairs.hidden, a, b, scaling=0.5)
+    merged = pairs.weight + 0.5 * b @ a
     loss_fn = make()
     loss_fn.backend = backend
-    out = loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs, update=update)
-    expected = loss_fn(batch.hidden, merged, batch.labels, **batch.refs)
+    out = loss_fn(pairs.hidden, pairs.weight, pairs.labels, **pairs.refs, update=update)
+    expected = loss_fn(pairs.hidden, merged, pairs.labels, **pairs.refs)
     torch.testing.assert_close(out.losses, expected.losses, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(
-        out.losses, loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs).losses
+        out.losses, loss_fn(pairs.hidden, pairs.weight, pairs.labels, **pairs.refs).losses
     )
-    refs = loss_fn.reference_logps(batch.hidden, batch.weight, batch.labels, update=update)
+    refs = loss_fn.reference_logps(pairs.hidden, pairs.weight, pairs.labels, update=update)
     torch.testing.assert_close(torch.cat(refs), torch.cat([out.chosen_logps, out.rejected_logps]))
 
 
 def test_packed_linear_logps_keep_sequences_apart(backend):
     """Each as if it were alone; the last position of each, and an empty sequence, give nothing."""
-    batch = Batch()
-    hidden, labels, _ = batch.packed()
+    pairs = batch()
+    packed = pairs.in_layout("packed")
+    hidden, labels = packed["hidden"], packed["labels"]
     cu_seqlens = torch.tensor([0, 4, 4, 9, len(labels)], device=DEVICE)
     found = linear_logps(
-        hidden, batch.weight, labels, shift=True, cu_seqlens=cu_seqlens, backend=backend
+        hidden, pairs.weight, labels, shift=True, cu_seqlens=cu_seqlens, backend=backend
     ).logps
     expected = torch.zeros_like(found)
     for start, end in ((0, 4), (4, 9), (9, len(labels))):
-        alone = linear_logps(hidden[start:end], batch.weight, labels[start:end], shift=True, backend=backend)
+        alone = linear_logps(hidden[start:end], pairs.weight, labels[start:end], shift=True, backend=backend)
         expected[start : end - 1] = alone.logps
     torch.testing.assert_close(found, expected)
     assert (found[[3, 8, -1]] == 0).all()
@@ -127,15 +118,15 @@ def test_packed_linear_logps_keep_sequences_apart(backend):
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, exception, message):
-    batch = Batch()
-    tokens = linear_logps(batch.hidden, batch.weight, batch.labels)
-    given = {"token_logps": tokens, "labels": batch.labels, **batch.refs, **arguments}
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
+    given = {"token_logps": tokens, "labels": pairs.labels, **pairs.refs, **arguments}
     with pytest.raises(exception, match=message):
         FusedFocalPOLoss().from_logps(**given)
 
 
 def test_an_output_that_the_head_was_not_asked_for_is_named():
-    batch = Batch()
-    tokens = linear_logps(batch.hidden, batch.weight, batch.labels)
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
     with pytest.raises(ValueError, match=r"token_logps must have 'entropy': linear_logps\(..., outputs="):
-        FusedPairLoss(methods.dpo, outputs=("entropy",)).from_logps(tokens, batch.labels, **batch.refs)
+        FusedPairLoss(methods.dpo, outputs=("entropy",)).from_logps(tokens, pairs.labels, **pairs.refs)

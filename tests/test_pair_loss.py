@@ -16,22 +16,13 @@ import torch
 from conftest import DEVICE, LOW_PRECISION
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_loss import Batch
+from problems import EPS, Leaves, assert_equal, batch
 from tolerance import assert_as_accurate
 
-from focalkern import Certificate, FusedFocalPOLoss, FusedPairLoss, check_pair_loss, methods, reference
+from focalkern import Certificate, FusedFocalPOLoss, FusedPairLoss, check_pair_loss, methods
 from focalkern.pairs.pair_loss import Pairs
 
-EPS = torch.finfo(torch.float32).eps
 VALUES = ("losses", "chosen_logps", "rejected_logps", "chosen_rewards", "rejected_rewards", "prob")
-
-
-def step(loss_fn: FusedPairLoss, batch: Batch, **arguments):
-    """Output and gradients of hidden and weight after `loss.backward()`."""
-    leaves = batch.leaves()
-    out = loss_fn(labels=batch.labels, **leaves, **{**batch.refs, **arguments})
-    out.loss.sum().backward()
-    return out, [x.grad for x in leaves.values()]
 
 
 def assert_same(actual, expected, size: float = 40.0) -> None:
@@ -59,26 +50,20 @@ class RunningBCO(torch.nn.Module):
         return -torch.nn.functional.logsigmoid(good) - torch.nn.functional.logsigmoid(-bad)
 
 
+def assert_all_same(actual: Leaves, expected: Leaves) -> None:
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert_same(actual[name], expected[name])
+
+
 # Beside FusedFocalPOLoss
-
-
-@pytest.mark.parametrize("beta", [0.1, 0.5])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_of_dpo_it_is_the_other_class_s_dpo(reduction, beta, backend):
-    batch = Batch(has_bias=True)
-    options = {"beta": beta, "reduction": reduction, "backend": backend}
-    actual, actual_gradients = step(FusedPairLoss(methods.dpo, **options), batch)
-    expected, expected_gradients = step(FusedFocalPOLoss.dpo(**options), batch)
-    for name in (*VALUES, "loss", "kept_share", "dropped_mass"):
-        assert_same(getattr(actual, name), getattr(expected, name))
-    for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
-        assert_same(gradient, other)
-    assert actual.lengths.tolist() == expected.lengths.tolist()
 
 
 @pytest.mark.parametrize(
     "options",
     [
+        {"reduction": "mean", "beta": 0.1},
+        {"reduction": "sum", "beta": 0.5},
         {"temperature": 0.7},
         {"softcap": 4.0},
         {"logit_scale": 0.5},
@@ -87,56 +72,50 @@ def test_of_dpo_it_is_the_other_class_s_dpo(reduction, beta, backend):
     ],
     ids=str,
 )
-def test_head_options_do_what_they_do_in_the_other_class(options, backend):
-    batch = Batch(has_bias=True)
+def test_of_dpo_it_is_the_other_class_s_dpo(options, backend):
+    pairs = batch(has_bias=True)
     if "ignore_index" in options:
-        batch.labels[batch.labels == -100] = options["ignore_index"]
-    actual, actual_gradients = step(FusedPairLoss(methods.dpo, backend=backend, **options), batch)
-    expected, expected_gradients = step(FusedFocalPOLoss.dpo(backend=backend, **options), batch)
-    assert_same(actual.losses, expected.losses)
-    for gradient, other in zip(actual_gradients, expected_gradients, strict=True):
-        assert_same(gradient, other)
+        pairs.labels[~pairs.keep] = options["ignore_index"]
+    actual, gradients = pairs.step(FusedPairLoss(methods.dpo, backend=backend, **options))
+    expected, expected_gradients = pairs.step(FusedFocalPOLoss.dpo(backend=backend, **options))
+    for name in (*VALUES, "loss", *([] if "backward" in options else ["kept_share", "dropped_mass"])):
+        assert_same(getattr(actual, name), getattr(expected, name))
+    assert_all_same(gradients, expected_gradients)
+    assert actual.lengths.tolist() == expected.lengths.tolist()
 
 
 # Layouts
 
 
-def run_layout(batch: Batch, loss_fn: FusedPairLoss, layout: str, shift: bool):
-    """loss, values, and dhidden of the real tokens with dweight."""
-    hidden, labels, cu_seqlens = batch.packed()
-    real = torch.arange(batch.labels.shape[1], device=DEVICE)
-    real = real < torch.tensor(batch.lengths, device=DEVICE)[:, None]
-    is_packed = layout == "packed"
-    leaves = [
-        x.detach().clone().requires_grad_() for x in (hidden if is_packed else batch.hidden, batch.weight)
-    ]
-    extra = {"cu_seqlens": cu_seqlens} if is_packed else {}
-    out = loss_fn(*leaves, labels if is_packed else batch.labels, shift=shift, **extra, **batch.refs)
-    out.loss.backward()
-    return out, [leaves[0].grad if is_packed else leaves[0].grad[real], leaves[1].grad]
-
-
-@pytest.mark.parametrize("ld_alpha", [None, 0.3])
-@pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shifted"])
-@pytest.mark.parametrize("lengths", [(4, 2, 5, 1, 5, 3), (4, 0, 5, 1, 5, 3), (0, 0, 5, 0, 0, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "shift", "ld_alpha"),
+    [
+        ((4, 2, 5, 1, 5, 3), False, 0.3),
+        ((4, 2, 5, 1, 5, 3), True, None),
+        ((4, 0, 5, 1, 5, 3), False, None),
+        ((4, 0, 5, 1, 5, 3), True, 0.3),
+        ((0, 0, 5, 0, 0, 4), True, 0.3),
+        ((0, 0, 5, 0, 0, 4), False, None),
+    ],
+    ids=str,
+)
 def test_packed_gives_the_same_as_padded(lengths, shift, ld_alpha, backend):
-    batch = Batch(lengths=lengths)
+    pairs = batch(lengths)
     mixed = methods.weighted_sum((methods.ipo, 1.0), (methods.sft, 0.5))
     loss_fn = FusedPairLoss(mixed, beta=0.5, ld_alpha=ld_alpha, backend=backend)
-    padded, padded_gradients = run_layout(batch, loss_fn, "padded", shift)
-    packed, packed_gradients = run_layout(batch, loss_fn, "packed", shift)
+    padded, expected = pairs.step(loss_fn, shift=shift)
+    packed, gradients = pairs.step(loss_fn, layout="packed", shift=shift)
     for name in (*VALUES, "chosen_weight", "rejected_weight"):
         assert_same(getattr(packed, name), getattr(padded, name))
     assert packed.lengths.tolist() == padded.lengths.tolist()
-    for actual, expected in zip(packed_gradients, padded_gradients, strict=True):
-        assert_same(actual, expected)
+    assert_all_same(gradients, expected)
 
 
 def test_shift_equals_slicing(backend):
-    batch = Batch(lengths=(4, 3, 5, 4))
+    pairs = batch((4, 3, 5, 4))
     loss_fn = FusedPairLoss(methods.orpo, ld_alpha=0.5, backend=backend)
-    shifted = loss_fn(batch.hidden, batch.weight, batch.labels, shift=True)
-    sliced = loss_fn(batch.hidden[:, :-1], batch.weight, batch.labels[:, 1:])
+    shifted = pairs.loss(loss_fn, shift=True)
+    sliced = pairs.loss(loss_fn, hidden=pairs.hidden[:, :-1], labels=pairs.labels[:, 1:])
     for name in VALUES:
         assert torch.equal(getattr(shifted, name), getattr(sliced, name))
 
@@ -144,9 +123,9 @@ def test_shift_equals_slicing(backend):
 @pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shifted"])
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 def test_per_token_fields_have_the_shape_of_the_shifted_labels(layout, shift, backend):
-    batch = Batch()
-    out, _ = run_layout(batch, FusedPairLoss(methods.dpo, backend=backend), layout, shift)
-    assert out.dropped_mass.shape == ((6, 5 - shift) if layout == "padded" else (sum(batch.lengths),))
+    pairs = batch()
+    out, _ = pairs.step(FusedPairLoss(methods.dpo, backend=backend), layout=layout, shift=shift)
+    assert out.dropped_mass.shape == ((6, 5 - shift) if layout == "padded" else (sum(pairs.lengths),))
     assert out.logps_gradient.shape == (6,)
 
 
@@ -165,30 +144,22 @@ def ld_sums(logps: torch.Tensor, labels: torch.Tensor, ld_alpha: float) -> torch
 @pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("ld_alpha", [None, 0.0, 0.3, 1.0])
 def test_reference_logps_are_the_sums_of_the_reference_module(ld_alpha, layout, backend):
-    batch = Batch(has_bias=True)
-    logps = reference.linear_logps(
-        batch.hidden.double(), batch.weight.double(), batch.labels, batch.bias.double()
-    )
-    expected = ld_sums(logps["logps"], batch.labels, 1.0 if ld_alpha is None else ld_alpha)
+    pairs = batch(has_bias=True)
+    logps = pairs.plain(pairs.leaves(torch.float64)).logps.detach()
+    expected = ld_sums(logps, pairs.labels, 1.0 if ld_alpha is None else ld_alpha)
     loss_fn = FusedPairLoss(methods.dpo, ld_alpha=ld_alpha, backend=backend)
-    if layout == "padded":
-        found = loss_fn.reference_logps(batch.hidden, batch.weight, batch.labels, batch.bias)
-    else:
-        hidden, labels, cu_seqlens = batch.packed()
-        found = loss_fn.reference_logps(
-            hidden.requires_grad_(), batch.weight, labels, batch.bias, cu_seqlens=cu_seqlens
-        )
-    assert [x.shape for x in found] == [(batch.pairs,)] * 2
+    found = loss_fn.reference_logps(**pairs.in_layout(layout, pairs.leaves()))
+    assert [x.shape for x in found] == [(pairs.pairs,)] * 2
     assert not any(x.requires_grad for x in found)
     assert_same(torch.cat(found), expected.float())
 
 
 @pytest.mark.parametrize("ld_alpha", [None, 0.3])
 def test_a_policy_that_is_its_own_reference_has_log_ratios_of_zero(ld_alpha, backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.dpo, ld_alpha=ld_alpha, backend=backend)
-    refs = loss_fn.reference_logps(batch.hidden, batch.weight, batch.labels)
-    out = loss_fn(batch.hidden, batch.weight, batch.labels, None, *refs)
+    refs = loss_fn.reference_logps(pairs.hidden, pairs.weight, pairs.labels)
+    out = loss_fn(pairs.hidden, pairs.weight, pairs.labels, None, *refs)
     assert not out.chosen_rewards.any()
     torch.testing.assert_close(out.losses, torch.full_like(out.losses, math.log(2)))
     assert (out.prob == 0.5).all()
@@ -199,19 +170,19 @@ def test_a_policy_that_is_its_own_reference_has_log_ratios_of_zero(ld_alpha, bac
 def test_ld_alpha_weighs_the_tail_in_value_and_gradient(ld_alpha, seed):
     generator = torch.Generator().manual_seed(seed)
     lengths = (*torch.randint(0, 7, (5,), generator=generator).tolist(), 4)
-    batch = Batch(lengths=lengths, dtype=torch.float64, vocab_size=20)
+    pairs = batch(lengths, dtype=torch.float64, vocab_size=20)
     loss_fn = FusedPairLoss(methods.ipo, beta=0.5, ld_alpha=ld_alpha, backend="torch")
-    out, gradients = step(loss_fn, batch)
+    out, gradients = pairs.step(loss_fn)
 
-    leaves = batch.leaves()
-    logps = ld_sums(reference.linear_logps(labels=batch.labels, **leaves)["logps"], batch.labels, ld_alpha)
-    counts = (batch.labels != -100).sum(-1)
-    scores = (logps - torch.cat(list(batch.refs.values()))) / counts.clamp(min=1)
+    leaves = pairs.leaves()
+    logps = ld_sums(pairs.plain(leaves).logps, pairs.labels, ld_alpha)
+    counts = (pairs.labels != -100).sum(-1)
+    scores = (logps - torch.cat(list(pairs.refs.values()))) / counts.clamp(min=1)
     chosen, rejected = scores.chunk(2)
     loss = ((chosen - rejected - 1 / (2 * 0.5)) ** 2).mean()
     torch.testing.assert_close(out.loss, loss, rtol=1e-6, atol=1e-9)
     expected = torch.autograd.grad(loss, list(leaves.values()))
-    for actual, other in zip(gradients, expected, strict=True):
+    for actual, other in zip(gradients.values(), expected, strict=True):
         torch.testing.assert_close(actual, other, rtol=1e-6, atol=1e-7 * other.abs().max().item())
 
 
@@ -221,17 +192,16 @@ def test_ld_alpha_weighs_the_tail_in_value_and_gradient(ld_alpha, seed):
     ids=["ld_alpha 1", "equal lengths"],
 )
 def test_ld_alpha_without_a_tail_or_a_weight_of_it_is_plain(lengths, ld_alpha, backend):
-    batch = Batch(lengths=lengths)
-    plain, plain_gradients = step(FusedPairLoss(methods.dpo, backend=backend), batch)
-    weighted, gradients = step(FusedPairLoss(methods.dpo, ld_alpha=ld_alpha, backend=backend), batch)
+    pairs = batch(lengths)
+    plain, plain_gradients = pairs.step(FusedPairLoss(methods.dpo, backend=backend))
+    weighted, gradients = pairs.step(FusedPairLoss(methods.dpo, ld_alpha=ld_alpha, backend=backend))
     for name in (*VALUES, "chosen_weight", "rejected_weight"):
         assert torch.equal(getattr(plain, name), getattr(weighted, name))
-    for actual, expected in zip(gradients, plain_gradients, strict=True):
-        assert torch.equal(actual, expected)
+    assert_equal(gradients, plain_gradients)
 
 
 def test_under_ld_alpha_the_plain_sums_are_those_of_linear_logps(backend):
-    batch = Batch()
+    pairs = batch()
     seen = {}
 
     def watching(pairs: Pairs) -> torch.Tensor:
@@ -239,9 +209,9 @@ def test_under_ld_alpha_the_plain_sums_are_those_of_linear_logps(backend):
         return methods.dpo(pairs)
 
     loss_fn = FusedPairLoss(watching, ld_alpha=0.25, backend=backend)
-    loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+    pairs.loss(loss_fn)
     plain = FusedPairLoss(methods.dpo, backend=backend).reference_logps(
-        batch.hidden, batch.weight, batch.labels
+        pairs.hidden, pairs.weight, pairs.labels
     )
     assert torch.equal(seen["plain"], torch.cat(plain))
     assert not torch.equal(seen["weighted"], plain[0])
@@ -260,26 +230,23 @@ REDUCED = {
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize(("function", "shape"), REDUCED.values(), ids=REDUCED)
 def test_the_reduction_is_over_what_the_function_returns(function, shape, reduction, backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(function, beta=0.5, reduction=reduction, backend=backend)
-    out, gradients = step(loss_fn, batch)
+    out, gradients = pairs.step(loss_fn)
     assert out.losses.shape == shape
     assert torch.equal(out.loss, out.losses if reduction == "none" else getattr(out.losses, reduction)())
     assert out.loss.requires_grad
     assert out.losses.requires_grad == (reduction == "none")
 
-    _, of_sum = step(FusedPairLoss(function, beta=0.5, reduction="sum", backend=backend), batch)
+    _, of_sum = pairs.step(FusedPairLoss(function, beta=0.5, reduction="sum", backend=backend))
     count = math.prod(shape) if reduction == "mean" else 1
-    for actual, expected in zip(gradients, of_sum, strict=True):
-        assert_same(count * actual, expected)
+    assert_all_same({name: count * x for name, x in gradients.items()}, of_sum)
 
 
 def test_without_reduction_each_loss_has_its_own_upstream_factor(backend):
-    batch = Batch()
-    leaves = batch.leaves()
-    out = FusedPairLoss(methods.dpo, reduction="none", backend=backend)(
-        labels=batch.labels, **leaves, **batch.refs
-    )
+    pairs = batch()
+    leaves = pairs.leaves()
+    out = pairs.loss(FusedPairLoss(methods.dpo, reduction="none", backend=backend), leaves)
     out.loss[1].backward()
     touched = leaves["hidden"].grad.flatten(1).any(1)
     assert touched.tolist() == [False, True, False] * 2
@@ -290,18 +257,16 @@ def test_without_reduction_each_loss_has_its_own_upstream_factor(backend):
 
 
 def test_the_weights_are_filled_by_backward_and_are_autograd_s(backend):
-    batch = Batch()
-    leaves = batch.leaves()
-    out = FusedPairLoss(methods.nca_pair, beta=0.5, backend=backend)(
-        labels=batch.labels, **leaves, **batch.refs
-    )
+    pairs = batch()
+    leaves = pairs.leaves()
+    out = pairs.loss(FusedPairLoss(methods.nca_pair, beta=0.5, backend=backend), leaves)
     assert out.chosen_weight.isnan().all()
     assert out.rejected_weight.isnan().all()
     out.loss.backward()
 
     logps = [x.double().requires_grad_() for x in (out.chosen_logps, out.rejected_logps)]
     lengths = out.lengths.chunk(2)
-    losses = methods.nca_pair(Pairs(*logps, *lengths, 0.5, *(x.double() for x in batch.refs.values())))
+    losses = methods.nca_pair(Pairs(*logps, *lengths, 0.5, *(x.double() for x in pairs.refs.values())))
     chosen, rejected = torch.autograd.grad(losses.mean(), logps)
     torch.testing.assert_close(out.chosen_weight, -chosen.float(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.rejected_weight, rejected.float(), rtol=1e-5, atol=1e-6)
@@ -309,20 +274,20 @@ def test_the_weights_are_filled_by_backward_and_are_autograd_s(backend):
 
 
 def test_the_weights_count_what_comes_through_the_plain_sums_too(backend):
-    out, _ = step(FusedPairLoss(methods.sft, backend=backend), batch := Batch())
-    tokens = (batch.labels != -100).sum(-1)[: batch.pairs].sum().item()
+    pairs = batch()
+    out, _ = pairs.step(FusedPairLoss(methods.sft, backend=backend))
+    tokens = pairs.keep[: pairs.pairs].sum().item()
     torch.testing.assert_close(out.chosen_weight, torch.full_like(out.chosen_weight, 1 / tokens))
     assert not out.rejected_weight.any()
 
 
 @pytest.mark.parametrize("has_reference", [True, False])
 def test_rewards_and_prob_are_those_of_the_log_ratios(has_reference, backend):
-    batch = Batch()
-    refs = batch.refs if has_reference else {}
-    out = FusedPairLoss(methods.cpo, beta=0.3, backend=backend)(
-        batch.hidden, batch.weight, batch.labels, **refs
-    )
-    ref_chosen, ref_rejected = refs.values() if has_reference else (0, 0)
+    pairs = batch()
+    if not has_reference:
+        pairs.refs = {}
+    out = pairs.loss(FusedPairLoss(methods.cpo, beta=0.3, backend=backend))
+    ref_chosen, ref_rejected = pairs.refs.values() if has_reference else (0, 0)
     torch.testing.assert_close(out.chosen_rewards, 0.3 * (out.chosen_logps - ref_chosen))
     torch.testing.assert_close(out.rejected_rewards, 0.3 * (out.rejected_logps - ref_rejected))
     torch.testing.assert_close(out.prob, torch.sigmoid(out.chosen_rewards - out.rejected_rewards))
@@ -330,37 +295,34 @@ def test_rewards_and_prob_are_those_of_the_log_ratios(has_reference, backend):
 
 
 def test_no_grad_gives_the_same_values(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.dpo, backend=backend)
     with torch.no_grad():
-        quiet = loss_fn(labels=batch.labels, **batch.leaves(), **batch.refs)
+        quiet = pairs.loss(loss_fn, pairs.leaves())
     assert not quiet.loss.requires_grad
-    assert torch.equal(quiet.loss, step(loss_fn, batch)[0].loss)
+    assert torch.equal(quiet.loss, pairs.step(loss_fn)[0].loss)
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
 def test_a_frozen_input_gets_no_gradient_and_changes_nothing(trained, backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.dpo, backend=backend)
-    leaves = batch.leaves()
+    leaves = pairs.leaves(trained=(trained,))
+    pairs.loss(loss_fn, leaves).loss.backward()
+    _, both = pairs.step(loss_fn)
     for name, leaf in leaves.items():
-        leaf.requires_grad_(name == trained)
-    loss_fn(labels=batch.labels, **leaves, **batch.refs).loss.backward()
-    _, both = step(loss_fn, batch)
-    for (name, leaf), gradient in zip(leaves.items(), both, strict=True):
-        assert leaf.grad is None if name != trained else torch.equal(leaf.grad, gradient)
+        assert leaf.grad is None if name != trained else torch.equal(leaf.grad, both[name])
 
 
 def test_two_runs_are_bitwise_equal(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.orpo, ld_alpha=0.5, backend=backend)
-    for first, second in zip(step(loss_fn, batch)[1], step(loss_fn, batch)[1], strict=True):
-        assert torch.equal(first, second)
+    assert_equal(pairs.step(loss_fn)[1], pairs.step(loss_fn)[1])
 
 
 def test_the_certificate_needs_a_backward_and_is_exact_here(backend):
-    batch = Batch()
-    out = FusedPairLoss(methods.dpo, backend=backend)(labels=batch.labels, **batch.leaves(), **batch.refs)
+    pairs = batch()
+    out = pairs.loss(FusedPairLoss(methods.dpo, backend=backend), pairs.leaves())
     assert out.dropped_mass.isnan().all()
     assert out.kept_share.isnan()
     with pytest.raises(RuntimeError, match="backward"):
@@ -372,11 +334,11 @@ def test_the_certificate_needs_a_backward_and_is_exact_here(backend):
 
 
 def test_the_certificate_tells_what_the_same_weights_leave_out_in_the_other_class(backend):
-    batch = Batch(vocab_size=1400)
-    batch.weight *= 4  # blocks of 128 entries of very different mass
+    pairs = batch(vocab_size=1400)
+    pairs.weight *= 4  # blocks of 128 entries of very different mass
     options = {"tau": 1e-2, "backend": backend}
-    actual, _ = step(FusedPairLoss(methods.dpo, **options), batch)
-    expected, _ = step(FusedFocalPOLoss.dpo(**options), batch)
+    actual, _ = pairs.step(FusedPairLoss(methods.dpo, **options))
+    expected, _ = pairs.step(FusedFocalPOLoss.dpo(**options))
     assert 0 < actual.kept_share < 1
     assert actual.kept_share == expected.kept_share
     assert_same(actual.dropped_mass, expected.dropped_mass, size=1.0)
@@ -384,27 +346,26 @@ def test_the_certificate_tells_what_the_same_weights_leave_out_in_the_other_clas
 
 
 def test_an_exact_backward_has_no_dropped_mass(backend):
-    out, _ = step(FusedPairLoss(methods.dpo, backward="exact", backend=backend), Batch())
+    out, _ = batch().step(FusedPairLoss(methods.dpo, backward="exact", backend=backend))
     assert out.dropped_mass is out.kept_share is None
     assert out.certificate().kept_share == 1.0
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_autocast_gives_float32_values_and_gradients_in_the_parameters_dtype(dtype, backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.orpo, outputs=("entropy",), backend=backend)
-    leaves, by_hand = batch.leaves(), batch.leaves()
+    leaves, by_hand = pairs.leaves(), pairs.leaves()
     with torch.autocast(DEVICE.type, dtype=dtype):
-        out = loss_fn(labels=batch.labels, **leaves)
+        out = loss_fn(labels=pairs.labels, **leaves)
     out.loss.backward()
-    expected = loss_fn(labels=batch.labels, **{n: x.to(dtype) for n, x in by_hand.items()})
+    expected = loss_fn(labels=pairs.labels, **{n: x.to(dtype) for n, x in by_hand.items()})
     expected.loss.backward()
     for name in (*VALUES, "chosen_weight", "rejected_weight"):
         assert getattr(out, name).dtype == torch.float32
         assert torch.equal(getattr(out, name), getattr(expected, name))
-    for name in leaves:
-        assert leaves[name].grad.dtype == torch.float32
-        assert torch.equal(leaves[name].grad, by_hand[name].grad)
+    assert {x.grad.dtype for x in leaves.values()} == {torch.float32}
+    assert_equal(*({name: x.grad for name, x in given.items()} for given in (leaves, by_hand)))
 
 
 # Functions
@@ -416,47 +377,46 @@ def test_sums_of_outputs_are_those_of_the_tokens_and_carry_their_gradient(backen
         return methods.dpo(pairs) - 0.3 * chosen + 0.1 * rejected
 
     def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
-        leaves = batch.leaves(dtype)
-        found = reference.linear_logps(labels=batch.labels, **leaves)
-        logps, entropy = found["logps"].sum(-1), found["entropy"].sum(-1)
-        counts = (batch.labels != -100).sum(-1)
-        refs = (x.to(dtype) for x in batch.refs.values())
-        pairs = Pairs(*logps.chunk(2), *counts.chunk(2), 0.1, *refs, {"entropy": entropy})
-        return list(torch.autograd.grad(with_entropy(pairs).mean(), list(leaves.values())))
+        leaves = pairs.leaves(dtype)
+        found = pairs.plain(leaves)
+        logps, entropy = found.logps.sum(-1), found.entropy.sum(-1)
+        refs = (x.to(dtype) for x in pairs.refs.values())
+        inputs = Pairs(*logps.chunk(2), *pairs.keep.sum(-1).chunk(2), 0.1, *refs, {"entropy": entropy})
+        return list(torch.autograd.grad(with_entropy(inputs).mean(), list(leaves.values())))
 
-    batch = Batch()
-    out, actual = step(FusedPairLoss(with_entropy, outputs=("entropy",), backend=backend), batch)
+    pairs = batch()
+    out, actual = pairs.step(FusedPairLoss(with_entropy, outputs=("entropy",), backend=backend))
     assert torch.isfinite(out.loss)
-    for values in zip(actual, gradients(torch.float32), gradients(torch.float64), strict=True):
+    for values in zip(actual.values(), gradients(torch.float32), gradients(torch.float64), strict=True):
         assert_as_accurate(*values, conditioning=0.1 * 40)
 
 
 def test_a_tensor_of_the_call_gets_its_gradient(backend):
-    batch = Batch()
+    pairs = batch()
     offset = torch.tensor([0.5, -1.0, 0.0], device=DEVICE, requires_grad=True)
-    out, _ = step(FusedPairLoss(methods.odpo, backend=backend), batch, offset=offset)
+    out, _ = pairs.step(FusedPairLoss(methods.odpo, backend=backend), offset=offset)
     u = (out.chosen_rewards - out.rejected_rewards - offset).detach()
-    torch.testing.assert_close(offset.grad, torch.sigmoid(-u) / batch.pairs, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(offset.grad, torch.sigmoid(-u) / pairs.pairs, rtol=1e-5, atol=1e-6)
 
 
 def test_a_module_keeps_its_state_and_leaves_it_alone_in_eval(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(RunningBCO(), beta=0.5, backend=backend).to(DEVICE)
-    out, _ = step(loss_fn, batch)
+    out, _ = pairs.step(loss_fn)
     mean = (out.chosen_rewards + out.rejected_rewards).mean() / 2
     torch.testing.assert_close(loss_fn.state_dict()["function.delta"], mean / 2)
 
     loss_fn.eval()
     before = loss_fn.function.delta.clone()
-    step(loss_fn, batch)
+    pairs.step(loss_fn)
     assert torch.equal(loss_fn.function.delta, before)
     loss_fn.train()
-    step(loss_fn, batch)
+    pairs.step(loss_fn)
     assert not torch.equal(loss_fn.function.delta, before)
 
     other = FusedPairLoss(RunningBCO(), beta=0.5, backend=backend).to(DEVICE)
     other.load_state_dict(loss_fn.state_dict())
-    assert torch.equal(step(other.eval(), batch)[0].loss, step(loss_fn.eval(), batch)[0].loss)
+    assert torch.equal(pairs.step(other.eval())[0].loss, pairs.step(loss_fn.eval())[0].loss)
 
 
 @pytest.mark.parametrize(
@@ -469,19 +429,19 @@ def test_a_module_keeps_its_state_and_leaves_it_alone_in_eval(backend):
     ids=["sum", "WPO", "both"],
 )
 def test_a_module_inside_another_loss_keeps_its_state_too(combine, backend):
-    batch = Batch()
+    pairs = batch()
     outputs = ("log_sum_sq_probs",)
     loss_fn = FusedPairLoss(combine(RunningBCO()), outputs=outputs, backend=backend)
-    step(loss_fn, batch)
+    pairs.step(loss_fn)
     (state,) = (value for name, value in loss_fn.state_dict().items() if name.endswith("delta"))
     assert state != 0
     assert [p.grad is not None for p in loss_fn.parameters()] == [True]
     before = state.clone()
-    step(loss_fn.eval(), batch)
+    pairs.step(loss_fn.eval())
     assert torch.equal(state, before)
     resumed = FusedPairLoss(combine(RunningBCO()), outputs=outputs, backend=backend).eval()
     resumed.load_state_dict(loss_fn.state_dict())
-    assert torch.equal(step(resumed, batch)[0].losses, step(loss_fn, batch)[0].losses)
+    assert torch.equal(pairs.step(resumed)[0].losses, pairs.step(loss_fn)[0].losses)
 
 
 @pytest.mark.parametrize(
@@ -494,10 +454,10 @@ def test_a_module_inside_another_loss_keeps_its_state_too(combine, backend):
     ids=["f-divergence", "WPO", "sum"],
 )
 def test_losses_made_of_others_can_be_pickled(function, backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(function, outputs=("log_sum_sq_probs",), backend=backend)
     again = pickle.loads(pickle.dumps(loss_fn))
-    assert torch.equal(step(again, batch)[0].losses, step(loss_fn, batch)[0].losses)
+    assert torch.equal(pairs.step(again)[0].losses, pairs.step(loss_fn)[0].losses)
 
 
 @pytest.mark.parametrize(
@@ -524,8 +484,8 @@ def test_it_is_a_decorator_too():
     def decorated(pairs):
         return methods.ipo(pairs)
 
-    batch = Batch()
-    assert torch.equal(step(decorated, batch)[0].losses, step(FusedPairLoss(methods.ipo), batch)[0].losses)
+    pairs = batch()
+    assert torch.equal(pairs.step(decorated)[0].losses, pairs.step(FusedPairLoss(methods.ipo))[0].losses)
 
 
 def test_the_name_of_a_method_is_pointed_to_the_function():
@@ -549,9 +509,9 @@ def test_a_tensor_that_is_called_like_an_argument_of_the_loss_is_refused():
 
 
 def test_a_parameter_of_the_function_gets_its_gradient(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(RunningBCO(), beta=0.5, backend=backend).to(DEVICE).eval()
-    out, _ = step(loss_fn, batch)
+    out, _ = pairs.step(loss_fn)
     chosen, rejected = out.chosen_rewards, out.rejected_rewards
     expected = (rejected * torch.sigmoid(rejected) - chosen * torch.sigmoid(-chosen)).mean()
     assert [name for name, _ in loss_fn.named_parameters()] == ["function.scale"]
@@ -567,11 +527,11 @@ def test_a_parameter_of_the_function_gets_its_gradient(backend):
     ids=["function", "partial", "module"],
 )
 def test_a_copy_of_the_loss_computes_the_same_and_shares_no_state(function, copied, backend):
-    batch = Batch()
+    pairs = batch()
     options = {"ld_alpha": 0.5, "softcap": 4.0, "outputs": ("entropy",)}
     loss_fn = FusedPairLoss(function, beta=0.3, backend=backend, **options).to(DEVICE)
     other = copied(loss_fn)
-    assert torch.equal(step(loss_fn, batch)[0].losses, step(other, batch)[0].losses)
+    assert torch.equal(pairs.step(loss_fn)[0].losses, pairs.step(other)[0].losses)
     for mine, theirs in zip(loss_fn.buffers(), other.buffers(), strict=True):
         assert mine.data_ptr() != theirs.data_ptr()
 
@@ -584,15 +544,15 @@ def test_repr_shows_what_was_configured():
 
 
 def test_compiled_training_step_gives_the_same_as_eager(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.ipo, backend=backend)
 
     def measure(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return 2 * loss_fn(torch.tanh(hidden), weight, batch.labels, **batch.refs).loss
+        return 2 * pairs.loss(loss_fn, {"hidden": torch.tanh(hidden), "weight": weight}).loss
 
     results = []
     for function in (measure, torch.compile(measure, backend="aot_eager")):
-        leaves = list(batch.leaves().values())
+        leaves = list(pairs.leaves().values())
         loss = function(*leaves)
         results.append([loss.detach(), *torch.autograd.grad(loss, leaves)])
     for eager, compiled in zip(*results, strict=True):
@@ -653,18 +613,17 @@ def with_bad_arguments() -> list:
 
 @pytest.mark.parametrize(("name", "arguments", "exception", "message"), with_bad_arguments())
 def test_an_argument_that_does_not_fit_is_refused(name, arguments, exception, message):
-    batch = Batch()
+    pairs = batch()
     arguments = {key: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for key, x in arguments.items()}
-    inputs = {"hidden": batch.hidden, "weight": batch.weight, "labels": batch.labels, **batch.refs}
     with pytest.raises(exception, match=message):
-        FusedPairLoss(getattr(methods, name))(**{**inputs, **arguments})
+        pairs.loss(FusedPairLoss(getattr(methods, name)), **arguments)
 
 
 def test_outputs_that_the_loss_needs_and_were_not_asked_for_are_named(backend):
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedPairLoss(methods.with_wpo_weights(methods.dpo), backend=backend)
     with pytest.raises(ValueError, match=r"^outputs must name 'log_sum_sq_probs'"):
-        loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+        pairs.loss(loss_fn)
 
 
 BAD_RETURNS = {
@@ -681,11 +640,11 @@ BAD_RETURNS = {
 
 @pytest.mark.parametrize(("function", "exception", "message"), BAD_RETURNS.values(), ids=BAD_RETURNS)
 def test_a_return_value_of_another_kind_is_refused(function, exception, message):
-    batch = Batch()
+    pairs = batch()
     with pytest.raises(
         exception, match=f"^function <lambda> {message}" if exception is TypeError else message
     ):
-        FusedPairLoss(function)(batch.hidden, batch.weight, batch.labels)
+        FusedPairLoss(function)(pairs.hidden, pairs.weight, pairs.labels)
     with pytest.raises(exception, match=message):
         check_pair_loss(function)
 

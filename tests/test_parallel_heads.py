@@ -69,7 +69,6 @@ def assert_done(output: str, name: str, ranks: int = 2) -> None:
     pytest.fail(output[-6000:])
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
 @cases(parallel_vocabulary.TORCH)
 def test_a_head_split_by_vocabulary_is_that_of_one_process(name, output_of):
     assert_done(output_of(parallel_vocabulary.TORCH), name)
@@ -77,30 +76,26 @@ def test_a_head_split_by_vocabulary_is_that_of_one_process(name, output_of):
 
 @pytest.mark.skipif(not INTERPRETED, reason="of Triton's kernels on CPU tensors")
 @cases(parallel_vocabulary.TRITON)
-def test_a_head_split_by_vocabulary_is_that_of_one_process_with_triton(name, output_of):
+def test_a_head_split_by_vocabulary_is_that_of_one_process_with_triton(name, output_of, backend):
     assert_done(output_of(parallel_vocabulary.TRITON), name)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
 @cases(parallel_sequences.SEQUENCES)
 def test_slices_of_sequences_make_up_the_batch_of_one_process(name, output_of):
     assert_done(output_of(parallel_sequences.SEQUENCES), name)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
 @cases(parallel_sequences.DATA)
 def test_ranks_with_few_pairs_or_none_make_up_the_batch_of_one_process(name, output_of):
     assert_done(output_of(parallel_sequences.DATA), name)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
 @cases(parallel_sequences.GRID)
 def test_both_divisions_of_four_ranks_are_one_process(name, output_of):
     assert_done(output_of(parallel_sequences.GRID, 4), name, ranks=4)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="of the torch backend")
 @pytest.mark.parametrize("case", parallel_dying.CASES)
 def test_a_rank_that_dies_or_stops_ends_the_others(case, output_of):
     lines = output_of("dying").splitlines()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from test_loss import Batch
+from problems import Batch, batch
 from tolerance import relative_error
 
 from focalkern import CosineGamma, ExponentialGamma, FusedFocalPOLoss, GammaSchedule, LinearGamma
@@ -79,20 +79,20 @@ def test_gamma_must_be_a_number_or_a_schedule():
 # In the loss
 
 
-def losses_at(loss_fn: FusedFocalPOLoss, batch: Batch) -> torch.Tensor:
-    return loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs).losses
+def losses_at(loss_fn: FusedFocalPOLoss, pairs: Batch) -> torch.Tensor:
+    return pairs.loss(loss_fn).losses
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: s.__name__)
 def test_a_scheduled_loss_is_focalpo_with_the_gamma_of_its_step(schedule, backend):
-    batch = Batch()
+    pairs = batch()
     gamma = schedule(10, gamma_max=0.9, gamma_min=0.3)
     scheduled = FusedFocalPOLoss(gamma=gamma, backend=backend)
     for step in (0, 4, 10, 11):
         scheduled.set_step(step)
         fixed = FusedFocalPOLoss(gamma=gamma(step), backend=backend)
         assert scheduled.current_gamma == gamma(step)
-        assert torch.equal(losses_at(scheduled, batch), losses_at(fixed, batch))
+        assert torch.equal(losses_at(scheduled, pairs), losses_at(fixed, pairs))
 
 
 def test_the_dynamic_preset_is_the_papers_cosine():
@@ -109,18 +109,18 @@ def test_the_dynamic_preset_is_the_papers_cosine():
 
 def test_only_set_step_moves_gamma(backend):
     """Gradient accumulation, evaluation and calls of the loss do not."""
-    batch = Batch()
+    pairs = batch()
     loss_fn = FusedFocalPOLoss(gamma=LinearGamma(4), backend=backend)
     before = loss_fn.current_gamma
     for _ in range(3):
-        losses_at(loss_fn, batch)
+        losses_at(loss_fn, pairs)
     assert loss_fn.current_gamma == before
     loss_fn.set_step(2)
     assert loss_fn.current_gamma == LinearGamma(4)(2)
 
 
 def test_the_step_is_saved_and_resumed_exactly():
-    batch = Batch()
+    pairs = batch()
     trained = FusedFocalPOLoss(gamma=CosineGamma(1000))
     trained.set_step(337)
     file = io.BytesIO()
@@ -129,7 +129,7 @@ def test_the_step_is_saved_and_resumed_exactly():
     resumed = FusedFocalPOLoss(gamma=CosineGamma(1000))
     resumed.load_state_dict(torch.load(file, weights_only=True))
     assert resumed.current_gamma == trained.current_gamma != CosineGamma(1000)(0)
-    assert torch.equal(losses_at(resumed, batch), losses_at(trained, batch))
+    assert torch.equal(losses_at(resumed, pairs), losses_at(trained, pairs))
 
 
 def test_the_step_survives_a_copy_and_a_parent_module():
@@ -153,18 +153,18 @@ def test_a_bad_step_is_refused(step, exception):
 
 def test_a_schedule_that_nobody_moves_is_pointed_out(monkeypatch):
     monkeypatch.setattr(focalpo, "_BATCHES_BEFORE_WARNING", 3)
-    batch = Batch((2, 1))
+    pairs = batch((2, 1))
     forgotten, moved = (FusedFocalPOLoss.dynamic(10) for _ in range(2))
     moved.set_step(0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(5):
-            losses_at(moved, batch)
-        losses_at(forgotten.eval(), batch)
-        losses_at(forgotten.train(), batch)
-        losses_at(forgotten, batch)
+            losses_at(moved, pairs)
+        losses_at(forgotten.eval(), pairs)
+        losses_at(forgotten.train(), pairs)
+        losses_at(forgotten, pairs)
     with pytest.warns(UserWarning, match=r"^gamma has stayed at the start.*call set_step"):
-        losses_at(forgotten, batch)
+        losses_at(forgotten, pairs)
 
 
 def test_the_preset_takes_a_class_for_its_schedule():
@@ -189,19 +189,17 @@ def test_a_schedule_of_ones_own(backend):
             return -2.0
 
     with pytest.raises(ValueError, match=r"^gamma at step 0 must be .*>= 0"):
-        losses_at(FusedFocalPOLoss(gamma=Negative(10), backend=backend), Batch())
+        losses_at(FusedFocalPOLoss(gamma=Negative(10), backend=backend), batch())
 
 
 def test_towards_gamma_zero_the_schedule_reaches_dpo(backend):
     """DynamicFocalPO Prop. 1: with gamma_min = 0 the end of training is DPO, in loss and gradient."""
-    batch = Batch()
+    pairs = batch()
     gradients = []
     for loss_fn in (
         FusedFocalPOLoss(gamma=CosineGamma(10, gamma_min=0.0), backend=backend),
         FusedFocalPOLoss.dpo(backend=backend),
     ):
         loss_fn.set_step(10)
-        leaves = batch.leaves()
-        loss_fn(labels=batch.labels, **leaves, **batch.refs).loss.backward()
-        gradients.append(leaves["hidden"].grad)
+        gradients.append(pairs.step(loss_fn)[1]["hidden"])
     assert relative_error(*gradients) <= 1e-6

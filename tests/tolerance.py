@@ -23,11 +23,12 @@ def assert_as_accurate(
 
     To that come two units in the last place of the actual value's dtype: rounding the result alone costs one
     half, and a short sum may by luck come out exact in one order of summation and not in another. Likewise
-    for `conditioning`: by how many units in the last place of fp32 the value moves when the fp32 intermediate
-    values of any implementation are rounded.
+    for `conditioning`: by how many units in the last place of fp32, or of float64 for a float64 value, the
+    value moves when the intermediate values of any implementation are rounded.
     """
     assert torch.isfinite(actual).all(), f"{name} is not finite"
     error, naive_error = relative_error(actual, exact), relative_error(naive, exact)
     allowed = 2 * naive_error + 2 * torch.finfo(actual.dtype).eps
-    allowed += 2 * conditioning * torch.finfo(torch.float32).eps
+    wide = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    allowed += 2 * conditioning * torch.finfo(wide).eps
     assert error <= allowed, f"{name}: error {error:.2e}, plain PyTorch has {naive_error:.2e}"
