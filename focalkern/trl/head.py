@@ -410,20 +410,22 @@ def _own_and_head_logits(
     """
     head, index = model.get_output_embeddings(), _labelled(labels, shift)
     states: list[torch.Tensor] = []
-    calls: list[tuple[torch.dtype, torch.Tensor]] = []  # dtype and weight of the head's own
+    dtypes: list[torch.dtype] = []  # of what the head is given
+    weights: list[torch.Tensor] = []  # of the head, as it is in the call
 
     def pick(module: nn.Module, inputs: tuple) -> tuple:
-        hidden, weight = inputs[0], resolve_head(module).linear.weight
+        hidden = inputs[0]
         if hidden.shape[:-1].numel() == labels.numel():
             hidden = picked(hidden, index)
         if fused.in_fp32:
-            hidden = hidden.to(weight.dtype)
-        calls.append((hidden.dtype, weight))
+            hidden = hidden.to(resolve_head(module).linear.weight.dtype)
+        dtypes.append(hidden.dtype)
         return (hidden, *inputs[1:])
 
     hooks = [
         _backbone(model).register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
-        head.register_forward_pre_hook(pick),
+        head.register_forward_pre_hook(pick, prepend=True),  # before a layout makes a DTensor of it
+        head.register_forward_pre_hook(lambda module, _: weights.append(resolve_head(module).linear.weight)),
     ]
     try:
         logits = fused.own_forward(model, *args, **kwargs).logits
@@ -438,15 +440,15 @@ def _own_and_head_logits(
         for hook in hooks:
             hook.remove()
     hidden = picked(states[-1], index)
-    if calls:
-        hidden = hidden.to(calls[-1][0])
+    if dtypes:
+        hidden = hidden.to(dtypes[-1])
     else:  # it uses the weight alone
         logits = picked(logits, index)
     x = head_logits(head, hidden, fused.in_fp32)
-    if calls and isinstance(calls[-1][1], DTensor):
-        logits = _of_all_shards(logits, calls[-1][1], x.shape[-1])
-    dtypes = dtypes_of(hidden, logits, x)
-    return logits[0].to(x.device), x[0].to(torch.promote_types(x.dtype, torch.float32)), dtypes
+    if weights and isinstance(weights[-1], DTensor):
+        logits = _of_all_shards(logits, weights[-1], x.shape[-1])
+    rounded = dtypes_of(hidden, logits, x)
+    return logits[0].to(x.device), x[0].to(torch.promote_types(x.dtype, torch.float32)), rounded
 
 
 def _labelled(labels: torch.Tensor, shift: bool) -> torch.Tensor:
