@@ -335,6 +335,15 @@ def test_a_model_that_does_more_is_refused_in_every_dtype(name, dtype):
         add_fused_lm_head(MODELS[name]().to(dtype))
 
 
+def test_a_head_of_another_width_than_the_hidden_states_is_refused():
+    """RemBERT's output embeddings are wider, with a layer in between."""
+    sizes = {name: value for name, value in TINY.items() if name != "num_key_value_heads"}
+    sizes |= {"vocab_size": VOCAB, "input_embedding_size": 16, "output_embedding_size": 48}
+    model = transformers.RemBertForCausalLM(transformers.RemBertConfig(is_decoder=True, **sizes)).eval()
+    with pytest.raises(TypeError, match=DOES_MORE):
+        add_fused_lm_head(model)
+
+
 @pytest.mark.parametrize("how", [offloaded, with_an_empty_parameter])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_that_cannot_be_run_yet_is_tried_in_its_first_forward(name, how, batch):

@@ -389,10 +389,14 @@ def _try_model(
         if agree(found, expected, dtypes):
             options |= {"logit_scale": scale, "softcap": cap}
             return
-    scale, cap = transforms[0]
-    raise TypeError(
+    raise _misfit(model, options)
+
+
+def _misfit(model: PreTrainedModel, options: dict) -> TypeError:
+    return TypeError(
         f"{type(model).__name__} must take its logits from the last hidden state by its output embeddings,"
-        f" times {scale:g}, softcap {cap}; it computes something else, which the fused head does not know"
+        f" times {options['logit_scale']:g}, softcap {options['softcap']}; it computes something else, which"
+        " the fused head does not know"
     )
 
 
@@ -440,6 +444,8 @@ def _own_and_head_logits(
         for hook in hooks:
             hook.remove()
     hidden = picked(states[-1], index)
+    if hidden.shape[-1] != resolve_head(head).linear.in_features:
+        raise _misfit(model, fused.options)
     if dtypes:
         hidden = hidden.to(dtypes[-1])
     else:  # it uses the weight alone
