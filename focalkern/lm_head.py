@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
 
@@ -370,9 +370,12 @@ def _try_head(head: nn.Module, parts: HeadParts, hidden: torch.Tensor, in_fp32: 
     try:
         with torch.no_grad(), evaluating(head):
             found = head(rows.to(parts.linear.weight.dtype) if in_fp32 else rows)
-            expected = _call_head(head, parts, rows, _plain_logits, in_fp32).logps
+            with ExitStack() as stack:  # hooks that look at logits have seen them
+                for module in modules:
+                    stack.enter_context(_without_hooks(module._forward_hooks, _is_foreign))
+                expected = _call_head(head, parts, rows, _plain_logits, in_fp32).logps
         is_same = agree(found[0], expected[0], dtypes_of(rows, found, expected))
-    except Exception as raised:  # the head's own, or a hook that expects logits
+    except Exception as raised:
         is_same, error = False, raised
     if not is_same:
         kind = type(parts.linear)
@@ -395,8 +398,12 @@ def _foreign_code(module: nn.Module) -> list[int]:
     """What tells apart a forward, and the hooks on its output, that are neither PyTorch's nor an engine's."""
     forward = _own_forward(module)
     is_known = forward is nn.Linear.forward or _package(forward) == "peft"
-    hooks = [key for key, hook in module._forward_hooks.items() if _package(hook) not in _ENGINES]
+    hooks = [key for key, hook in module._forward_hooks.items() if _is_foreign(hook)]
     return hooks if is_known else [id(forward), *hooks]
+
+
+def _is_foreign(hook: Callable) -> bool:
+    return _package(hook) not in _ENGINES
 
 
 def _own_forward(module: nn.Module) -> Callable:
@@ -464,23 +471,26 @@ def _split_like(weight: torch.Tensor, whole: torch.Tensor, replicate: bool = Fal
 def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
     """`function(hidden)` as if it were the module's forward: with all its hooks but those of layouts, as the
     function takes a sharded weight itself."""
-    with _forward_replaced(module, function), _without_hooks_of_layouts(module):
+    with (
+        _forward_replaced(module, function),
+        _without_hooks(module._forward_pre_hooks, _is_hook_of_layouts),
+        _without_hooks(module._forward_hooks, _is_hook_of_layouts),
+    ):
         return module(hidden)
 
 
 @contextmanager
-def _without_hooks_of_layouts(module: nn.Module) -> Iterator[None]:
-    kept = [(hooks, hooks.copy()) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-    for hooks, copy in kept:
-        for key, hook in copy.items():
-            if _is_hook_of_layouts(hook):
-                del hooks[key]
+def _without_hooks(hooks: dict[int, Callable], is_unwanted: Callable[[Callable], bool]) -> Iterator[None]:
+    """Some of a module's `_forward_hooks` or `_forward_pre_hooks` taken out, and then back in their order."""
+    own = hooks.copy()
+    for key, hook in own.items():
+        if is_unwanted(hook):
+            del hooks[key]
     try:
         yield
     finally:
-        for hooks, copy in kept:  # in their order
-            hooks.clear()
-            hooks.update(copy)
+        hooks.clear()
+        hooks.update(own)
 
 
 @contextmanager
