@@ -4,6 +4,7 @@ from focalkern import diagnostics, methods, recipes, reference
 from focalkern.distributed import VocabShard
 from focalkern.kl.operator import linear_kl
 from focalkern.lm_head import lm_head_logps
+from focalkern.logit_options import logit_options
 from focalkern.logps.certificate import Certificate
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
@@ -32,6 +33,7 @@ __all__ = [
     "linear_kl",
     "linear_logps",
     "lm_head_logps",
+    "logit_options",
     "methods",
     "recipes",
     "reference",

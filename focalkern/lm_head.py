@@ -7,19 +7,22 @@ There the weight is whole, whatever shards, gathers or offloads it; the head of 
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.utils import _pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from focalkern import checks
 from focalkern.compiler import not_compiled
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.trial import agree, evaluating, picked, spread
 
 
 def lm_head_logps(
@@ -61,8 +64,10 @@ def lm_head_logps(
 
     Args:
         lm_head: a `torch.nn.Linear` [V, H], or one with plain LoRA of PEFT, or PEFT's trained copy of it
-            (`modules_to_save`), with the adapters that are active now. A tensor-parallel one too, as in
-            `linear_logps`; its own conversions of inputs and outputs do not take place.
+            (`modules_to_save`) or of some of its rows (`trainable_token_indices`), with the adapters that are
+            active now. A tensor-parallel one too, as in `linear_logps`; its own conversions of inputs and
+            outputs do not take place. A head with a forward or an output hook of its own is tried on a few
+            rows of hidden, once, and must give what `torch.nn.Linear` does.
         hidden: `[..., T, H]` in the dtype of the head's weight, unless autocast or FSDP2 casts both.
         labels, ignore_index, shift, temperature, softcap, logit_scale, backward, tau, backend, outputs,
             cu_seqlens: as in `linear_logps`.
@@ -71,7 +76,8 @@ def lm_head_logps(
         `LinearLogps`, for the losses' `from_logps`.
 
     Raises:
-        TypeError: lm_head is not a linear layer, or quantised, or carries another adapter than plain LoRA.
+        TypeError: lm_head is not a linear layer, or computes more than one, or is quantised, or carries
+            another adapter than these.
         RuntimeError: FSDP2 has sharded the weight, and would not gather it for this call.
         ValueError, TypeError: as `linear_logps`, naming the argument.
     """
@@ -128,16 +134,51 @@ def call_head(
     function: HeadFunction,
     in_fp32: bool = False,  # outside autocast
 ) -> LinearLogps:
-    """`function` inside the calls of the head's modules: their parameters are there, whoever shards them."""
-    if would_unmerge(head):
-        cast(Any, head).unmerge()  # as PEFT's forward does it
-    linear, adapters = resolve_head(head)
-    _check_gathered(head, linear)
+    """`function` inside the calls of the head's modules: their parameters are there, whoever shards them.
+
+    Raises:
+        TypeError: the head computes something else than `resolve_head` has found.
+    """
+    for module in head.modules():
+        if would_unmerge(module):
+            cast(Any, module).unmerge()  # as PEFT's forward does it
+    parts = resolve_head(head)
+    _check_gathered(head, parts.linear)
+    _try_head(head, parts, hidden, in_fp32)
+    return _call_head(head, parts, hidden, function, in_fp32)
+
+
+def head_logits(
+    head: nn.Module,
+    hidden: torch.Tensor,  # [..., T, H]
+    in_fp32: bool = False,
+) -> torch.Tensor:  # [..., T, V]
+    """The logits whose log-probs the fused head computes, before their transform: for a few rows."""
+    return call_head(head, hidden, _plain_logits, in_fp32).logps
+
+
+def _plain_logits(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    update: LowRankUpdate | None,
+) -> LinearLogps:  # with logits for log-probs
+    logits = nn.functional.linear(_split_like(weight, hidden, replicate=True), weight, bias)
+    if update is not None:
+        low_rank = _split_like(weight, update.hidden, replicate=True)
+        logits = logits + nn.functional.linear(low_rank, update.weight)
+    return LinearLogps(logits.full_tensor() if checks.is_dtensor(logits) else logits)
+
+
+def _call_head(
+    head: nn.Module, parts: HeadParts, hidden: torch.Tensor, function: HeadFunction, in_fp32: bool
+) -> LinearLogps:
+    linear, adapters, trained_rows = parts
     box: list[LinearLogps] = []
 
     def run(hidden: torch.Tensor, low_rank: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         weight = _replicated(linear.weight)
-        bias = None if linear.bias is None else _replicated(linear.bias)
+        bias: torch.Tensor | None = None if linear.bias is None else _replicated(linear.bias)
         context: torch.autocast | nullcontext = nullcontext()
         if in_fp32:
             context = torch.autocast(hidden.device.type, enabled=False)
@@ -154,6 +195,9 @@ def call_head(
                     added = _split_like(weight, added)
                     bias = added if bias is None else bias + added
         with context:
+            if trained_rows is not None:
+                update = trained_rows.update(hidden, weight)
+                bias = None  # PEFT's forward adds none
             box.append(function(hidden, weight, bias, update))
         # Tensors in a tuple: what hooks on outputs (of ZeRO-3, FSDP) find the gradient by. No views, of which
         # FSDP2 warns: written to in place, they would lose the hook.
@@ -162,7 +206,7 @@ def call_head(
     def with_adapters(hidden: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         low_rank = [adapter.down(hidden) for adapter in adapters]
         inner = functools.partial(run, low_rank=torch.cat(low_rank, -1) if low_rank else None)
-        for module in (linear, *(adapter.b for adapter in adapters)):
+        for module in parts.modules:
             if module is not head:
                 inner = functools.partial(_call_in_place_of, module, inner)
         return inner(hidden)
@@ -172,6 +216,9 @@ def call_head(
         hidden = hidden.to(linear.weight.device)
     result = _call_in_place_of(head, with_adapters, hidden)
     return replace(box.pop(), logps=result[0], entropy=result[1])
+
+
+# --------------------------------------------------------------------------------- what a head is made of
 
 
 @dataclass(frozen=True)
@@ -187,38 +234,83 @@ class Adapter:
         return self.scaling * self.a(self.dropout(hidden.to(self.a.weight.dtype)))
 
 
-def resolve_head(head: nn.Module | None) -> tuple[nn.Linear, list[Adapter]]:
-    """The linear layer of a head as it stands now, and the adapters that are active on it.
+@dataclass(frozen=True)
+class TrainedRows:
+    """PEFT's `trainable_token_indices`: other values for a few rows of the weight."""
+
+    index: list[int]
+    rows: torch.Tensor  # [R, H]
+
+    def update(self, hidden: torch.Tensor, weight: torch.Tensor) -> LowRankUpdate:
+        """hidden·(rows − weight[index]), added to the logits of these tokens: the weight is not copied."""
+        if checks.is_dtensor(weight):
+            raise TypeError("lm_head must be whole for trainable_token_indices; it is split by vocabulary")
+        index = torch.tensor(self.index, device=weight.device)
+        change = self.rows.to(weight) - weight[index]
+        factors = weight.new_zeros(weight.shape[0], len(index))
+        factors[index, torch.arange(len(index), device=index.device)] = 1
+        return LowRankUpdate(nn.functional.linear(hidden, change.to(hidden.dtype)), factors)
+
+
+class HeadParts(NamedTuple):
+    """A head as it stands now: its linear layer, and the LoRAs or the trained rows that are active on it."""
+
+    linear: nn.Linear
+    adapters: list[Adapter]
+    trained_rows: TrainedRows | None = None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """Those whose parameters the fused head reads."""
+        return [self.linear, *(adapter.b for adapter in self.adapters)]
+
+
+def resolve_head(head: nn.Module | None) -> HeadParts:
+    """What a head is made of.
 
     Raises:
-        TypeError: it is not a linear layer, or carries something other than plain LoRA.
+        TypeError: it is not a linear layer, or carries something other than plain LoRA or trained rows.
     """
     name = type(head).__name__
     # Of its bases: FSDP2 gives the module that it shards a class of its own.
     if not any(base.__module__.partition(".")[0] == "peft" for base in type(head).__mro__):
-        return _linear(head), []
+        return HeadParts(_linear(head), [])
     from peft.tuners.lora import Linear
-    from peft.utils.other import ModulesToSaveWrapper
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     assert head is not None
     if isinstance(head, ModulesToSaveWrapper):  # a copy of the head that is trained
         active = next((key for key in head.active_adapters if key in head.modules_to_save), None)
         if head.disable_adapters or active is None:
-            return _linear(head.original_module), []
-        return _linear(head.modules_to_save[active]), []
+            return HeadParts(_linear(head.original_module), [])
+        return HeadParts(_linear(head.modules_to_save[active]), [])
+    if isinstance(head, TrainableTokensWrapper):
+        head = head.token_adapter
+    if isinstance(head, TrainableTokensLayer):
+        linear = _linear(head.get_base_layer())
+        active = [key for key in head.active_adapters if key in head.trainable_tokens_delta]
+        if head.disable_adapters or head.merged or not active:
+            return HeadParts(linear, [])
+        index = [token for key in active for token in head.token_indices[key]]
+        rows = torch.cat([head.trainable_tokens_delta[key] for key in active])
+        return HeadParts(linear, [], TrainedRows(index, rows))
     # Others of its kind (AdaLoRA's, those of single parameters) compute something else.
     if not isinstance(head, Linear):
         kind = f"{type(head).__module__}.{name}"
         raise TypeError(f"lm_head must be a linear layer, or one with LoRA; got the adapter {kind}")
     linear = _linear(head.get_base_layer())
     if head.disable_adapters or head.merged:
-        return linear, []
+        return HeadParts(linear, [])
     active = [key for key in head.active_adapters if key in head.lora_A]
     check_variants(head, active)
-    return linear, [
-        Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
-        for key in active
-    ]
+    return HeadParts(
+        linear,
+        [
+            Adapter(head.lora_A[key], head.lora_B[key], head.lora_dropout[key], head.scaling[key])
+            for key in active
+        ],
+    )
 
 
 def check_variants(head: Any, adapters: list[str]) -> None:
@@ -236,14 +328,95 @@ def would_unmerge(module: nn.Module) -> bool:
 
 
 def _linear(module: nn.Module | None) -> nn.Linear:
+    kind = type(module).__name__
     if not isinstance(module, nn.Linear):
-        raise TypeError(f"lm_head must be a torch.nn.Linear for the fused head; got {type(module).__name__}")
-    if not module.weight.is_floating_point():
+        raise TypeError(f"lm_head must be a torch.nn.Linear for the fused head; got {kind}")
+    weight = module.weight
+    # Those of torchao and of float8 training have the dtype of what they stand for.
+    is_wrapper = is_traceable_wrapper_subclass(weight) and not checks.is_dtensor(weight)
+    if is_wrapper or weight.dtype not in checks.DTYPES:
+        found = type(weight).__name__ if is_wrapper else weight.dtype
         raise TypeError(
-            f"lm_head must not be quantised; its weight is {module.weight.dtype}: leave it out of the"
-            " quantisation (llm_int8_skip_modules=['lm_head'])"
+            f"lm_head must not be quantised; its weight is {found}: leave it out of the quantisation"
+            " (llm_int8_skip_modules=['lm_head'])"
+        )
+    others = {name for name, _ in module.named_parameters()} - {"weight", "bias"}
+    if others and _own_forward(module) is not nn.Linear.forward:
+        raise TypeError(
+            f"lm_head must compute what torch.nn.Linear does; got {kind}, with {', '.join(sorted(others))}"
         )
     return module
+
+
+# -------------------------------------------------------------------------- whether it computes that alone
+
+# Their hooks bring, shard or move what is there, and change no value.
+_ENGINES = ("accelerate", "deepspeed", "torch", "transformers")
+_TRIED: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+
+
+def _try_head(head: nn.Module, parts: HeadParts, hidden: torch.Tensor, in_fp32: bool) -> None:
+    """Raise TypeError unless a head with code of its own gives what the fused one computes, on a few rows.
+
+    Once for the same code. There is none, and nothing to try, in nearly every head.
+    """
+    modules = dict.fromkeys((head, *parts.modules))
+    foreign = tuple(key for module in modules for key in _foreign_code(module))
+    if not foreign or _TRIED.get(head) == foreign:
+        return
+    finite = hidden.detach().isfinite().all(-1).flatten().nonzero()[:, 0]
+    rows = picked(hidden.detach(), spread(finite))
+    error = None
+    try:
+        with torch.no_grad(), evaluating(head):
+            found = head(rows.to(parts.linear.weight.dtype) if in_fp32 else rows)
+            with ExitStack() as stack:  # hooks that look at logits have seen them
+                for module in modules:
+                    stack.enter_context(_without_hooks(module._forward_hooks, _is_foreign))
+                expected = _call_head(head, parts, rows, _plain_logits, in_fp32).logps
+        is_same = agree(found[0], expected[0], dtypes_of(rows, found, expected))
+    except Exception as raised:
+        is_same, error = False, raised
+    if not is_same:
+        kind = type(parts.linear)
+        raise TypeError(
+            f"lm_head must compute what torch.nn.Linear does; {kind.__module__}.{kind.__name__}, or what has"
+            " replaced its forward, or a forward hook on it, computes something else, which the fused head"
+            " does not know"
+        ) from error
+    _TRIED[head] = foreign
+
+
+def dtypes_of(*tensors: torch.Tensor) -> set[torch.dtype]:
+    """Theirs, and that of autocast if it is on."""
+    device = tensors[0].device.type
+    autocast = {torch.get_autocast_dtype(device)} if torch.is_autocast_enabled(device) else set()
+    return {x.dtype for x in tensors} | autocast
+
+
+def _foreign_code(module: nn.Module) -> list[int]:
+    """What tells apart a forward, and the hooks on its output, that are neither PyTorch's nor an engine's."""
+    forward = _own_forward(module)
+    is_known = forward is nn.Linear.forward or _package(forward) == "peft"
+    hooks = [key for key, hook in module._forward_hooks.items() if _is_foreign(hook)]
+    return hooks if is_known else [id(forward), *hooks]
+
+
+def _is_foreign(hook: Callable) -> bool:
+    return _package(hook) not in _ENGINES
+
+
+def _own_forward(module: nn.Module) -> Callable:
+    """A module's forward, under that of accelerate's hooks and of transformers' tensor parallelism."""
+    forward = vars(module).get(_forward_name(module), type(module).forward)
+    if getattr(forward, "__module__", "") == "transformers.distributed.tensor_parallel":
+        forward = type(module).forward
+    return getattr(forward, "__func__", forward)
+
+
+def _package(code: Callable) -> str:
+    code = code.func if isinstance(code, functools.partial) else code
+    return (getattr(code, "__module__", None) or type(code).__module__).partition(".")[0]
 
 
 def _check_gathered(head: nn.Module, linear: nn.Linear) -> None:
@@ -281,44 +454,48 @@ def _replicated(parameter: torch.Tensor) -> torch.Tensor:
     return parameter
 
 
-def _split_like(weight: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """What every rank has whole, as is the LoRA of a tensor-parallel head, in the shards of the weight."""
+def _split_like(weight: torch.Tensor, whole: torch.Tensor, replicate: bool = False) -> torch.Tensor:
+    """What every rank has whole, as is the LoRA of a tensor-parallel head, in the shards of the weight.
+
+    With `replicate` whole still, for a product with them.
+    """
     if not checks.is_dtensor(weight) or checks.is_dtensor(whole):
         return whole
     from torch.distributed.tensor import DTensor, Replicate
 
     mesh = weight.device_mesh
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return replicated.redistribute(placements=weight.placements)
+    return replicated if replicate else replicated.redistribute(placements=weight.placements)
 
 
 def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
     """`function(hidden)` as if it were the module's forward: with all its hooks but those of layouts, as the
     function takes a sharded weight itself."""
-    with _forward_replaced(module, function), _without_hooks_of_layouts(module):
+    with (
+        _forward_replaced(module, function),
+        _without_hooks(module._forward_pre_hooks, _is_hook_of_layouts),
+        _without_hooks(module._forward_hooks, _is_hook_of_layouts),
+    ):
         return module(hidden)
 
 
 @contextmanager
-def _without_hooks_of_layouts(module: nn.Module) -> Iterator[None]:
-    kept = [(hooks, hooks.copy()) for hooks in (module._forward_pre_hooks, module._forward_hooks)]
-    for hooks, copy in kept:
-        for key, hook in copy.items():
-            if _is_hook_of_layouts(hook):
-                del hooks[key]
+def _without_hooks(hooks: dict[int, Callable], is_unwanted: Callable[[Callable], bool]) -> Iterator[None]:
+    """Some of a module's `_forward_hooks` or `_forward_pre_hooks` taken out, and then back in their order."""
+    own = hooks.copy()
+    for key, hook in own.items():
+        if is_unwanted(hook):
+            del hooks[key]
     try:
         yield
     finally:
-        for hooks, copy in kept:  # in their order
-            hooks.clear()
-            hooks.update(copy)
+        hooks.clear()
+        hooks.update(own)
 
 
 @contextmanager
 def _forward_replaced(module: nn.Module, function: Callable) -> Iterator[None]:
-    # accelerate's own hooks (weights offloaded, spread over devices) wrap the forward and keep it under
-    # another name.
-    name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+    name = _forward_name(module)
     own = vars(module).get(name)
     setattr(module, name, function)
     try:
@@ -328,3 +505,9 @@ def _forward_replaced(module: nn.Module, function: Callable) -> Iterator[None]:
             delattr(module, name)
         else:
             setattr(module, name, own)
+
+
+def _forward_name(module: nn.Module) -> str:
+    # accelerate's own hooks (weights offloaded, spread over devices) wrap the forward and keep it under
+    # another name.
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"

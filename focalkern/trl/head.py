@@ -18,28 +18,33 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import is_peft_model
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
-from focalkern import checks
 from focalkern.backends import select_backend
-from focalkern.lm_head import call_head, check_variants, on_host_or_beside, resolve_head, would_unmerge
+from focalkern.compiler import not_compiled
+from focalkern.lm_head import (
+    call_head,
+    check_variants,
+    dtypes_of,
+    head_logits,
+    on_host_or_beside,
+    resolve_head,
+    would_unmerge,
+)
+from focalkern.logit_options import logit_scale_of, softcap_of
 from focalkern.logps.certificate import BackwardRecord
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
 from focalkern.options import HeadOptions
 from focalkern.records import OUTPUTS, LogitTransform
 from focalkern.torch_logits import transform_logits
+from focalkern.trial import agree, evaluating, picked, spread
 
 # Beside `log_probs`, which is always there: what `linear_logps` has too, and one of our own.
 _OUTPUTS = (*OUTPUTS, "mean_logits_everywhere")
-# How architectures name what they do to the product of hidden and weight. MPT has a `logit_scale` that its
-# model in transformers does not look at.
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-_MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere, Muse, Falcon-H1
-_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")  # Granite and MiniCPM3, Inkling
 
 
 @dataclass
@@ -86,7 +91,9 @@ def add_fused_lm_head(
     """Let `model(..., labels=labels, fused_lm_head=True)` return a `FusedHeadOutput` in place of logits.
 
     Without `fused_lm_head=True` the forward is the model's own, so that generation is untouched. The logit
-    transform (softcap, logit scale) is that of the model's config.
+    transform (softcap, logit scale) is that of the model's config. The model is tried on a few tokens: its
+    own logits must be these. One that cannot be run yet (sharded, offloaded, or asking for images) is tried
+    in its first fused forward.
 
     Args:
         model: a causal language model of transformers, wrapped by PEFT or not.
@@ -98,8 +105,9 @@ def add_fused_lm_head(
         backward, tau, backend: as in `linear_logps`.
 
     Raises:
-        TypeError: the head is not a linear layer, or carries an adapter other than plain LoRA, or the model
-            does something else to its last hidden state; an option of the wrong type.
+        TypeError: the head is not a linear layer, or carries an adapter other than plain LoRA or
+            `trainable_token_indices`, or the model does something else to its last hidden state, or is an
+            encoder-decoder; an option of the wrong type.
         ValueError: an option, an output, or a transform of the logits that is not known.
     """
     unknown = set(outputs) - {"log_probs", *_OUTPUTS}
@@ -120,24 +128,38 @@ def add_fused_lm_head(
     HeadOptions(**options)
     if not torch.cuda.is_available():  # else a model may yet be moved there
         select_backend(backend, model.get_output_embeddings().weight)
-    _check_logits(model, options)
-    options["outputs"] = tuple(name for name in _OUTPUTS if name in outputs)
     replaced = vars(model).get("forward")  # by someone else, for this model
+
+    def own_forward(self, *args, **kwargs):
+        return replaced(*args, **kwargs) if replaced else type(self).forward(self, *args, **kwargs)
+
+    fused = _FusedHead(options, cast_lm_head_to_fp32, own_forward)
+    fused.is_tried = _tried_on_tokens(model, fused)
+    options["outputs"] = tuple(name for name in _OUTPUTS if name in outputs)
 
     # The signature of the model's own: `generate` checks its arguments against it.
     @functools.wraps(type(model).forward)
     def forward(self, *args, fused_lm_head=False, **kwargs):
         if not fused_lm_head:
-            return replaced(*args, **kwargs) if replaced else type(self).forward(self, *args, **kwargs)
-        return _fused_forward(self, options, cast_lm_head_to_fp32, *args, **kwargs)
+            return own_forward(self, *args, **kwargs)
+        return _fused_forward(self, fused, *args, **kwargs)
 
     model.forward = types.MethodType(forward, model)
 
 
+@dataclass
+class _FusedHead:
+    """What `add_fused_lm_head` has been told of a model, or has learnt."""
+
+    options: dict[str, Any]  # of `module_logps`
+    in_fp32: bool
+    own_forward: Callable  # of the model, in place of which there is now the fused one
+    is_tried: bool = False  # whether its logits are those of the fused head
+
+
 def _fused_forward(
     model: PreTrainedModel,
-    options: dict,
-    in_fp32: bool,
+    fused: _FusedHead,
     *args,
     labels: torch.Tensor | None = None,  # [S, T] input ids, prompt = -100
     # [S, T] each beside what predicts it, as context parallelism has them
@@ -153,11 +175,13 @@ def _fused_forward(
     kwargs["use_cache"] = False
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
-    backbone = model.base_model(*args, **kwargs)
+    if not (fused.is_tried or _would_unmerge(model)):
+        _try_model(model, fused, targets, shift, *args, **kwargs)
+        fused.is_tried = True
+    backbone = _backbone(model)(*args, **kwargs)
 
-    tokens, mean_logits_everywhere = module_logps(
-        model.get_output_embeddings(), backbone.last_hidden_state, targets, shift, in_fp32, options
-    )
+    head, hidden = model.get_output_embeddings(), backbone.last_hidden_state
+    tokens, mean_logits_everywhere = module_logps(head, hidden, targets, shift, fused.in_fp32, fused.options)
     label_mask = (targets[:, 1:] if shift else targets).to(tokens.logps.device) != -100
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -tokens.logps.sum() / count
@@ -292,13 +316,21 @@ def replaced(holder: Any, **values: Any) -> Iterator[None]:
 
 def check_head(model: PreTrainedModel) -> None:
     """Raise TypeError where the fused head could not run, adapters that are not active now included."""
+    name = type(model).__name__
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(f"{name} is an encoder-decoder model; the fused head takes causal language models")
     head = model.get_output_embeddings()
     resolve_head(head)
     check_variants(head, list(getattr(head, "lora_variant", {})))
-    if model.base_model is model:
-        raise TypeError(
-            f"{type(model).__name__} must have a base_model whose last hidden state its head takes"
-        )
+    if _backbone(model) is model:
+        raise TypeError(f"{name} must have a base_model whose last hidden state its head takes")
+
+
+def _backbone(model: PreTrainedModel) -> nn.Module:
+    """The model below the head; the model itself where there is none."""
+    if model.base_model is not model:
+        return model.base_model
+    return getattr(model, "model", model)  # of Llama 4's text model: its base_model_prefix names nothing
 
 
 def is_whole(model: nn.Module) -> bool:
@@ -306,71 +338,141 @@ def is_whole(model: nn.Module) -> bool:
     return not any(p.is_meta or not p.numel() or isinstance(p, DTensor) for p in model.parameters())
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """In eval mode, and then every module in its own again."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
+# ------------------------------------------------------------------------------------------ whether it fits
+
+
+def _would_unmerge(model: nn.Module) -> bool:
+    return any(would_unmerge(module) for module in model.modules())
+
+
+class _NotRun(TypeError):
+    """The model's own forward has failed."""
+
+
+def _tried_on_tokens(model: PreTrainedModel, fused: _FusedHead) -> bool:
+    """Whether a few tokens were enough to try the model: not if it is sharded, or takes more than tokens."""
+    if not is_whole(model) or _would_unmerge(model):
+        return False
+    vocab_size = model.config.get_text_config().vocab_size
+    ids = torch.arange(4, 12, device=model.device)[None] % vocab_size
     try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
+        _try_model(model, fused, ids, True, input_ids=ids, use_cache=False)
+    except _NotRun:
+        return False
+    return True
 
 
+@not_compiled
 @torch.no_grad()
-def _check_logits(model: PreTrainedModel, options: dict) -> None:
+def _try_model(
+    model: PreTrainedModel,
+    fused: _FusedHead,
+    labels: torch.Tensor,  # [S, T]
+    shift: bool,
+    *args,
+    **kwargs,
+) -> None:
     """Raise TypeError unless the model's logits are its head's of the backbone's last hidden state, scaled
     and capped as the config says: some have a layer in between (ModernBERT's decoder), or another transform.
 
-    Told by running it on a few tokens. One that is sharded, or takes more than tokens, is taken as it is.
+    A model that wraps a language model may leave out the transform of that one's config: then so do we.
     """
-    if not is_whole(model) or any(would_unmerge(module) for module in model.modules()):
-        return
-    embeddings = model.get_input_embeddings().weight
-    ids = torch.arange(4, 12, device=embeddings.device)[None] % embeddings.shape[0]
-    states: list[torch.Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
-    try:
-        with evaluating(model):
-            found = model(input_ids=ids).logits.float()
-            x = model.get_output_embeddings()(states[-1]).float()
-    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return
-    finally:
-        hook.remove()
+    with evaluating(model):
+        found, x, dtypes = _own_and_head_logits(model, fused, labels, shift, *args, **kwargs)
+    options = fused.options
     scale, cap = options["logit_scale"], options["softcap"]
-    expected, _ = transform_logits(x, LogitTransform(logit_scale=scale, softcap=cap))
-    rounding = 8 * torch.finfo(states[-1].dtype).eps * max(1.0, found.abs().max().item())
-    if found.shape != expected.shape or not (found - expected).abs().max() <= rounding:
-        raise TypeError(
-            f"{type(model).__name__} must take its logits from the last hidden state by its output"
-            f" embeddings, times {scale:g}, softcap {cap}; it computes something else, which"
-            " the fused head does not know"
-        )
+    transforms = [(scale, cap)]
+    if model.config.get_text_config() is not model.config:
+        transforms += [(1.0, cap), (scale, None), (1.0, None)]
+    for scale, cap in transforms:
+        expected, _ = transform_logits(x.clone(), LogitTransform(logit_scale=scale, softcap=cap))
+        if agree(found, expected, dtypes):
+            options |= {"logit_scale": scale, "softcap": cap}
+            return
+    raise _misfit(model, options)
 
 
-def softcap_of(config: PretrainedConfig) -> float | None:
-    """Of the logits; None where the model has none."""
-    return next((x for x in (getattr(config, name, None) for name in _SOFTCAPS) if x is not None), None)
+def _misfit(model: PreTrainedModel, options: dict) -> TypeError:
+    return TypeError(
+        f"{type(model).__name__} must take its logits from the last hidden state by its output embeddings,"
+        f" times {options['logit_scale']:g}, softcap {options['softcap']}; it computes something else, which"
+        " the fused head does not know"
+    )
 
 
-def logit_scale_of(config: PretrainedConfig) -> float:
-    """What a model multiplies its logits by, before the softcap.
+def _own_and_head_logits(
+    model: PreTrainedModel,
+    fused: _FusedHead,
+    labels: torch.Tensor,  # [S, T]
+    shift: bool,
+    *args,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:  # [n, V] each, and the dtypes behind them
+    """Logits by the model's own forward, at a few positions, and by its fused head before the transform.
 
-    Raises:
-        TypeError, ValueError: naming the field of the config, if that is not a number.
+    Both are of the same hidden states. The head is called for these positions alone.
     """
-    for name in (*_MULTIPLIERS, *_DIVISORS):
-        value = getattr(config, name, None)
-        if value is None:
-            continue
-        checks.check_number(f"{name} (of the model's config)", value)
-        if name == "logit_scale" and config.model_type == "mpt":
-            return 1.0
-        divides = name in _DIVISORS and config.model_type != "hyperclovax"
-        return 1.0 / value if divides else value
-    return 1.0
+    head, index = model.get_output_embeddings(), _labelled(labels, shift)
+    states: list[torch.Tensor] = []
+    dtypes: list[torch.dtype] = []  # of what the head is given
+    weights: list[torch.Tensor] = []  # of the head, as it is in the call
+
+    def pick(module: nn.Module, inputs: tuple) -> tuple:
+        hidden = inputs[0]
+        if hidden.shape[:-1].numel() == labels.numel():
+            hidden = picked(hidden, index)
+        if fused.in_fp32:
+            hidden = hidden.to(resolve_head(module).linear.weight.dtype)
+        dtypes.append(hidden.dtype)
+        return (hidden, *inputs[1:])
+
+    hooks = [
+        _backbone(model).register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
+        head.register_forward_pre_hook(pick, prepend=True),  # before a layout makes a DTensor of it
+        head.register_forward_pre_hook(lambda module, _: weights.append(resolve_head(module).linear.weight)),
+    ]
+    try:
+        logits = fused.own_forward(model, *args, **kwargs).logits
+        if not states:  # it has called a part of its backbone
+            _backbone(model)(*args, **kwargs)
+    except Exception as error:
+        raise _NotRun(
+            f"{type(model).__name__} must give logits of its own, with which its fused head is compared; it"
+            f" raises {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    hidden = picked(states[-1], index)
+    if hidden.shape[-1] != resolve_head(head).linear.in_features:
+        raise _misfit(model, fused.options)
+    if dtypes:
+        hidden = hidden.to(dtypes[-1])
+    else:  # it uses the weight alone
+        logits = picked(logits, index)
+    x = head_logits(head, hidden, fused.in_fp32)
+    if weights and isinstance(weights[-1], DTensor):
+        logits = _of_all_shards(logits, weights[-1], x.shape[-1])
+    rounded = dtypes_of(hidden, logits, x)
+    return logits[0].to(x.device), x[0].to(torch.promote_types(x.dtype, torch.float32)), rounded
+
+
+def _labelled(labels: torch.Tensor, shift: bool) -> torch.Tensor:
+    """A few places in [S, T], flattened: with a label, if there are any."""
+    if shift:
+        labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    index = (labels != -100).flatten().nonzero()[:, 0]
+    return spread(index if len(index) else torch.arange(labels.numel(), device=labels.device))
+
+
+def _of_all_shards(logits: torch.Tensor, weight: DTensor, vocab_size: int) -> torch.Tensor:
+    """The whole of logits [1, n, V], where a tensor-parallel head leaves each rank its own."""
+    if logits.shape[-1] != vocab_size and not isinstance(logits, DTensor):
+        places = [Shard(2) if place.is_shard() else place for place in weight.placements]
+        shape = torch.Size((*logits.shape[:-1], vocab_size))
+        stride = torch.empty(shape, device="meta").stride()
+        logits = DTensor.from_local(logits, weight.device_mesh, places, shape=shape, stride=stride)
+    return logits.full_tensor() if isinstance(logits, DTensor) else logits
 
 
 def _check_vocabulary(model: PreTrainedModel, config: PretrainedConfig) -> None:
