@@ -29,7 +29,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps
+from focalkern import FocalPOOutput, FusedFocalPOLoss, linear_logps, logit_options
 
 SFT_LR = 2e-3
 TIE = 1e-4  # two rewards closer than this differ by rounding
@@ -93,12 +93,7 @@ class Policy:
         self.bias = getattr(head, "bias", None)  # [V]
         config = model.config.get_text_config()
         self.max_length = getattr(config, "max_position_embeddings", math.inf)
-        multiplier = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        divisor = getattr(config, "logits_scaling", None) or 1.0  # Granite
-        self.logit_options = {
-            "softcap": getattr(config, "final_logit_softcapping", None),  # Gemma
-            "logit_scale": multiplier / divisor,
-        }
+        self.logit_options = logit_options(model.config)
 
     def hidden(self, batch: Batch) -> torch.Tensor:  # [S, T, H]
         # `base_model` is `model.model` of a Llama, whatever the architecture calls it.
