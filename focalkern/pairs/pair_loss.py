@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from focalkern import checks
+from focalkern.autograd import check_first_order
 from focalkern.compiler import not_compiled
 from focalkern.distributed import VocabShard
 from focalkern.logps.operator import LinearLogps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.options import changed_options, listed
 from focalkern.pairs.base import PairLossBase, PairOutput, PairRows
 
 
@@ -191,9 +193,11 @@ class FusedPairLoss(PairLossBase):
         self.outputs = checks.check_outputs(outputs)
 
     def extra_repr(self) -> str:
-        names = ("beta", "outputs", "ld_alpha", "reduction", "backward")
-        own = "" if isinstance(self.function, torch.nn.Module) else f"{function_name(self.function)}, "
-        return own + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        options = changed_options(self)
+        if isinstance(options.pop("function"), torch.nn.Module):  # listed below, as a part
+            return listed(options)
+        set_by_partial = getattr(self.function, "keywords", {})
+        return f"{function_name(self.function)}, {listed(set_by_partial | options)}".removesuffix(", ")
 
     @not_compiled
     def forward(
@@ -433,6 +437,7 @@ def function_name(function: PairLoss) -> str:
 
 
 def _fill(buffer: torch.Tensor, gradient: torch.Tensor) -> None:
+    check_first_order(gradient)
     buffer.copy_(gradient)
 
 
