@@ -387,4 +387,5 @@ def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor, or_host
         host = ", or on the CPU" if or_host else ""
         raise ValueError(
             f"{name} must be on the device of hidden, {hidden.device}{host}; got {tensor.device}"
+            + (", which holds no values: load the weights first" if tensor.is_meta else "")
         )

@@ -274,6 +274,12 @@ def test_meta_tensors_are_refused(function):
         function(*tensors(device="meta"))
 
 
+def test_a_weight_that_was_not_loaded_is_refused():
+    hidden, _, labels = tensors()
+    with pytest.raises(ValueError, match=r"^weight must be on .*; got meta, which holds no values: load the"):
+        linear_logps(hidden, torch.zeros(20, 8, device="meta"), labels)
+
+
 @every_input
 def test_fake_tensors_are_refused(function):
     message = "must hold values, which focalkern reads; got a FakeTensor: call it outside"

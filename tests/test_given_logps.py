@@ -194,3 +194,15 @@ def test_repr_shows_the_options_of_the_statistics():
     text = repr(FusedFocalPOLoss(ema_momentum=0.5, ema_bias_correction=False))
     assert "RunningMoments(momentum=0.5, bias_correction=False)" in text
     assert "RunningMoments()" in repr(FusedFocalPOLoss())
+
+
+def test_repr_shows_the_options_of_functions_inside_others():
+    robust = partial(methods.robust, label_smoothing=0.1)
+    described = "robust(label_smoothing=0.1)"
+    assert repr(FusedPairLoss(robust)) == f"FusedPairLoss({described})"
+    for function in (
+        methods.weighted_sum((robust, 0.5)),
+        methods.with_wpo_weights(robust),
+        methods.with_f_divergence(robust, "forward_kl"),
+    ):
+        assert described in repr(FusedPairLoss(function))

@@ -196,8 +196,7 @@ class FusedPairLoss(PairLossBase):
         options = changed_options(self)
         if isinstance(options.pop("function"), torch.nn.Module):  # listed below, as a part
             return listed(options)
-        set_by_partial = getattr(self.function, "keywords", {})
-        return f"{function_name(self.function)}, {listed(set_by_partial | options)}".removesuffix(", ")
+        return ", ".join(filter(None, (described(self.function), listed(options))))
 
     @not_compiled
     def forward(
@@ -434,6 +433,12 @@ def function_name(function: PairLoss) -> str:
     while isinstance(function, functools.partial):
         function = function.func
     return getattr(function, "__name__", type(function).__name__)
+
+
+def described(function: PairLoss) -> str:
+    """The name, and the options that `functools.partial` set."""
+    options = listed(function.keywords) if isinstance(function, functools.partial) else ""
+    return function_name(function) + (f"({options})" if options else "")
 
 
 def _fill(buffer: torch.Tensor, gradient: torch.Tensor) -> None:
