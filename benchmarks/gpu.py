@@ -60,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, in steps too
     about = environment("cuda")
     about["commit"] = about["commit"] or options.commit
     report = {"device": about["device"], "environment": about, "steps": [], "reports": {}}

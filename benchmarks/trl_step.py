@@ -165,7 +165,7 @@ def timed(setup: Setup, repeats: int) -> dict[str, Any]:
         name: {
             "ms": times[name].both.as_ms(),
             "tokens_per_s": tokens / times[name].both.median,
-            "kept_share": contestant.trainer._metrics["train"].get("focal/kept_share", [None])[-1],
+            "kept_share": kept_share(contestant),
             **errors[name],
             "agrees": all(error <= allowed[what] for what, error in errors[name].items()),
         }
@@ -177,6 +177,11 @@ def timed(setup: Setup, repeats: int) -> dict[str, Any]:
         "padded_positions": batch["attention_mask"].numel(),
         "rows": rows,
     }
+
+
+def kept_share(contestant: Contestant) -> float | None:
+    recorded = contestant.trainer._metrics["train"].get("focal/kept_share")
+    return float(recorded[-1]) if recorded else None
 
 
 def show(found: dict[str, Any]) -> None:

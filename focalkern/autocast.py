@@ -11,7 +11,7 @@ def autocast_head(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """As autocast does for a linear layer: all three in its dtype, float64 left alone."""
-    checks.check_tensor("hidden", hidden)
+    checks.check_first_tensor("hidden", hidden)
     return autocast_tensors(hidden.device, hidden, weight, bias)
 
 

@@ -7,6 +7,8 @@ import os
 
 import torch
 
+from focalkern import checks
+
 # Looked for, not imported: that takes its time.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -17,6 +19,8 @@ _MIN_CAPABILITY = (8, 0)
 def select_backend(name: str, hidden: torch.Tensor) -> str:
     """ "triton" or "torch". `auto`: triton where it runs (CUDA of capability 8.0 or later, not float64)."""
     reason = _why_not_triton(hidden)
+    if name == "auto" and hidden.is_cuda and reason and hidden.dtype != torch.float64:
+        checks.warn_once(f"backend='auto' takes the torch backend, the slower one: triton {reason}")
     if name == "triton" and reason:
         raise ValueError(f"backend='triton' {reason}; use backend='torch' or 'auto'")
     # Only by name under the interpreter, which runs the kernels on the CPU for tests, very slowly.

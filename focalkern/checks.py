@@ -5,6 +5,7 @@ Values on a GPU are not looked at here: `focalkern.rows` brings all that are nee
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import warnings
@@ -80,7 +81,14 @@ def is_dtensor(value: object) -> TypeGuard[DTensor]:
     return module is not None and isinstance(value, module.DTensor)
 
 
+def _is_fake(value: torch.Tensor) -> bool:
+    # Where nothing is traced, its module may not have been imported.
+    module = sys.modules.get("torch._subclasses.fake_tensor")
+    return module is not None and isinstance(value, module.FakeTensor)
+
+
 def check_tensor(name: str, value: object, hint: str = "") -> torch.Tensor:
+    """A plain tensor, outside of what traces or transforms functions of tensors."""
     if is_dtensor(value):
         raise TypeError(
             f"{name} must be a plain tensor; got a DTensor: only linear_logps and the losses take one, as the"
@@ -90,7 +98,26 @@ def check_tensor(name: str, value: object, hint: str = "") -> torch.Tensor:
         part = next((part for part in ("last_hidden_state", "weight") if hasattr(value, part)), None)
         hint = f": take its .{part}" if part else hint
         raise TypeError(f"{name} must be a torch.Tensor; got {type(value).__name__}{hint}")
+    if _is_fake(value):
+        raise TypeError(
+            f"{name} must hold values, which focalkern reads; got a FakeTensor: call it outside of what"
+            " torch.export or FakeTensorMode traces"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} came in a transform of torch.func (grad, vmap, jvp, ...), and focalkern takes none: call"
+            " loss.backward() or torch.autograd.grad, or use the plain PyTorch of focalkern.reference there"
+        )
     return value
+
+
+def check_first_tensor(name: str, value: object) -> None:
+    """The tensor of a call whose device the others must be on."""
+    if check_tensor(name, value).is_meta:
+        raise TypeError(
+            f"{name} must hold values, which focalkern reads; got a meta tensor: load the weights, or"
+            " initialise them after to_empty, before the model is called"
+        )
 
 
 def check_head(
@@ -197,7 +224,8 @@ def check_ref_head(
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
             f"ref_weight must be [V, H_ref] with V = {weight.shape[0]}, the vocabulary of weight;"
-            f" got {_shape(ref_weight)}"
+            f" got {_shape(ref_weight)} (one vocabulary with other padding? cut the larger weight, and"
+            f" its bias, to the rows that both have: [:{min(weight.shape[0], ref_weight.shape[0])}])"
         )
     if ref_hidden.dtype != hidden.dtype:
         raise TypeError(
@@ -312,10 +340,9 @@ def check_ref_logps(
         return
     check_per_pair(name, ref_logps, pairs, like)
     if ref_logps.dtype in (torch.bfloat16, torch.float16):
-        warnings.warn(
+        warn(
             f"{name} is {ref_logps.dtype}, in which a sum of log-probs is off by up to whole nats: keep it in"
-            " fp32 (what a forward is given FSDP2's mixed precision casts, unless cast_forward_inputs=False)",
-            stacklevel=_callers_level(),
+            " fp32 (what a forward is given FSDP2's mixed precision casts, unless cast_forward_inputs=False)"
         )
     if ref_logps.requires_grad:
         raise ValueError(f"{name} must be a constant; got a tensor that requires grad: detach it")
@@ -337,12 +364,18 @@ def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Te
     _check_device(name, value, like)
 
 
-def _callers_level() -> int:
-    """`stacklevel` of the first frame outside the library and torch, for a warning of the caller."""
-    level, frame = 1, sys._getframe(1)
+def warn(message: str) -> None:
+    """A warning of the caller: it points to the first frame outside the library and torch."""
+    level, frame = 1, sys._getframe()
     while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("focalkern", "torch"):
         level, frame = level + 1, frame.f_back
-    return level
+    warnings.warn(message, stacklevel=level)
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Once in a process, whatever calls for it."""
+    warn(message)
 
 
 def _shape(tensor: torch.Tensor) -> str:
@@ -354,4 +387,5 @@ def _check_device(name: str, tensor: torch.Tensor, hidden: torch.Tensor, or_host
         host = ", or on the CPU" if or_host else ""
         raise ValueError(
             f"{name} must be on the device of hidden, {hidden.device}{host}; got {tensor.device}"
+            + (", which holds no values: load the weights first" if tensor.is_meta else "")
         )

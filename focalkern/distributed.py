@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from focalkern import checks
+from focalkern.autograd import FirstOrderFunction
 from focalkern.rows import sent
 
 
@@ -99,7 +100,7 @@ def check_same_pairs(group: dist.ProcessGroup, device: torch.device, sequences: 
         )
 
 
-class SumOverSlices(torch.autograd.Function):
+class SumOverSlices(FirstOrderFunction):
     """Sums over the ranks of a group that each hold a slice of the same sequences.
 
     What every rank then computes from them is the same, and no rank's copy counts twice: the gradient of a

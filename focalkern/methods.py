@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch.nn.functional import logsigmoid
 
 from focalkern import checks
-from focalkern.pairs.pair_loss import PairLoss, Pairs, check_function, function_name, parameters_of
+from focalkern.pairs.pair_loss import PairLoss, Pairs, check_function, described, parameters_of
 
 F_DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
@@ -339,7 +339,7 @@ class _WithFDivergence(_Combined):
         return torch.expm1(exponent) / (self.alpha - 1)
 
     def extra_repr(self) -> str:
-        return f"{function_name(self.functions[0])}, {self.f_divergence}, alpha={self.alpha}"
+        return f"{described(self.functions[0])}, {self.f_divergence}, alpha={self.alpha}"
 
 
 class _WithWPOWeights(_Combined):
@@ -356,7 +356,7 @@ class _WithWPOWeights(_Combined):
         return losses * (chosen_log_weight + rejected_log_weight).detach().exp()
 
     def extra_repr(self) -> str:
-        return function_name(self.functions[0])
+        return described(self.functions[0])
 
 
 class _WeightedSum(_Combined):
@@ -379,7 +379,7 @@ class _WeightedSum(_Combined):
 
     def extra_repr(self) -> str:
         terms = zip(self.functions, self.weights, strict=True)
-        return ", ".join(f"{weight:g}·{function_name(function)}" for function, weight in terms)
+        return ", ".join(f"{weight:g}·{described(function)}" for function, weight in terms)
 
 
 # ------------------------------------------------------------------------------------------------ their parts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,17 @@ class HeadOptions:
         if not self.is_certified or dtype == torch.float64:
             return 0.0
         return automatic_tau(dtype) if isinstance(self.tau, str) else float(self.tau)
+
+
+def changed_options(module: object) -> dict[str, object]:
+    """The arguments of a module's constructor that are not at their defaults, those of its parts left out."""
+    defaults = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()}
+    values = {name: getattr(module, name) for name in defaults if hasattr(module, name)}
+    return {name: value for name, value in values.items() if value != defaults[name]}
+
+
+def listed(options: dict[str, object]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
 
 
 def automatic_tau(dtype: torch.dtype) -> float:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+# In place of labels that are ignored: in no vocabulary, and no `ignore_index` of anyone.
+UNLABELLED = torch.iinfo(torch.int64).min
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -84,8 +87,19 @@ def aligned_labels(
         return labels
     # An empty sequence repeats its predecessor's end; at the very start that is -1, the end of the last
     # sequence.
-    ends = (cu_seqlens[1:].long() - 1) % labels.numel()
+    ends = (sent(cu_seqlens, labels.device)[1:].long() - 1) % labels.numel()
     return torch.roll(labels.long(), -1).index_fill(0, ends, ignore_index)
+
+
+def kept_labels(
+    labels: torch.Tensor,  # [..., T], not aligned
+    ignore_index: int,
+    shift: bool,
+    cu_seqlens: torch.Tensor | None = None,  # [S + 1]
+) -> torch.Tensor:  # (shifted) labels' shape
+    """The (shifted) labels in int64, `UNLABELLED` where they are ignored; a copy."""
+    labels = aligned_labels(labels, ignore_index, shift, cu_seqlens)
+    return labels.long().masked_fill(labels == ignore_index, UNLABELLED)
 
 
 def pick_rows(
@@ -94,11 +108,12 @@ def pick_rows(
     shift: bool = False,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1], with 1-D labels only
     device: torch.device | None = None,  # of hidden, where labels are on the host
+    known: torch.Tensor | None = None,  # `kept_labels` of the log-probs that there are
 ) -> Rows:
     """The completion tokens of labels. Where these are on a GPU this waits for it, once; else not at all.
 
     Raises:
-        ValueError: `cu_seqlens` are out of order.
+        ValueError: `cu_seqlens` are out of order, or a token is not among those that are known.
     """
     hidden_length = labels.shape[-1]
     cu_seqlens = None if cu_seqlens is None else sent(cu_seqlens, labels.device)
@@ -110,12 +125,18 @@ def pick_rows(
     # One transfer for all that the host has to know.
     lowest, highest = torch.nn.functional.pad(torch.where(keep, flat, 0).long(), (0, 1)).aminmax()
     shortest = lengths.amin() if lengths.numel() else offsets[0]
-    facts = torch.stack([offsets[-1], in_order.long(), lowest, highest, shortest]).tolist()
-    n, is_in_order, lowest, highest, shortest = facts
+    unknown = keep.new_zeros(0) if known is None else keep & (flat != sent(known, flat.device).reshape(-1))
+    facts = torch.stack([offsets[-1], in_order.long(), lowest, highest, shortest, unknown.sum()]).tolist()
+    n, is_in_order, lowest, highest, shortest, unknown_tokens = facts
     if not is_in_order and cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens must start at 0, never decrease and end at N = {flat.numel()};"
             f" got {cu_seqlens.tolist()}"
+        )
+    if unknown_tokens:
+        raise ValueError(
+            f"labels must be those that token_logps was made of, or fewer; {unknown_tokens} of them are"
+            " ignored or other labels there: give linear_logps the labels of all losses together"
         )
     position = nonzero(keep, n)
     index, length = position, labels.shape[-1]

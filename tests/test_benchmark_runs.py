@@ -53,7 +53,7 @@ def test_script_measures_time_memory_and_error_of_each_peer_within_80_columns(tm
         "torch-exact",
     ]
     done = subprocess.run(
-        [sys.executable, script, *SIZE, *options, "--json", path],
+        [sys.executable, script, *SIZE, *options, "--json", path.name],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -163,7 +163,7 @@ def test_a_schedule_that_nobody_moves_is_pointed_out(monkeypatch):
         losses_at(forgotten.eval(), pairs)
         losses_at(forgotten.train(), pairs)
         losses_at(forgotten, pairs)
-    with pytest.warns(UserWarning, match=r"^gamma has stayed at the start.*call set_step"):
+    with pytest.warns(UserWarning, match=r"^gamma has stayed at step 0.*call set_step"):
         losses_at(forgotten, pairs)
 
 

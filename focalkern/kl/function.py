@@ -5,12 +5,12 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from focalkern.autograd import FirstOrderFunction
 from focalkern.records import Head, KLForward, LogitTransform, Needs
 
 
-class LinearKLFunction(torch.autograd.Function):
+class LinearKLFunction(FirstOrderFunction):
     """KL(ref ‖ policy) of each row [n], without holding either's logits.
 
     Differentiable in hidden, weight and bias of the policy; the reference is a constant.
@@ -37,7 +37,6 @@ class LinearKLFunction(torch.autograd.Function):
         return result.kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_kl):
         if grad_kl is None:
             return (None,) * 8

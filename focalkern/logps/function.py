@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from focalkern.autograd import FirstOrderFunction
 from focalkern.distributed import AsyncReduction, VocabShard
 from focalkern.logps.certificate import BackwardRecord, DroppedMass
 from focalkern.logps.selection import count_pairs, list_pairs, select_pairs
@@ -47,7 +47,7 @@ class LogpsCall:
     shard: VocabShard | None  # where the rows of weight are not the whole vocabulary
 
 
-class LinearLogpsFunction(torch.autograd.Function):
+class LinearLogpsFunction(FirstOrderFunction):
     """logps_t = z[t, y_t] − logsumexp_v z[t, v], without holding z.
 
         z = T(hidden @ weightᵀ + update_hidden @ update_weightᵀ + bias)
@@ -84,7 +84,6 @@ class LinearLogpsFunction(torch.autograd.Function):
         return tuple(values)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_logps, grad_entropy, *_):
         if grad_logps is None and grad_entropy is None:
             return (None,) * 7

@@ -20,7 +20,7 @@ from focalkern.logps.shards import check_shard, own_shard
 from focalkern.low_rank import LowRankUpdate
 from focalkern.options import HeadOptions
 from focalkern.records import Head, RowValues
-from focalkern.rows import Rows, pick_rows
+from focalkern.rows import Rows, kept_labels, pick_rows
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,9 @@ class LinearLogps:
     dropped: BackwardRecord | None = field(default=None, repr=False)  # behind `certificate()`
     # The ranks that share a head, and so these tokens.
     vocab_group: dist.ProcessGroup | None = field(default=None, repr=False)
+    # How they were made, for `from_logps`; None where that is not known, as of log-probs of your own.
+    options: HeadOptions | None = field(default=None, repr=False)
+    labels: torch.Tensor | None = field(default=None, repr=False)  # `kept_labels`, in one shape with logps
 
     def certificate(self) -> Certificate:
         """Summary of what the backward left out; as `FocalPOOutput.certificate`, it may wait for ranks."""
@@ -132,7 +135,10 @@ def linear_logps(
         checks.check_cu_seqlens(cu_seqlens, inputs.hidden)
     chosen = select_backend(options.backend, inputs.hidden)
     rows = inputs.rows(options.ignore_index, shift, cu_seqlens)
-    return logps_of_rows(inputs, rows, options, outputs, chosen).reshaped(rows.spread)
+    tokens = logps_of_rows(inputs, rows, options, outputs, chosen).reshaped(rows.spread)
+    return replace(
+        tokens, options=options, labels=kept_labels(inputs.labels, ignore_index, shift, cu_seqlens)
+    )
 
 
 @dataclass(frozen=True)

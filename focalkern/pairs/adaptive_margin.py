@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from focalkern.distributed import all_gather
+from focalkern.options import changed_options, listed
 
 # π̂_ref = U·π_θ^(α·a)·π_ref^(α·b), the implicit references of α-DPO's Table 2, as (a, b). The last has no such
 # form: TDPO's δ in place of M (Eq. 18).
@@ -79,7 +80,10 @@ class RunningMoments(nn.Module):
     std_weight: torch.Tensor  # []
 
     def __init__(
-        self, momentum: float, bias_correction: bool, process_group: dist.ProcessGroup | None = None
+        self,
+        momentum: float = 0.9,
+        bias_correction: bool = True,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__()
         self.momentum = momentum
@@ -87,6 +91,9 @@ class RunningMoments(nn.Module):
         self.process_group = process_group
         for name in ("mean", "mean_weight", "std", "std_weight"):
             self.register_buffer(name, torch.zeros((), dtype=torch.float64))
+
+    def extra_repr(self) -> str:
+        return listed(changed_options(self))
 
     @torch.no_grad()
     def update(

@@ -4,7 +4,7 @@ log-probs of B chosen and B rejected sequences.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from focalkern.distributed import SumOverSlices, VocabShard, check_group, check_
 from focalkern.logps.certificate import BackwardRecord, Certificate, certify
 from focalkern.logps.operator import HeadInputs, LinearLogps, checked_inputs, logps_of_rows
 from focalkern.low_rank import LowRankUpdate
-from focalkern.options import HeadOptions
+from focalkern.options import HeadOptions, changed_options, listed
 from focalkern.pairs.functions import SequenceSumFunction
 from focalkern.rows import Rows, aligned_labels, pick_rows, tail_weights
 
@@ -108,6 +108,9 @@ class PairLossBase(nn.Module):
         for name, value in vars(HeadOptions(**options)).items():
             setattr(self, name, value)
 
+    def extra_repr(self) -> str:
+        return listed(changed_options(self))
+
     @property
     def head_options(self) -> HeadOptions:
         return HeadOptions(**{name: getattr(self, name) for name in HeadOptions.__dataclass_fields__})
@@ -170,6 +173,7 @@ class PairLossBase(nn.Module):
                 + (": take its token_logps()" if hasattr(token_logps, "token_logps") else "")
             )
         logps = token_logps.logps
+        checks.check_first_tensor("token_logps.logps", logps)
         if logps.dtype not in (torch.float32, torch.float64):
             raise TypeError(
                 f"token_logps.logps must be fp32, as linear_logps returns them; got {logps.dtype}: a sum of"
@@ -184,9 +188,22 @@ class PairLossBase(nn.Module):
                 "token_logps must be of these labels (shifted alike, on their device unless they are on the"
                 f" host), {list(shape)} on {labels.device}; got {list(logps.shape)} on {logps.device}"
             )
-        rows = pick_rows(labels, self.ignore_index, shift, cu_seqlens, logps.device)
+        self._check_options(token_logps.options)
+        rows = pick_rows(labels, self.ignore_index, shift, cu_seqlens, logps.device, known=token_logps.labels)
         batch = self._pair_rows(rows, logps, shift, token_logps.vocab_group, sequence_group)
         return batch, token_logps.reshaped(rows.pick)
+
+    def _check_options(self, of_logps: HeadOptions | None) -> None:
+        """Raise where an option of this loss would not take part in log-probs that were made with another."""
+        if of_logps is None:
+            return
+        for option in fields(HeadOptions):
+            own, given = getattr(self, option.name), getattr(of_logps, option.name)
+            if option.name not in ("ignore_index", "backend") and own not in (option.default, given):
+                raise ValueError(
+                    f"{option.name} must be that of token_logps, {given!r}; got {own!r}: give it to"
+                    " linear_logps, and leave the default here"
+                )
 
     def _pair_rows(
         self,
@@ -197,6 +214,11 @@ class PairLossBase(nn.Module):
         sequence_group: dist.ProcessGroup | None,
     ) -> PairRows:
         lengths = rows.lengths
+        if sequence_group is None and rows.shape.numel() and not rows.targets.numel():
+            checks.warn_once(
+                "labels leave no completion token in a batch: its loss is a constant, without a gradient (is"
+                f" all of it masked by ignore_index = {self.ignore_index}, or are the completions cut off?)"
+            )
         if sequence_group is not None:
             check_group("sequence_group", sequence_group)
             if vocab_group is not None and copies_within(vocab_group, sequence_group) > 1:

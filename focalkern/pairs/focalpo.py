@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -28,8 +27,7 @@ from focalkern.pairs.objective import MODULATIONS
 from focalkern.records import PairConstants, PairObjective
 from focalkern.schedules import CosineGamma, GammaSchedule
 
-# More than anyone accumulates over before the first step.
-_BATCHES_BEFORE_WARNING = 1000
+_BATCHES_BEFORE_WARNING = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +226,9 @@ class FusedFocalPOLoss(PairLossBase):
     def set_step(self, step: int) -> None:
         """Move γ(t) to optimizer step `step` >= 0; a `gamma` that is a number does not depend on it.
 
+        To be called before each step, with 0 before the first: ten batches in training mode without any call
+        are warned of, once.
+
         Raises:
             ValueError, TypeError: naming the argument.
         """
@@ -243,20 +244,6 @@ class FusedFocalPOLoss(PairLossBase):
         gamma = self.gamma(self._step)
         checks.check_number(f"gamma at step {self._step}", gamma, low=0.0)
         return float(gamma)
-
-    def extra_repr(self) -> str:
-        names = (
-            "beta",
-            "gamma",
-            "modulation",
-            "margin",
-            "alpha",
-            "reference_free",
-            "length_normalize",
-            "reduction",
-            "backward",
-        )
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
 
     @not_compiled
     def forward(
@@ -328,9 +315,11 @@ class FusedFocalPOLoss(PairLossBase):
         """The loss from what `linear_logps` returned for these labels; arguments as of `forward`.
 
         For several losses on one head, and for heads that run elsewhere, as inside a model's own forward. The
-        options of the head (softcap, backward, ...) are then those that `linear_logps` was given. Packed,
-        `token_logps.logps` is `[N]`, 0 at the last position of each sequence. Labels on a GPU are waited for
-        once here, too.
+        options of the head (softcap, backward, ...) are those that `linear_logps` was given: one that is set
+        here to something else is refused. `labels` may ignore tokens that `linear_logps` did not, as for
+        losses with masks of their own. Log-probs of your own, `LinearLogps(logps)`, are taken as they are.
+        Packed, `token_logps.logps` is `[N]`, 0 at the last position of each sequence. Labels on a GPU are
+        waited for once here, too.
         """
         batch, logps = self.given_logps(token_logps, labels, shift, cu_seqlens, sequence_group)
         given = _PairInputs(ref_chosen_logps, ref_rejected_logps, chosen_kl, rejected_kl)
@@ -412,10 +401,10 @@ class FusedFocalPOLoss(PairLossBase):
         if self.training and isinstance(self.gamma, GammaSchedule):
             self._batches_without_a_step += 1
             if self._batches_without_a_step == _BATCHES_BEFORE_WARNING:
-                warnings.warn(
-                    f"gamma has stayed at the start of its schedule for {_BATCHES_BEFORE_WARNING} batches:"
-                    " call set_step(t) with every optimizer step",
-                    stacklevel=3,
+                checks.warn(
+                    f"gamma has stayed at step {self._step} of its schedule for {_BATCHES_BEFORE_WARNING}"
+                    " batches: call set_step(t) before every optimizer step t, the first of which is 0 (where"
+                    " gradients are accumulated over more batches, set_step(0) says so)"
                 )
         return PairObjective(
             beta=self.beta,
@@ -431,7 +420,8 @@ class FusedFocalPOLoss(PairLossBase):
         return torch.tensor(self._step, device="cpu")
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        self.set_step(int(state))
+        checks.check_integer("step", int(state), low=0)
+        self._step = int(state)
 
 
 def _concatenated(

@@ -5,13 +5,13 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from focalkern.autograd import FirstOrderFunction
 from focalkern.records import PairConstants, PairObjective
 from focalkern.rows import sequence_of
 
 
-class SequenceSumFunction(torch.autograd.Function):
+class SequenceSumFunction(FirstOrderFunction):
     """Sums of the values of each sequence's rows."""
 
     @staticmethod
@@ -26,13 +26,12 @@ class SequenceSumFunction(torch.autograd.Function):
         return form_of(backend).sequence_sums(values.contiguous(), offsets)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_sums):
         (offsets,) = ctx.saved_tensors
         return grad_sums[sequence_of(offsets, ctx.n)], None, None
 
 
-class PairLossFunction(torch.autograd.Function):
+class PairLossFunction(FirstOrderFunction):
     """L = −w(p)·log p of each pair from its log-probs, with the analytic dL/du (FocalPO Eq. 4 and 6).
 
     Returns the members of `PairForward` but the last; only the losses are differentiable, in the log-probs
@@ -56,7 +55,6 @@ class PairLossFunction(torch.autograd.Function):
         return result.losses, *silent
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses, *_):
         grad_logps, slope = ctx.saved_tensors
         grad_margin = -slope * grad_losses if ctx.needs_input_grad[1] else None

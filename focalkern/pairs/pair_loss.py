@@ -17,10 +17,12 @@ import torch.distributed as dist
 from torch.autograd.gradcheck import GradcheckError, gradcheck
 
 from focalkern import checks
+from focalkern.autograd import check_first_order
 from focalkern.compiler import not_compiled
 from focalkern.distributed import VocabShard
 from focalkern.logps.operator import LinearLogps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.options import changed_options, listed
 from focalkern.pairs.base import PairLossBase, PairOutput, PairRows
 
 
@@ -191,9 +193,10 @@ class FusedPairLoss(PairLossBase):
         self.outputs = checks.check_outputs(outputs)
 
     def extra_repr(self) -> str:
-        names = ("beta", "outputs", "ld_alpha", "reduction", "backward")
-        own = "" if isinstance(self.function, torch.nn.Module) else f"{function_name(self.function)}, "
-        return own + ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        options = changed_options(self)
+        if isinstance(options.pop("function"), torch.nn.Module):  # listed below, as a part
+            return listed(options)
+        return ", ".join(filter(None, (described(self.function), listed(options))))
 
     @not_compiled
     def forward(
@@ -432,7 +435,14 @@ def function_name(function: PairLoss) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
+def described(function: PairLoss) -> str:
+    """The name, and the options that `functools.partial` set."""
+    options = listed(function.keywords) if isinstance(function, functools.partial) else ""
+    return function_name(function) + (f"({options})" if options else "")
+
+
 def _fill(buffer: torch.Tensor, gradient: torch.Tensor) -> None:
+    check_first_order(gradient)
     buffer.copy_(gradient)
 
 
