@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
+from trl.trainer.utils import global_then_local_main_first
 
 STREAMED_ROWS = 1000  # of a stream: those after them are not looked at
 _TEXTS = ("prompt", "chosen", "rejected")
@@ -55,7 +56,8 @@ def as_trl_takes_it(dataset: Dataset | IterableDataset, name: str) -> Dataset | 
     _check_rows(dataset, kinds, name)
     if kind == "text" or "prompt" not in first or not _repeats_prompt(first):
         return dataset
-    return dataset.map(_with_prompt_apart, with_indices=True, fn_kwargs={"name": name})
+    with global_then_local_main_first():
+        return dataset.map(_with_prompt_apart, with_indices=True, fn_kwargs={"name": name})
 
 
 def _kind(value: Any) -> str:

@@ -21,7 +21,7 @@ from transformers.trainer_utils import has_length
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer import dpo_trainer
-from trl.trainer.utils import get_config_model_id, global_then_local_main_first, use_adapter
+from trl.trainer.utils import get_config_model_id, use_adapter
 
 from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
@@ -101,7 +101,11 @@ class FocalPOTrainer(DPOTrainer):
     Arguments are those of `DPOTrainer`, with a `FocalPOConfig`. The reference is TRL's too: `ref_model`, the
     model of the same name, the adapter's base, or log-probs computed in advance; where the loss needs none
     (SimPO), there is none. An adapter may be on `lm_head` (plain LoRA), and `padding_free=True` concatenates
-    the sequences of a batch.
+    the sequences of a batch. Callbacks may set `beta`, `loss_weights` and the other attributes that TRL's
+    loss reads, with the effect that they have there.
+
+    When it is made, it counts in the data what trains nobody (pairs that are dropped, cut, empty, identical,
+    with BOS twice, without EOS), prints that with a pair, and keeps it as `data_reports`.
 
     Logged beside TRL's metrics, where the loss has them: `focal/gamma`, `focal/weight` (mean −dL/du),
     `focal/flipped` (share of pairs that are pushed together), `focal/dropped_mass` and `focal/kept_share` (of
@@ -305,8 +309,7 @@ class FocalPOTrainer(DPOTrainer):
         args: FocalPOConfig,
         dataset_name: str,
     ) -> Dataset | IterableDataset:
-        with global_then_local_main_first():
-            dataset = as_trl_takes_it(dataset, dataset_name)
+        dataset = as_trl_takes_it(dataset, dataset_name)
         prepare = functools.partial(
             super()._prepare_dataset,
             processing_class=processing_class,
