@@ -14,8 +14,10 @@ models. For several GPUs there are ZeRO-2, ZeRO-3 and FSDP2 in examples/accelera
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from datasets import DatasetDict, load_dataset
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
@@ -66,9 +68,26 @@ def main(arguments: Sequence[str] | None = None) -> FocalPOTrainer:
 
 
 def load(script: ScriptArguments) -> DatasetDict:
+    path = Path(script.dataset_name)
+    for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
+        if file.suffix == ".jsonl":
+            check_lines(file)
     if script.dataset_name.endswith((".jsonl", ".json")):
         return load_dataset("json", data_files={script.dataset_train_split: script.dataset_name})
     return load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
+
+
+def check_lines(file: Path) -> None:
+    """Exit with the number of the first line that is not a JSON object."""
+    if not file.stat().st_size:
+        raise SystemExit(f"{file} is empty")
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    raise ValueError("not an object with prompt, chosen and rejected")
+            except ValueError as error:
+                raise SystemExit(f"{file}, line {number}: {error}") from None
 
 
 if __name__ == "__main__":

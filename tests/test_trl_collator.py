@@ -36,11 +36,13 @@ def test_a_batch_holds_what_the_padded_one_holds(max_length, truncation_mode):
         mask = packed["completion_mask"][0, start:end]
         assert mask[0] == 0  # which nothing predicts, were it not for the sequence before
         assert torch.equal(mask[1:], padded["completion_mask"][row, tokens][1:])
+    assert torch.equal(packed["completion_lengths"], padded["completion_mask"].sum(1))
 
 
 def test_shapes_and_order_are_as_trainers_take_them():
     batch = PackedPreferenceCollator()(EXAMPLES)
     names = ["sequence_lengths", "input_ids", "completion_mask", "position_ids", "cu_seqlens"]
+    names += ["completion_lengths"]
     assert list(batch) == names  # the first tells the size of the batch
     assert batch["sequence_lengths"].shape == (8,)
     assert batch["cu_seqlens"].dtype == torch.int32

@@ -20,6 +20,7 @@ class PackedPreferenceCollator:
     - `sequence_lengths` [2B] int64. The first entry, since trainers read the size of a batch off the first.
     - `input_ids`, `completion_mask` [1, N]; the first token of a sequence, which nothing predicts, is never
       in it.
+    - `completion_lengths` [2B] int64, with such a first token.
     - `position_ids` [1, N], which begin at 0 with every sequence: what attention tells sequences apart by.
     - `cu_seqlens` [2B + 1] int32, the boundaries.
     - with `flash_attention`, `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which spare
@@ -41,6 +42,7 @@ class PackedPreferenceCollator:
         )(examples)
         lengths = padded["attention_mask"].sum(1)
         is_token = padded["attention_mask"].bool()
+        completion_lengths = padded["completion_mask"].sum(1)
         padded["completion_mask"][:, 0] = 0
         position_ids = torch.arange(is_token.shape[1]).expand_as(is_token)
         boundaries = torch.tensor([0, *accumulate(lengths.tolist())], dtype=torch.int32)
@@ -50,6 +52,7 @@ class PackedPreferenceCollator:
             "completion_mask": padded["completion_mask"][is_token][None],
             "position_ids": position_ids[is_token][None],
             "cu_seqlens": boundaries,
+            "completion_lengths": completion_lengths,
         }
         if self.flash_attention:
             longest = int(lengths.max())

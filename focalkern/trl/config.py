@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -138,7 +139,7 @@ class FocalPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "γ >= 0 of the focal weight (SimPO's is `gamma_beta_ratio`); 0 is DPO, SimPO, α-DPO. "
-            "Default 0.05, where there is no `gamma_schedule`."
+            "Default 0.05, where 'focalpo' has no `gamma_schedule`."
         },
     )
     gamma_schedule: str | None = field(
@@ -263,11 +264,29 @@ class FocalPOConfig(DPOConfig):
             checks.check_choice("loss_type", name, (FOCALPO, *LOSS_TYPES))
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError(f"loss_type must name every loss once; got {self.loss_type}")
-        for weight in self.loss_weights or ():
+        HeadOptions(backward=self.backward, tau=self.tau, backend=self.backend)
+        if FOCALPO in self.loss_type and self.gamma is None and self.gamma_schedule is None:
+            self.gamma = GAMMA
+        self.check_losses()
+        if self.gamma_schedule is not None and (self.metric_for_best_model or "").endswith("loss"):
+            warnings.warn(
+                f"metric_for_best_model={self.metric_for_best_model!r} compares losses of different γ: with"
+                " gamma_schedule the eval_loss moves though the model stays the same. Set"
+                " metric_for_best_model='eval_rewards/accuracies'",
+                stacklevel=3,
+            )
+
+    def check_losses(self) -> None:
+        """Raise ValueError or TypeError where the options of the losses are wrong, by name."""
+        weights = [1.0] * len(self.loss_type) if self.loss_weights is None else self.loss_weights
+        if len(weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights must be {len(self.loss_type)}, one for each loss_type; got {weights}"
+            )
+        for weight in weights:
             checks.check_number("loss_weights", weight)
         checks.check_number("beta", self.beta, low=0.0, exclude_low=True)
         checks.check_number("alpha", self.alpha, low=0.0)
-        HeadOptions(backward=self.backward, tau=self.tau, backend=self.backend)
         self._check_trl_losses()
         for names, condition, holds in _COUNTS_WITH:
             for name in names:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import textwrap
 import warnings
@@ -11,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
@@ -26,6 +28,7 @@ from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
+from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
 from focalkern.trl.head import (
     FusedHeadOutput,
     NoAdapter,
@@ -67,7 +70,26 @@ PACKABLE = frozenset(
 )
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 # What a batch holds beside the arguments of the model.
-_NOT_FOR_THE_MODEL = ("completion_mask", *_REF_LOGPS, "sequence_lengths", "cu_seqlens")
+_NOT_FOR_THE_MODEL = (
+    "completion_mask",
+    "completion_lengths",
+    *_REF_LOGPS,
+    "sequence_lengths",
+    "cu_seqlens",
+)
+
+
+def _option(name: str) -> Any:
+    """An attribute that the loss of TRL's trainer reads at every step. It is kept by the loss that runs."""
+
+    def get(trainer: FocalPOTrainer) -> Any:
+        value = getattr(trainer.loss_fn.options, name)
+        return tuple(value) if name == "loss_type" else value  # a list would invite changes in place
+
+    def change(trainer: FocalPOTrainer, value: Any) -> None:
+        trainer.loss_fn.set_option(name, value)
+
+    return property(get, change)
 
 
 class FocalPOTrainer(DPOTrainer):
@@ -79,7 +101,11 @@ class FocalPOTrainer(DPOTrainer):
     Arguments are those of `DPOTrainer`, with a `FocalPOConfig`. The reference is TRL's too: `ref_model`, the
     model of the same name, the adapter's base, or log-probs computed in advance; where the loss needs none
     (SimPO), there is none. An adapter may be on `lm_head` (plain LoRA), and `padding_free=True` concatenates
-    the sequences of a batch.
+    the sequences of a batch. Callbacks may set `beta`, `loss_weights` and the other attributes that TRL's
+    loss reads, with the effect that they have there.
+
+    When it is made, it counts in the data what trains nobody (pairs that are dropped, cut, empty, identical,
+    with BOS twice, without EOS), prints that with a pair, and keeps it as `data_reports`.
 
     Logged beside TRL's metrics, where the loss has them: `focal/gamma`, `focal/weight` (mean −dL/du),
     `focal/flipped` (share of pairs that are pushed together), `focal/dropped_mass` and `focal/kept_share` (of
@@ -106,6 +132,15 @@ class FocalPOTrainer(DPOTrainer):
     }
 
     args: FocalPOConfig
+    beta = _option("beta")
+    loss_types = _option("loss_type")
+    loss_weights = _option("loss_weights")
+    label_smoothing = _option("label_smoothing")
+    ld_alpha = _option("ld_alpha")
+    f_divergence_type = _option("f_divergence_type")
+    f_alpha_divergence_coef = _option("f_alpha_divergence_coef")
+    use_weighting = _option("use_weighting")
+    data_reports: dict[str, DataReport]  # "train", "eval" or the names of several
     _total_train_tokens: torch.Tensor | int  # of all ranks; on the device while training
     _precompute_model_hash: str | None
 
@@ -132,6 +167,10 @@ class FocalPOTrainer(DPOTrainer):
             raise TypeError(f"args must be a FocalPOConfig; got {type(args).__name__}")
         if train_dataset is None:
             raise ValueError("train_dataset must be given; got None")
+        sample = next(iter(train_dataset), None)
+        if sample is None:
+            raise ValueError("train_dataset must hold pairs; it is empty")
+        self.data_reports = {}
         _check_reference(args, model, ref_model, peft_config)
         if args.gamma_schedule is not None and args.max_steps <= 0 and not has_length(train_dataset):
             raise ValueError(
@@ -140,7 +179,7 @@ class FocalPOTrainer(DPOTrainer):
             )
         self._is_packed = args.padding_free
         if self._is_packed:
-            _check_packing(args, model, train_dataset, data_collator, compute_metrics, peft_config)
+            _check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
             data_collator = PackedPreferenceCollator(args.max_length, args.truncation_mode)
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -186,7 +225,11 @@ class FocalPOTrainer(DPOTrainer):
     def _warn_of_lost_updates(self) -> None:
         """Engines keep an fp32 copy of 16-bit weights; a plain optimizer does not."""
         dtypes = {p.dtype for p in self.model.parameters() if p.requires_grad}
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled or dtypes.isdisjoint(_NARROW):
+        # FSDP makes that copy only where it mixes precisions.
+        has_copy = self.is_deepspeed_enabled or (
+            self.is_fsdp_enabled and self.accelerator.mixed_precision != "no"
+        )
+        if has_copy or dtypes.isdisjoint(_NARROW):
             return
         if self.args.learning_rate < _LOST_IN_BF16:
             warnings.warn(
@@ -259,6 +302,37 @@ class FocalPOTrainer(DPOTrainer):
         (gradient,) = torch.autograd.grad(logits[0, second:].float().square().sum(), embedded[:1])
         return not (gradient[0, :second].abs() > 0).any()
 
+    def _prepare_dataset(
+        self,
+        dataset: Dataset | IterableDataset,
+        processing_class: Any,
+        args: FocalPOConfig,
+        dataset_name: str,
+    ) -> Dataset | IterableDataset:
+        dataset = as_trl_takes_it(dataset, dataset_name)
+        prepare = functools.partial(
+            super()._prepare_dataset,
+            processing_class=processing_class,
+            args=args,
+            dataset_name=dataset_name,
+        )
+        prepared = prepare(dataset)
+        if isinstance(dataset, Dataset):
+            rows, sample = len(dataset), prepared
+        else:
+            first = dataset.take(STREAMED_ROWS)
+            rows, sample = sum(1 for _ in first), prepare(first)
+        report = inspect_pairs(
+            sample, rows, dataset_name, self._tokenizer, args.max_length, args.truncation_mode
+        )
+        report.check(args.loss_type, args.length_normalize)
+        if dataset_name not in self.data_reports and PartialState().is_main_process:
+            print(report)
+            for message in report.warnings():
+                warnings.warn(message, stacklevel=4)  # of whoever makes the trainer
+        self.data_reports.setdefault(dataset_name, report)
+        return prepared
+
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if self.accelerator.num_processes > 1 and not getattr(dataset, "cache_files", True):
             raise ValueError(
@@ -286,7 +360,8 @@ class FocalPOTrainer(DPOTrainer):
         tokens, labels, cu_seqlens = self._pair_tokens(outputs, inputs)
         refs = self._reference_logps(inputs, tokens.logps.device)
         self.loss_fn.train(self.model.training)  # statistics move in training alone
-        loss, out = self.loss_fn(tokens, labels, refs, cu_seqlens)
+        lengths = inputs.get("completion_lengths", inputs["completion_mask"].sum(1))
+        loss, out = self.loss_fn(tokens, labels, refs, cu_seqlens, lengths.to(labels.device))
         aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = outputs.aux_loss
@@ -342,8 +417,11 @@ class FocalPOTrainer(DPOTrainer):
         if self.precompute_ref_logps:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            ref_model = self.model if self.ref_model is None else self.ref_model
-            chosen, rejected = self.compute_ref_log_probs(ref_model, inputs)
+            if self.ref_model is None and not is_peft_model(self.model):
+                raise ValueError(
+                    "ref_model is None: give the trainer one, or leave precompute_ref_logps as it was"
+                )
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
         return chosen.to(device), rejected.to(device)
 
     def _forward(
@@ -497,13 +575,12 @@ def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_confi
 def _check_packing(
     args: FocalPOConfig,
     model: Any,
-    train_dataset: Any,
+    sample: dict[str, Any],
     data_collator: Any,
     compute_metrics: Any,
     peft_config: Any,
 ) -> None:
     """What goes with padded rows alone."""
-    sample = next(iter(train_dataset))
     if not isinstance(model, str) and is_peft_model(model):
         peft_config = model.active_peft_config
     for name, given, why in (
@@ -511,6 +588,11 @@ def _check_packing(
         ("pad_to_multiple_of", args.pad_to_multiple_of is not None, "there is no padding"),
         ("compute_metrics", compute_metrics is not None, "it takes the logits of padded rows"),
         ("images", "image" in sample or "images" in sample, "they belong to padded rows"),
+        (
+            "neftune_noise_alpha",
+            args.neftune_noise_alpha is not None,
+            "its noise is scaled by the length of a row, here of all sequences",
+        ),
         (
             "prompt learning",
             getattr(peft_config, "is_prompt_learning", False),
