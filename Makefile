@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 # The tests of what runs on Triton kernels: a second time under the interpreter, which shows the kernels on the CPU.
 KERNEL_TESTS := tests/test_adaptive_margin.py tests/test_batch_invariance.py tests/test_certified.py \
-	tests/test_diagnostics.py tests/test_from_logps.py tests/test_gradients.py tests/test_kl.py \
+	tests/test_derivatives.py tests/test_diagnostics.py tests/test_from_logps.py tests/test_given_logps.py \
+	tests/test_gradients.py tests/test_kl.py \
 	tests/test_linear_logps.py tests/test_loss.py tests/test_low_rank.py tests/test_methods.py \
 	tests/test_numerics.py tests/test_pair_loss.py tests/test_parallel_heads.py tests/test_rows.py \
 	tests/test_schedules.py
@@ -24,7 +25,7 @@ reproduce: $(VENV)/ready
 	$(RUN) examples/reproduce.py
 
 test: $(VENV)/ready
-	$(RUN) -m pytest --ignore tests/test_compile.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --ignore tests/test_compile.py
 	@if $(RUN) -c "import triton" 2> /dev/null; then \
 		echo "Triton kernels, compiled for GPUs:"; \
 		$(RUN) -m pytest -n auto tests/test_compile.py && \
