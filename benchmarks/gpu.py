@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results
 
-It runs with the active python, installs nothing and needs no network. Each step is a process with a time
-limit; one that fails does not stop the others. <device>.json holds all results, and is written after each.
-The exit status is 1 where a step failed, 2 without a CUDA device.
+It runs with the active python, installs nothing and needs no network; it says which package is missing. Each
+step is a process with a time limit; one that fails does not stop the others. <device>.json holds all results,
+and is written after each. The exit status is 1 where a step failed, 2 without a CUDA device or a package.
 """
 
 from __future__ import annotations
@@ -30,9 +30,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.peers import all_peers
-from benchmarks.report import ROOT, environment
-
+ROOT = Path(__file__).resolve().parents[1]
+NEEDED = ("hypothesis", "numpy", "pandas", "psutil", "pytest", "tqdm", "triton")
 GRACE_SECONDS = 15  # between interrupt and kill: pytest writes its report
 LEAST_SECONDS = 15  # with less time left, no step starts
 NO_TIME = "skipped: no time left"
@@ -58,6 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print(f"make gpu needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 2
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        print(
+            f"make gpu needs {', '.join(missing)}: python -m pip install {' '.join(missing)}", file=sys.stderr
+        )
+        return 2
+    from benchmarks.report import environment
+
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, in steps too
@@ -83,18 +89,20 @@ def steps(folder: Path) -> Iterator[Step]:
     memory = torch.cuda.get_device_properties(0).total_memory
     # A test holds up to 15 GiB. Those of 2^31 elements hold more and run one at a time.
     processes = max(1, min(6, (os.cpu_count() or 1) // 2, memory // (20 * 2**30)))
-    yield test_step(folder, "tests", 150, "not 2_to_the_31", processes)
-    yield test_step(folder, "tests of 2^31 elements", 60, "2_to_the_31", 1)
+    yield test_step(folder, "tests", 130, "not 2_to_the_31", processes)
+    yield test_step(folder, "tests of 2^31 elements", 40, "2_to_the_31", 1)
+
+    from benchmarks.peers import all_peers
 
     peers = [name for name in all_peers() if name not in SLOW_PEERS]
-    yield benchmark_step(folder, "shipped", 120, "--tokens", "8192", "--only", *peers)
+    yield benchmark_step(folder, "shipped", 100, "--tokens", "8192", "--only", *peers)
     table = folder / "tuning.json"
-    tune = [sys.executable, "benchmarks/tune.py", "--seconds", "90", "--json", str(table)]
-    yield Step("tuning", 120, tune, table)
+    tune = [sys.executable, "benchmarks/tune.py", "--seconds", "80", "--json", str(table)]
+    yield Step("tuning", 95, tune, table)
     options = ["--launch-table", str(table)] if table.exists() else []
     options += ["--tokens", "8192", "1024", "256", "--head", "full", "frozen"]
     peers = [name for name in peers if name != "compile"]  # takes long for each size
-    yield benchmark_step(folder, "tuned", 120, *options, "--only", *peers)
+    yield benchmark_step(folder, "tuned", 100, *options, "--only", *peers)
 
 
 def test_step(folder: Path, name: str, seconds: float, selected: str, processes: int) -> Step:

@@ -330,9 +330,10 @@ class Results:
         return [file for file in self.files.values() if "reports" in file]
 
     def on_gpus(self) -> list[Json]:
-        """The first comparison of each GPU."""
+        """The first comparison of each GPU, if focalkern was timed in it."""
         reports = [found for gpu in self.gpus() for found in list(gpu["reports"].values())[:1]]
-        return [found["comparisons"][0] for found in reports if found.get("comparisons")]
+        firsts = [found["comparisons"][0] for found in reports if found.get("comparisons")]
+        return [each for each in firsts if not frame(each).index.intersection(OURS).empty]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""

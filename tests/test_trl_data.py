@@ -73,6 +73,17 @@ LAYOUTS = {
         ],
         PLAIN,
     ),
+    "answers, then whole conversations": (
+        [
+            *PLAIN,
+            {
+                "prompt": [user("q")],
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+            },
+        ],
+        PLAIN * 2,
+    ),
     "the last of several turns": (
         [{"prompt": "q", "chosen": [*TURNS, assistant("a")], "rejected": [*TURNS, assistant("b")]}],
         [{"prompt": TURNS, "chosen": [assistant("a")], "rejected": [assistant("b")]}],
@@ -142,7 +153,7 @@ def test_a_message_that_calls_a_tool_needs_no_content():
 
 @pytest.mark.parametrize(
     ("records", "message"),
-    [([], "train_dataset must hold pairs"), ([{"question": "q"}], "must have the columns prompt, chosen")],
+    [([], "train dataset must hold pairs"), ([{"question": "q"}], "must have the columns prompt, chosen")],
 )
 def test_the_trainer_says_it(records, message, tmp_path):
     dataset = Dataset.from_list(records) if records else Dataset.from_dict({"prompt": [], "chosen": []})

@@ -1,5 +1,6 @@
-"""What `FocalPOTrainer` looks for in its data before it trains: rows that TRL cannot take, pairs that train
-nobody. `as_trl_takes_it` sees the texts, `inspect_pairs` the token ids that TRL makes of them.
+"""Checks of `FocalPOTrainer`'s data before it trains: rows that TRL cannot take, pairs without a signal.
+
+`as_trl_takes_it` sees the texts, `inspect_pairs` the token ids that TRL makes of them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def as_trl_takes_it(dataset: Dataset | IterableDataset, name: str) -> Dataset | 
             f" {{'role': ..., 'content': ...}}; got {kinds} in its first row"
         )
     _check_rows(dataset, kinds, name)
-    if kind == "text" or "prompt" not in first or not _repeats_prompt(first):
+    if kind == "text" or "prompt" not in first:
         return dataset
     with global_then_local_main_first():
         return dataset.map(_with_prompt_apart, with_indices=True, fn_kwargs={"name": name})
@@ -70,18 +71,14 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {str(value)[:40]}"
 
 
-def _repeats_prompt(row: dict[str, Any]) -> bool:
-    prompt = row["prompt"]
-    return isinstance(prompt, str) or row["chosen"][: len(prompt)] == prompt == row["rejected"][: len(prompt)]
-
-
 def _with_prompt_apart(row: dict[str, Any], index: int, name: str) -> dict[str, Any]:
     prompt, chosen, rejected = (row[column] for column in _TEXTS)
+    if not isinstance(prompt, str):
+        repeated = chosen[: len(prompt)] == prompt == rejected[: len(prompt)]
+        start = len(prompt) if repeated else 0
+        return {"chosen": chosen[start:], "rejected": rejected[start:]}
     if not chosen or not rejected:
         raise ValueError(f"row {index} of the {name} dataset has no messages in chosen or in rejected")
-    if not isinstance(prompt, str):
-        start = len(prompt) if _repeats_prompt(row) else 0
-        return {"chosen": chosen[start:], "rejected": rejected[start:]}
     if chosen[0]["role"] == rejected[0]["role"] == "assistant":
         return {"prompt": [{"role": "user", "content": prompt}]}
     apart = extract_prompt({"chosen": chosen, "rejected": rejected})
@@ -208,12 +205,13 @@ class DataReport:
 
 
 def inspect_pairs(
-    dataset: Dataset | IterableDataset,
+    dataset: Dataset,
     rows: int,  # before TRL dropped some
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     truncation_mode: str,
+    is_sample: bool = False,
 ) -> DataReport:
     """The report on a dataset with TRL's `prompt_ids`, `chosen_ids` and `rejected_ids`."""
     bos = tokenizer.bos_token_id
@@ -256,15 +254,12 @@ def inspect_pairs(
         rows - counts["pairs"],
         **counts,
         first_pair=first_pair,
-        is_sample=isinstance(dataset, IterableDataset),
+        is_sample=is_sample,
     )
 
 
-def _token_ids(dataset: Dataset | IterableDataset) -> Iterator[list[np.ndarray]]:
+def _token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
     """Prompt, chosen and rejected, row by row."""
-    if isinstance(dataset, IterableDataset):
-        yield from ([np.array(row[column], dtype=np.int64) for column in _IDS] for row in dataset)
-        return
     # Columns of Arrow: the rows of a dataset take longer.
     for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(_BATCH_ROWS):
         columns = [table[column].to_numpy() for column in _IDS]

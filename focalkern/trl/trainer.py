@@ -104,8 +104,8 @@ class FocalPOTrainer(DPOTrainer):
     the sequences of a batch. Callbacks may set `beta`, `loss_weights` and the other attributes that TRL's
     loss reads, with the effect that they have there.
 
-    When it is made, it counts in the data what trains nobody (pairs that are dropped, cut, empty, identical,
-    with BOS twice, without EOS), prints that with a pair, and keeps it as `data_reports`.
+    When it is made, it counts in the data the pairs that are dropped, cut, empty or identical, with BOS twice
+    or without EOS, prints the counts and one pair, and keeps them as `data_reports`.
 
     Logged beside TRL's metrics, where the loss has them: `focal/gamma`, `focal/weight` (mean −dL/du),
     `focal/flipped` (share of pairs that are pushed together), `focal/dropped_mass` and `focal/kept_share` (of
@@ -169,7 +169,7 @@ class FocalPOTrainer(DPOTrainer):
             raise ValueError("train_dataset must be given; got None")
         sample = next(iter(train_dataset), None)
         if sample is None:
-            raise ValueError("train_dataset must hold pairs; it is empty")
+            raise ValueError("the train dataset must hold pairs; it is empty")
         self.data_reports = {}
         _check_reference(args, model, ref_model, peft_config)
         if args.gamma_schedule is not None and args.max_steps <= 0 and not has_length(train_dataset):
@@ -317,13 +317,16 @@ class FocalPOTrainer(DPOTrainer):
             dataset_name=dataset_name,
         )
         prepared = prepare(dataset)
-        if isinstance(dataset, Dataset):
-            rows, sample = len(dataset), prepared
-        else:
-            first = dataset.take(STREAMED_ROWS)
-            rows, sample = sum(1 for _ in first), prepare(first)
+        is_stream = not isinstance(dataset, Dataset)
+        rows = Dataset.from_list(list(dataset.take(STREAMED_ROWS))) if is_stream else dataset
         report = inspect_pairs(
-            sample, rows, dataset_name, self._tokenizer, args.max_length, args.truncation_mode
+            prepare(rows) if is_stream else prepared,
+            len(rows),
+            dataset_name,
+            self._tokenizer,
+            args.max_length,
+            args.truncation_mode,
+            is_sample=is_stream,
         )
         report.check(args.loss_type, args.length_normalize)
         if dataset_name not in self.data_reports and PartialState().is_main_process:
