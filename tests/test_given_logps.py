@@ -17,6 +17,7 @@ LOSSES = {
     "focal": FusedFocalPOLoss.dpo,
     "pair": partial(FusedPairLoss, methods.dpo),
 }
+DIFFER = r"^labels differ from those that linear_logps was given"
 both_losses = pytest.mark.parametrize("loss", LOSSES)
 
 
@@ -61,7 +62,7 @@ def test_a_token_that_the_head_ignored_has_no_log_prob(shift, loss, backend):
     pairs = batch()
     labels, fewer = two_masks(pairs)
     tokens = linear_logps(pairs.hidden, pairs.weight, fewer, shift=shift, backend=backend)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of, or fewer"):
+    with pytest.raises(ValueError, match=DIFFER):
         LOSSES[loss]().from_logps(tokens, labels, **pairs.refs, shift=shift)
 
 
@@ -71,7 +72,7 @@ def test_other_labels_than_those_of_the_head_are_refused(loss):
     tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
     others = torch.where(pairs.labels == -100, -100, (pairs.labels + 1) % len(pairs.weight))
     count = int((others != -100).sum())
-    with pytest.raises(ValueError, match=rf"^labels must be .*; {count} of them are ignored or other labels"):
+    with pytest.raises(ValueError, match=rf"{DIFFER} at {count} tokens"):
         LOSSES[loss]().from_logps(tokens, others, **pairs.refs)
 
 
@@ -81,7 +82,7 @@ def test_labels_changed_in_place_since_are_refused():
     used = fewer.clone()
     tokens = linear_logps(pairs.hidden, pairs.weight, used)
     used.copy_(labels)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of"):
+    with pytest.raises(ValueError, match=DIFFER):
         FusedFocalPOLoss().from_logps(tokens, used, **pairs.refs)
 
 
@@ -92,8 +93,53 @@ def test_two_values_of_ignore_index_may_mean_the_same(loss, backend):
     minus_one = pairs.labels.masked_fill(pairs.labels == -100, -1).int()
     found = LOSSES[loss](ignore_index=-1).from_logps(tokens, minus_one, **pairs.refs).losses
     assert torch.equal(found, LOSSES[loss]().from_logps(tokens, pairs.labels, **pairs.refs).losses)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of"):
+    with pytest.raises(ValueError, match=DIFFER):
         LOSSES[loss]().from_logps(tokens, minus_one, **pairs.refs)
+
+
+# By rows and positions, of the log-probs as of the labels and the hidden states.
+RESHAPES = {
+    "a slice": lambda x: x[:2],
+    "a permutation": lambda x: x[torch.tensor([2, 0, 1, 5, 3, 4], device=DEVICE)],
+    "later positions": lambda x: x[:, 1:],
+}
+
+
+@pytest.mark.parametrize("name", RESHAPES)
+def test_labels_go_with_log_probs_into_another_shape(name, backend):
+    pairs, loss_fn, reshape = batch(), FusedPairLoss(methods.cpo), RESHAPES[name]
+    labels = reshape(pairs.labels)
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels.cpu(), backend=backend).reshaped(reshape)
+    expected = loss_fn(reshape(pairs.hidden), pairs.weight, labels).losses
+    torch.testing.assert_close(loss_fn.from_logps(tokens, labels).losses, expected)
+    count = int((labels != -100).sum())
+    others = torch.where(labels == -100, -100, (labels + 1) % len(pairs.weight))
+    with pytest.raises(ValueError, match=rf"{DIFFER} at {count} tokens"):
+        loss_fn.from_logps(tokens, others)
+
+
+def test_a_position_that_padding_adds_has_no_label(backend):
+    """Packed sequences as one that is shifted, [1, N − 1]; the last position predicts nothing."""
+    pairs, loss_fn = batch(lengths=(4, 5, 5, 4)), FusedPairLoss(methods.cpo)
+    x = pairs.in_layout("packed")
+    tokens = linear_logps(x["hidden"][None], x["weight"], x["labels"][None], shift=True, backend=backend)
+    tokens = tokens.reshaped(lambda values: torch.nn.functional.pad(values[0], (0, 1)))
+    labels, layout = x["labels"], {"cu_seqlens": x["cu_seqlens"]}
+    found = loss_fn.from_logps(tokens, labels, shift=True, **layout).losses
+    torch.testing.assert_close(found, loss_fn(**x, shift=True).losses)
+    aligned = labels.roll(-1)
+    aligned[-1] = 0
+    with pytest.raises(ValueError, match=rf"{DIFFER} at 1 tokens"):
+        loss_fn.from_logps(tokens, aligned, **layout)
+
+
+def test_log_probs_that_are_replaced_in_another_shape_are_taken_as_they_are():
+    pairs, loss_fn = batch(), FusedPairLoss(methods.cpo)
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
+    for part in (slice(2), slice(1, 5)):
+        replaced = replace(tokens, logps=tokens.logps[part])
+        expected = loss_fn.from_logps(LinearLogps(tokens.logps[part]), pairs.labels[part]).losses
+        assert torch.equal(loss_fn.from_logps(replaced, pairs.labels[part]).losses, expected)
 
 
 CONFLICTS = {

@@ -77,6 +77,12 @@ def test_a_batch_without_any_label_is_said_once(given, loss_fn):
     assert said.filename == __file__
 
 
+def test_code_without_a_module_name_is_warned_as_any_other():
+    (said,) = messages(lambda: exec("warn('a word')", {"warn": checks.warn}))
+    assert str(said.message) == "a word"
+    assert said.filename == "<string>"
+
+
 class OnGPU:
     is_cuda, dtype, device = True, torch.bfloat16, torch.device("cuda", 0)
 
