@@ -117,7 +117,7 @@ def compiler_problem(device_type: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
+    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def load_trl(device_type: str) -> LossFn:

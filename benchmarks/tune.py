@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Recipe, Shape, calibrate
+from benchmarks.peers import first_line
 from benchmarks.report import DTYPES
 from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config, replace_entries
 from csrc_triton.linear_logps import linear_logps_fwd_kernel
@@ -199,10 +200,6 @@ def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
     except Exception as error:  # the others are still to be compiled
         return job, first_line(error)
     return job, ""
-
-
-def first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 # Measuring

@@ -367,7 +367,7 @@ def check_pair_tensor(name: str, value: torch.Tensor, pairs: int, like: torch.Te
 def warn(message: str) -> None:
     """A warning of the caller: it points to the first frame outside the library and torch."""
     level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in ("focalkern", "torch"):
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("focalkern", "torch"):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
 

@@ -60,7 +60,7 @@ class HeadOptions:
 
 
 def changed_options(module: object) -> dict[str, object]:
-    """The arguments of a module's constructor that are not at their defaults, those of its parts left out."""
+    """The constructor arguments that a module keeps under their names and that differ from their defaults."""
     defaults = {name: p.default for name, p in inspect.signature(type(module)).parameters.items()}
     values = {name: getattr(module, name) for name in defaults if hasattr(module, name)}
     return {name: value for name, value in values.items() if value != defaults[name]}

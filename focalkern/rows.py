@@ -10,9 +10,6 @@ from dataclasses import dataclass
 
 import torch
 
-# In place of labels that are ignored: in no vocabulary, and no `ignore_index` of anyone.
-UNLABELLED = torch.iinfo(torch.int64).min
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -97,9 +94,9 @@ def kept_labels(
     shift: bool,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1]
 ) -> torch.Tensor:  # (shifted) labels' shape
-    """The (shifted) labels in int64, `UNLABELLED` where they are ignored; a copy."""
+    """The (shifted) labels + 1 in int64, and 0 where they are ignored: padding by 0 ignores, too. A copy."""
     labels = aligned_labels(labels, ignore_index, shift, cu_seqlens)
-    return labels.long().masked_fill(labels == ignore_index, UNLABELLED)
+    return (labels.long() + 1).masked_fill(labels == ignore_index, 0)
 
 
 def pick_rows(
@@ -108,12 +105,12 @@ def pick_rows(
     shift: bool = False,
     cu_seqlens: torch.Tensor | None = None,  # [S + 1], with 1-D labels only
     device: torch.device | None = None,  # of hidden, where labels are on the host
-    known: torch.Tensor | None = None,  # `kept_labels` of the log-probs that there are
+    known: torch.Tensor | None = None,  # `kept_labels` of log-probs that are there already
 ) -> Rows:
     """The completion tokens of labels. Where these are on a GPU this waits for it, once; else not at all.
 
     Raises:
-        ValueError: `cu_seqlens` are out of order, or a token is not among those that are known.
+        ValueError: `cu_seqlens` are out of order, or a label differs from the known one.
     """
     hidden_length = labels.shape[-1]
     cu_seqlens = None if cu_seqlens is None else sent(cu_seqlens, labels.device)
@@ -125,18 +122,21 @@ def pick_rows(
     # One transfer for all that the host has to know.
     lowest, highest = torch.nn.functional.pad(torch.where(keep, flat, 0).long(), (0, 1)).aminmax()
     shortest = lengths.amin() if lengths.numel() else offsets[0]
-    unknown = keep.new_zeros(0) if known is None else keep & (flat != sent(known, flat.device).reshape(-1))
-    facts = torch.stack([offsets[-1], in_order.long(), lowest, highest, shortest, unknown.sum()]).tolist()
-    n, is_in_order, lowest, highest, shortest, unknown_tokens = facts
+    differs = keep.new_zeros(0)
+    if known is not None:
+        known = sent(known, flat.device).reshape(-1)
+        differs = keep & ((known == 0) | (flat.long() + 1 != known))
+    facts = torch.stack([offsets[-1], in_order.long(), lowest, highest, shortest, differs.sum()]).tolist()
+    n, is_in_order, lowest, highest, shortest, differing = facts
     if not is_in_order and cu_seqlens is not None:
         raise ValueError(
             f"cu_seqlens must start at 0, never decrease and end at N = {flat.numel()};"
             f" got {cu_seqlens.tolist()}"
         )
-    if unknown_tokens:
+    if differing:
         raise ValueError(
-            f"labels must be those that token_logps was made of, or fewer; {unknown_tokens} of them are"
-            " ignored or other labels there: give linear_logps the labels of all losses together"
+            f"labels differ from those that linear_logps was given at {differing} tokens: give it the"
+            " labels of all losses together, of which each loss may ignore some"
         )
     position = nonzero(keep, n)
     index, length = position, labels.shape[-1]

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
 from conftest import DEVICE
-from test_loss import Batch
+from problems import Batch, batch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import functional
 from torch.utils.checkpoint import checkpoint
@@ -27,38 +27,38 @@ from focalkern.autograd import FirstOrderFunction
 
 
 @pytest.fixture
-def batch() -> Batch:
-    return Batch()
+def pairs() -> Batch:
+    return batch()
 
 
-def focal(batch, hidden, weight, backend):
-    return FusedFocalPOLoss(backend=backend)(hidden, weight, batch.labels, **batch.refs).loss
+def focal(pairs, hidden, weight, backend):
+    return FusedFocalPOLoss(backend=backend)(hidden, weight, pairs.labels, **pairs.refs).loss
 
 
-def pair(batch, hidden, weight, backend):
-    return FusedPairLoss(methods.ipo, backend=backend)(hidden, weight, batch.labels, **batch.refs).loss
+def pair(pairs, hidden, weight, backend):
+    return FusedPairLoss(methods.ipo, backend=backend)(hidden, weight, pairs.labels, **pairs.refs).loss
 
 
-def logps(batch, hidden, weight, backend):
-    return linear_logps(hidden, weight, batch.labels, backend=backend).logps.sum()
+def logps(pairs, hidden, weight, backend):
+    return linear_logps(hidden, weight, pairs.labels, backend=backend).logps.sum()
 
 
-def squares(batch, hidden, weight, backend):
-    return linear_logps(hidden, weight, batch.labels, backend=backend).logps.square().sum()
+def squares(pairs, hidden, weight, backend):
+    return linear_logps(hidden, weight, pairs.labels, backend=backend).logps.square().sum()
 
 
-def entropy(batch, hidden, weight, backend):
-    return linear_logps(hidden, weight, batch.labels, outputs="entropy", backend=backend).entropy.sum()
+def entropy(pairs, hidden, weight, backend):
+    return linear_logps(hidden, weight, pairs.labels, outputs="entropy", backend=backend).entropy.sum()
 
 
-def kl(batch, hidden, weight, backend):
-    ref = (batch.hidden.flip(0), batch.weight.flip(0))
-    return linear_kl(hidden, weight, *ref, batch.labels, backend=backend).sum()
+def kl(pairs, hidden, weight, backend):
+    ref = (pairs.hidden.flip(0), pairs.weight.flip(0))
+    return linear_kl(hidden, weight, *ref, pairs.labels, backend=backend).sum()
 
 
-def given_logps(batch, hidden, weight, backend):
-    own = LinearLogps(reference.linear_logps(hidden, weight, batch.labels)["logps"])
-    return FusedPairLoss(methods.dpo, backend=backend).from_logps(own, batch.labels, **batch.refs).loss
+def given_logps(pairs, hidden, weight, backend):
+    own = LinearLogps(reference.linear_logps(hidden, weight, pairs.labels)["logps"])
+    return FusedPairLoss(methods.dpo, backend=backend).from_logps(own, pairs.labels, **pairs.refs).loss
 
 
 every_function = pytest.mark.parametrize(
@@ -82,32 +82,32 @@ SECOND_ORDER = {
 
 @every_function
 @pytest.mark.parametrize("ask", SECOND_ORDER)
-def test_a_graph_of_the_backward_is_refused(ask, function, batch, backend):
-    hidden, weight = batch.leaves().values()
+def test_a_graph_of_the_backward_is_refused(ask, function, pairs, backend):
+    hidden, weight = pairs.leaves().values()
     with pytest.raises(RuntimeError, match=r"^focalkern has no second derivatives.*focalkern\.reference"):
-        SECOND_ORDER[ask](lambda h, w: function(batch, h, w, backend), hidden, weight)
+        SECOND_ORDER[ask](lambda h, w: function(pairs, h, w, backend), hidden, weight)
 
 
 def test_what_does_not_pass_through_the_library_twice_is_exact(backend):
     """A user's own tensor in the loss: its gradient is a function of the log-probs, and differentiable."""
-    batch = Batch(dtype=torch.float32)
+    pairs = batch()
 
     def penalty_gradients(loss, *leaves):
         offset = torch.tensor([0.3, -0.2, 0.1], dtype=leaves[0].dtype, device=DEVICE, requires_grad=True)
         (gradient,) = torch.autograd.grad(loss(offset), offset, create_graph=True)
         return torch.autograd.grad(gradient.square().sum(), leaves)
 
-    leaves = list(batch.leaves().values())
+    leaves = list(pairs.leaves().values())
     loss_fn = FusedPairLoss(methods.odpo, backend=backend, backward="exact")
     found = penalty_gradients(
-        lambda offset: loss_fn(*leaves, batch.labels, **batch.refs, offset=offset).loss, *leaves
+        lambda offset: loss_fn(*leaves, pairs.labels, **pairs.refs, offset=offset).loss, *leaves
     )
 
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    refs = {name: x.double() for name, x in batch.refs.items()}
+    refs = {name: x.double() for name, x in pairs.refs.items()}
     expected = penalty_gradients(
         lambda offset: reference.focalpo_loss(
-            *exact, batch.labels, **refs, beta=0.1, gamma=0.0, margin=offset
+            *exact, pairs.labels, **refs, beta=0.1, gamma=0.0, margin=offset
         ).mean(),
         *exact,
     )
@@ -127,20 +127,20 @@ def mapped(loss, hidden, weight):
 
 @every_function
 @pytest.mark.parametrize("ask", [batched, mapped], ids=lambda f: f.__name__)
-def test_several_gradients_at_once_are_refused(ask, function, batch, backend):
-    hidden, weight = batch.leaves().values()
+def test_several_gradients_at_once_are_refused(ask, function, pairs, backend):
+    hidden, weight = pairs.leaves().values()
     with pytest.raises(RuntimeError, match=r"^focalkern's backward takes one gradient at a time"):
-        ask(lambda h, w: function(batch, h, w, backend), hidden, weight)
+        ask(lambda h, w: function(pairs, h, w, backend), hidden, weight)
 
 
 @every_function
-def test_forward_mode_is_refused(function, batch, backend):
+def test_forward_mode_is_refused(function, pairs, backend):
     with (
         forward_ad.dual_level(),
         pytest.raises(NotImplementedError, match=r"^focalkern has no forward-mode derivatives"),
     ):
-        dual = forward_ad.make_dual(batch.hidden, torch.ones_like(batch.hidden))
-        function(batch, dual, batch.weight, backend)
+        dual = forward_ad.make_dual(pairs.hidden, torch.ones_like(pairs.hidden))
+        function(pairs, dual, pairs.weight, backend)
 
 
 TRANSFORMS = {
@@ -155,28 +155,28 @@ TRANSFORMS = {
 
 @every_function
 @pytest.mark.parametrize("transform", TRANSFORMS)
-def test_transforms_of_torch_func_are_refused(transform, function, batch, backend):
+def test_transforms_of_torch_func_are_refused(transform, function, pairs, backend):
     with pytest.raises(RuntimeError, match=r" came in a transform of torch\.func .*focalkern takes none"):
-        TRANSFORMS[transform](lambda x: function(batch, x, batch.weight, backend), batch.hidden)
+        TRANSFORMS[transform](lambda x: function(pairs, x, pairs.weight, backend), pairs.hidden)
 
 
-def test_labels_in_a_transform_are_refused(batch):
-    labels = torch.stack([batch.labels] * 2)
+def test_labels_in_a_transform_are_refused(pairs):
+    labels = torch.stack([pairs.labels] * 2)
     with pytest.raises(RuntimeError, match=r" came in a transform of torch\.func"):
-        torch.func.vmap(lambda y: linear_logps(batch.hidden, batch.weight, y).logps)(labels)
+        torch.func.vmap(lambda y: linear_logps(pairs.hidden, pairs.weight, y).logps)(labels)
 
 
 @every_function
-def test_first_derivatives_by_other_ways_are_the_same(function, batch, backend):
+def test_first_derivatives_by_other_ways_are_the_same(function, pairs, backend):
     """Checkpointing of both kinds, `functional.vjp`, and `functional_call`, which is no transform."""
-    hidden, weight = batch.leaves().values()
+    hidden, weight = pairs.leaves().values()
 
     def loss(h, w):
-        return function(batch, h, w, backend)
+        return function(pairs, h, w, backend)
 
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     for use_reentrant in (False, True):
-        leaves = list(batch.leaves().values())
+        leaves = list(pairs.leaves().values())
         checkpoint(loss, *leaves, use_reentrant=use_reentrant).backward()
         assert all(torch.equal(x.grad, grad) for x, grad in zip(leaves, expected, strict=True))
     assert torch.equal(functional.vjp(lambda x: loss(x, weight.detach()), hidden.detach())[1], expected[0])
@@ -207,11 +207,11 @@ def test_every_autograd_function_of_the_library_is_of_the_kind():
 
 
 @pytest.mark.parametrize("function", [focal, pair, logps, kl], ids=lambda f: f.__name__)
-def test_fullgraph_is_refused(function, batch, backend):
+def test_fullgraph_is_refused(function, pairs, backend):
     def compiled():
         torch._dynamo.reset()
-        step = torch.compile(lambda x: 2 * function(batch, x, batch.weight, backend), fullgraph=True)
-        step(batch.hidden)
+        step = torch.compile(lambda x: 2 * function(pairs, x, pairs.weight, backend), fullgraph=True)
+        step(pairs.hidden)
 
     with pytest.raises(Exception, match="focalkern is not traced: compile without fullgraph=True"):
         compiled()

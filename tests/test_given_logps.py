@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import DEVICE
-from test_loss import Batch
+from problems import Batch, batch
 
 from focalkern import FusedFocalPOLoss, FusedPairLoss, LinearLogps, linear_logps, methods, reference
 
@@ -17,38 +17,39 @@ LOSSES = {
     "focal": FusedFocalPOLoss.dpo,
     "pair": partial(FusedPairLoss, methods.dpo),
 }
+DIFFER = r"^labels differ from those that linear_logps was given"
 both_losses = pytest.mark.parametrize("loss", LOSSES)
 
 
-def exact_dpo(batch: Batch, labels: torch.Tensor, **transform) -> list[torch.Tensor]:
+def exact_dpo(pairs: Batch, labels: torch.Tensor, **transform) -> list[torch.Tensor]:
     """Losses and the gradients of their mean, in float64."""
-    leaves = [x.detach().double().requires_grad_() for x in (batch.hidden, batch.weight)]
-    refs = {name: x.double() for name, x in batch.refs.items()}
+    leaves = [x.detach().double().requires_grad_() for x in (pairs.hidden, pairs.weight)]
+    refs = {name: x.double() for name, x in pairs.refs.items()}
     losses = reference.focalpo_loss(*leaves, labels, **refs, beta=0.1, gamma=0.0, **transform)
     return [losses.detach(), *torch.autograd.grad(losses.mean(), leaves)]
 
 
-def two_masks(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+def two_masks(pairs: Batch) -> tuple[torch.Tensor, torch.Tensor]:
     """Labels of all completion tokens, and of all but the first of each sequence."""
-    first = (batch.labels != -100).long().argmax(-1, keepdim=True)
-    return batch.labels, batch.labels.scatter(1, first, -100)
+    first = (pairs.labels != -100).long().argmax(-1, keepdim=True)
+    return pairs.labels, pairs.labels.scatter(1, first, -100)
 
 
 @both_losses
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_one_head_serves_a_loss_that_ignores_more(packed, loss, backend):
-    batch = Batch(lengths=(4, 3, 5, 3, 5, 4), dtype=torch.float32)
-    labels, fewer = two_masks(batch)
-    leaves = list(batch.leaves().values())
+    pairs = batch(lengths=(4, 3, 5, 3, 5, 4))
+    labels, fewer = two_masks(pairs)
+    leaves = list(pairs.leaves().values())
     hidden, given = leaves[0], {}
-    expected = exact_dpo(batch, fewer)
+    expected = exact_dpo(pairs, fewer)
     if packed:
         sequences, length = labels.shape
         cu_seqlens = torch.arange(sequences + 1, device=DEVICE) * length
         hidden, labels, fewer = hidden.flatten(0, 1), labels.flatten(), fewer.flatten()
         given = {"cu_seqlens": cu_seqlens}
     tokens = linear_logps(hidden, leaves[1], labels, **given, backend=backend)
-    out = LOSSES[loss]().from_logps(tokens, fewer, **batch.refs, **given)
+    out = LOSSES[loss]().from_logps(tokens, fewer, **pairs.refs, **given)
     out.loss.backward()
     for actual, right in zip((out.losses, *(x.grad for x in leaves)), expected, strict=True):
         assert right.any()
@@ -58,42 +59,87 @@ def test_one_head_serves_a_loss_that_ignores_more(packed, loss, backend):
 @both_losses
 @pytest.mark.parametrize("shift", [False, True], ids=["aligned", "shift"])
 def test_a_token_that_the_head_ignored_has_no_log_prob(shift, loss, backend):
-    batch = Batch()
-    labels, fewer = two_masks(batch)
-    tokens = linear_logps(batch.hidden, batch.weight, fewer, shift=shift, backend=backend)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of, or fewer"):
-        LOSSES[loss]().from_logps(tokens, labels, **batch.refs, shift=shift)
+    pairs = batch()
+    labels, fewer = two_masks(pairs)
+    tokens = linear_logps(pairs.hidden, pairs.weight, fewer, shift=shift, backend=backend)
+    with pytest.raises(ValueError, match=DIFFER):
+        LOSSES[loss]().from_logps(tokens, labels, **pairs.refs, shift=shift)
 
 
 @both_losses
 def test_other_labels_than_those_of_the_head_are_refused(loss):
-    batch = Batch()
-    tokens = linear_logps(batch.hidden, batch.weight, batch.labels)
-    others = torch.where(batch.labels == -100, -100, (batch.labels + 1) % len(batch.weight))
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
+    others = torch.where(pairs.labels == -100, -100, (pairs.labels + 1) % len(pairs.weight))
     count = int((others != -100).sum())
-    with pytest.raises(ValueError, match=rf"^labels must be .*; {count} of them are ignored or other labels"):
-        LOSSES[loss]().from_logps(tokens, others, **batch.refs)
+    with pytest.raises(ValueError, match=rf"{DIFFER} at {count} tokens"):
+        LOSSES[loss]().from_logps(tokens, others, **pairs.refs)
 
 
 def test_labels_changed_in_place_since_are_refused():
-    batch = Batch()
-    labels, fewer = two_masks(batch)
+    pairs = batch()
+    labels, fewer = two_masks(pairs)
     used = fewer.clone()
-    tokens = linear_logps(batch.hidden, batch.weight, used)
+    tokens = linear_logps(pairs.hidden, pairs.weight, used)
     used.copy_(labels)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of"):
-        FusedFocalPOLoss().from_logps(tokens, used, **batch.refs)
+    with pytest.raises(ValueError, match=DIFFER):
+        FusedFocalPOLoss().from_logps(tokens, used, **pairs.refs)
 
 
 @both_losses
 def test_two_values_of_ignore_index_may_mean_the_same(loss, backend):
-    batch = Batch()
-    tokens = linear_logps(batch.hidden, batch.weight, batch.labels, backend=backend)
-    minus_one = batch.labels.masked_fill(batch.labels == -100, -1).int()
-    found = LOSSES[loss](ignore_index=-1).from_logps(tokens, minus_one, **batch.refs).losses
-    assert torch.equal(found, LOSSES[loss]().from_logps(tokens, batch.labels, **batch.refs).losses)
-    with pytest.raises(ValueError, match=r"^labels must be those that token_logps was made of"):
-        LOSSES[loss]().from_logps(tokens, minus_one, **batch.refs)
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels, backend=backend)
+    minus_one = pairs.labels.masked_fill(pairs.labels == -100, -1).int()
+    found = LOSSES[loss](ignore_index=-1).from_logps(tokens, minus_one, **pairs.refs).losses
+    assert torch.equal(found, LOSSES[loss]().from_logps(tokens, pairs.labels, **pairs.refs).losses)
+    with pytest.raises(ValueError, match=DIFFER):
+        LOSSES[loss]().from_logps(tokens, minus_one, **pairs.refs)
+
+
+# By rows and positions, of the log-probs as of the labels and the hidden states.
+RESHAPES = {
+    "a slice": lambda x: x[:2],
+    "a permutation": lambda x: x[torch.tensor([2, 0, 1, 5, 3, 4], device=DEVICE)],
+    "later positions": lambda x: x[:, 1:],
+}
+
+
+@pytest.mark.parametrize("name", RESHAPES)
+def test_labels_go_with_log_probs_into_another_shape(name, backend):
+    pairs, loss_fn, reshape = batch(), FusedPairLoss(methods.cpo), RESHAPES[name]
+    labels = reshape(pairs.labels)
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels.cpu(), backend=backend).reshaped(reshape)
+    expected = loss_fn(reshape(pairs.hidden), pairs.weight, labels).losses
+    torch.testing.assert_close(loss_fn.from_logps(tokens, labels).losses, expected)
+    count = int((labels != -100).sum())
+    others = torch.where(labels == -100, -100, (labels + 1) % len(pairs.weight))
+    with pytest.raises(ValueError, match=rf"{DIFFER} at {count} tokens"):
+        loss_fn.from_logps(tokens, others)
+
+
+def test_a_position_that_padding_adds_has_no_label(backend):
+    """Packed sequences as one that is shifted, [1, N − 1]; the last position predicts nothing."""
+    pairs, loss_fn = batch(lengths=(4, 5, 5, 4)), FusedPairLoss(methods.cpo)
+    x = pairs.in_layout("packed")
+    tokens = linear_logps(x["hidden"][None], x["weight"], x["labels"][None], shift=True, backend=backend)
+    tokens = tokens.reshaped(lambda values: torch.nn.functional.pad(values[0], (0, 1)))
+    labels, layout = x["labels"], {"cu_seqlens": x["cu_seqlens"]}
+    found = loss_fn.from_logps(tokens, labels, shift=True, **layout).losses
+    torch.testing.assert_close(found, loss_fn(**x, shift=True).losses)
+    aligned = labels.roll(-1)
+    aligned[-1] = 0
+    with pytest.raises(ValueError, match=rf"{DIFFER} at 1 tokens"):
+        loss_fn.from_logps(tokens, aligned, **layout)
+
+
+def test_log_probs_that_are_replaced_in_another_shape_are_taken_as_they_are():
+    pairs, loss_fn = batch(), FusedPairLoss(methods.cpo)
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
+    for part in (slice(2), slice(1, 5)):
+        replaced = replace(tokens, logps=tokens.logps[part])
+        expected = loss_fn.from_logps(LinearLogps(tokens.logps[part]), pairs.labels[part]).losses
+        assert torch.equal(loss_fn.from_logps(replaced, pairs.labels[part]).losses, expected)
 
 
 CONFLICTS = {
@@ -108,46 +154,46 @@ CONFLICTS = {
 @both_losses
 @pytest.mark.parametrize("name", CONFLICTS)
 def test_an_option_that_the_head_was_not_given_is_refused(name, loss):
-    batch, (own, other) = Batch(), CONFLICTS[name]
+    pairs, (own, other) = batch(), CONFLICTS[name]
     loss_fn = LOSSES[loss](**{name: own})
-    default = linear_logps(batch.hidden, batch.weight, batch.labels)
-    for tokens in (default, linear_logps(batch.hidden, batch.weight, batch.labels, **{name: other})):
+    default = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
+    for tokens in (default, linear_logps(pairs.hidden, pairs.weight, pairs.labels, **{name: other})):
         with pytest.raises(ValueError, match=rf"^{name} must be that of token_logps, .*; got {own!r}: give"):
-            loss_fn.from_logps(tokens, batch.labels, **batch.refs)
+            loss_fn.from_logps(tokens, pairs.labels, **pairs.refs)
     setattr(loss_fn, name, getattr(LOSSES[loss](), name))
-    loss_fn.from_logps(default, batch.labels, **batch.refs)
+    loss_fn.from_logps(default, pairs.labels, **pairs.refs)
 
 
 @both_losses
 @pytest.mark.parametrize("says_it_too", [False, True], ids=["default", "as the head"])
 def test_the_transform_of_the_head_is_that_of_the_loss(says_it_too, loss, backend):
-    batch = Batch(dtype=torch.float32)
+    pairs = batch()
     transform = {"softcap": 5.0, "logit_scale": 0.5, "temperature": 2.0}
-    leaves = list(batch.leaves().values())
-    tokens = linear_logps(*leaves, batch.labels, **transform, backend=backend)
-    out = LOSSES[loss](**transform if says_it_too else {}).from_logps(tokens, batch.labels, **batch.refs)
+    leaves = list(pairs.leaves().values())
+    tokens = linear_logps(*leaves, pairs.labels, **transform, backend=backend)
+    out = LOSSES[loss](**transform if says_it_too else {}).from_logps(tokens, pairs.labels, **pairs.refs)
     out.loss.backward()
-    expected = exact_dpo(batch, batch.labels, **transform)
+    expected = exact_dpo(pairs, pairs.labels, **transform)
     for actual, right in zip((out.losses, *(x.grad for x in leaves)), expected, strict=True):
         torch.testing.assert_close(actual.double(), right, rtol=1e-4, atol=1e-6)
 
 
 @both_losses
 def test_log_probs_of_ones_own_are_taken_as_they_are(loss, backend):
-    batch = Batch(dtype=torch.float32)
-    own = LinearLogps(reference.linear_logps(batch.hidden, batch.weight, batch.labels, softcap=5.0)["logps"])
-    losses = LOSSES[loss](softcap=5.0, backend=backend).from_logps(own, batch.labels, **batch.refs).losses
-    expected, *_ = exact_dpo(batch, batch.labels, softcap=5.0)
+    pairs = batch()
+    own = LinearLogps(reference.linear_logps(pairs.hidden, pairs.weight, pairs.labels, softcap=5.0)["logps"])
+    losses = LOSSES[loss](softcap=5.0, backend=backend).from_logps(own, pairs.labels, **pairs.refs).losses
+    expected, *_ = exact_dpo(pairs, pairs.labels, softcap=5.0)
     torch.testing.assert_close(losses.double(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_values_that_are_replaced_keep_what_they_were_made_with():
     """What a trainer does with log-probs that go through the hooks of a module."""
-    batch = Batch()
-    tokens = linear_logps(batch.hidden, batch.weight, batch.labels)
+    pairs = batch()
+    tokens = linear_logps(pairs.hidden, pairs.weight, pairs.labels)
     copied = replace(tokens, logps=tokens.logps.clone())
     with pytest.raises(ValueError, match=r"^softcap must be that of token_logps, None"):
-        FusedFocalPOLoss(softcap=5.0).from_logps(copied, batch.labels, **batch.refs)
+        FusedFocalPOLoss(softcap=5.0).from_logps(copied, pairs.labels, **pairs.refs)
 
 
 # What a test may give each option, other than its default.

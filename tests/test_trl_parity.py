@@ -22,6 +22,7 @@ from trl_tiny import VOCAB, focal_trainer, llama, near, random_model, seeded, se
 
 from focalkern import FusedPairLoss, methods
 from focalkern.pairs.pair_loss import Pairs
+from focalkern.trl.loss_types import LOSS_TYPES
 from focalkern.trl.mixed_loss import MixedLoss
 
 RECORDS = [ALL_RECORDS[i] for i in (0, 2, 5, 6)]  # the short ones
@@ -109,16 +110,15 @@ def logged(trainer) -> dict[str, float]:
     return metrics
 
 
-def test_the_batch_tells_losses_apart(trainers):
+def test_the_batch_tells_losses_apart(trainers, monkeypatch):
     """Unequal lengths, log-ratios of both signs and of some size."""
     theirs, ours = trainers
     lengths = theirs.batch["completion_mask"].sum(-1)
     assert (lengths[:PAIRS] < lengths[PAIRS:]).any()
     assert (lengths[:PAIRS] > lengths[PAIRS:]).any()
     seen = []
+    monkeypatch.setitem(LOSS_TYPES, "sigmoid", lambda pairs: seen.append(pairs) or methods.dpo(pairs))
     our_loss(ours, theirs.batch, loss_type=["sigmoid"])
-    ours.loss_fn.others = FusedPairLoss(lambda pairs: seen.append(pairs) or methods.dpo(pairs))
-    ours.compute_loss(ours.model, theirs.batch)
     ratios = torch.cat([seen[0].chosen_log_ratios, seen[0].rejected_log_ratios])
     assert ratios.min() < -0.3
     assert ratios.max() > 0.3

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from conftest import DEVICE
-from test_loss import Batch
+from problems import batch
 
 import focalkern.backends
 from focalkern import FusedFocalPOLoss, FusedPairLoss, checks, linear_kl, linear_logps, methods, reference
@@ -29,29 +29,29 @@ def messages(function) -> list[warnings.WarningMessage]:
 
 
 def test_a_schedule_that_nobody_moves_is_pointed_out_after_ten_batches():
-    batch, loss_fn = Batch((2, 1)), FusedFocalPOLoss.dynamic(1000)
+    pairs, loss_fn = batch((2, 1)), FusedFocalPOLoss.dynamic(1000)
 
     def step():
-        return loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs)
+        return loss_fn(pairs.hidden, pairs.weight, pairs.labels, **pairs.refs)
 
     said = [len(messages(step)) for _ in range(12)]
     assert said == [0] * 9 + [1, 0, 0]
 
 
 def test_accumulation_over_many_batches_is_told_by_set_step_0():
-    batch, loss_fn = Batch((2, 1)), FusedFocalPOLoss.dynamic(1000)
+    pairs, loss_fn = batch((2, 1)), FusedFocalPOLoss.dynamic(1000)
     loss_fn.set_step(0)
     assert not messages(
-        lambda: [loss_fn(batch.hidden, batch.weight, batch.labels, **batch.refs) for _ in range(20)]
+        lambda: [loss_fn(pairs.hidden, pairs.weight, pairs.labels, **pairs.refs) for _ in range(20)]
     )
 
 
 def test_a_resumed_schedule_that_nobody_moves_is_pointed_out_too():
-    batch, trained, resumed = Batch((2, 1)), *(FusedFocalPOLoss.dynamic(1000) for _ in range(2))
+    pairs, trained, resumed = batch((2, 1)), *(FusedFocalPOLoss.dynamic(1000) for _ in range(2))
     trained.set_step(337)
     resumed.load_state_dict(trained.state_dict())
     (said,) = messages(
-        lambda: [resumed(batch.hidden, batch.weight, batch.labels, **batch.refs) for _ in range(12)]
+        lambda: [resumed(pairs.hidden, pairs.weight, pairs.labels, **pairs.refs) for _ in range(12)]
     )
     assert "gamma has stayed at step 337 of its schedule for 10 batches: call set_step(t)" in str(
         said.message
@@ -62,19 +62,25 @@ def test_a_resumed_schedule_that_nobody_moves_is_pointed_out_too():
 @pytest.mark.parametrize("loss_fn", [FusedFocalPOLoss(), FusedPairLoss(methods.dpo)], ids=["focal", "pair"])
 @pytest.mark.parametrize("given", [False, True], ids=["forward", "from_logps"])
 def test_a_batch_without_any_label_is_said_once(given, loss_fn):
-    batch = Batch()
-    ignored = torch.full_like(batch.labels, -100)
+    pairs = batch()
+    ignored = torch.full_like(pairs.labels, -100)
 
     def step(labels):
         if given:
-            tokens = linear_logps(batch.hidden, batch.weight, labels)
-            return loss_fn.from_logps(tokens, labels, **batch.refs)
-        return loss_fn(batch.hidden, batch.weight, labels, **batch.refs)
+            tokens = linear_logps(pairs.hidden, pairs.weight, labels)
+            return loss_fn.from_logps(tokens, labels, **pairs.refs)
+        return loss_fn(pairs.hidden, pairs.weight, labels, **pairs.refs)
 
-    assert not messages(lambda: step(batch.labels))
+    assert not messages(lambda: step(pairs.labels))
     (said,) = messages(lambda: [step(ignored), step(ignored)])
     assert str(said.message).startswith("labels leave no completion token in a batch")
     assert said.filename == __file__
+
+
+def test_code_without_a_module_name_is_warned_as_any_other():
+    (said,) = messages(lambda: exec("warn('a word')", {"warn": checks.warn}))
+    assert str(said.message) == "a word"
+    assert said.filename == "<string>"
 
 
 class OnGPU:

@@ -20,7 +20,7 @@ from focalkern.logps.shards import check_shard, own_shard
 from focalkern.low_rank import LowRankUpdate
 from focalkern.options import HeadOptions
 from focalkern.records import Head, RowValues
-from focalkern.rows import Rows, kept_labels, pick_rows
+from focalkern.rows import Rows, kept_labels, pick_rows, sent
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,26 @@ class LinearLogps:
     vocab_group: dist.ProcessGroup | None = field(default=None, repr=False)
     # How they were made, for `from_logps`; None where that is not known, as of log-probs of your own.
     options: HeadOptions | None = field(default=None, repr=False)
-    labels: torch.Tensor | None = field(default=None, repr=False)  # `kept_labels`, in one shape with logps
+    labels: torch.Tensor | None = field(default=None, repr=False)  # as `kept_labels` gives them
 
     def certificate(self) -> Certificate:
         """Summary of what the backward left out; as `FocalPOOutput.certificate`, it may wait for ranks."""
         return certify(self.dropped, self.dropped_mass)
 
+    @property
+    def known_labels(self) -> torch.Tensor | None:
+        """`labels`, unless logps were replaced by some of another shape."""
+        return self.labels if self.labels is not None and self.labels.shape == self.logps.shape else None
+
     def reshaped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> LinearLogps:
-        """The values of the tokens in another shape. What the backward fills in place keeps its shape."""
+        """The values of the tokens in another shape: `function` slices, permutes or pads by 0, for "ignored".
+
+        The labels go with the values. The fields that the backward fills in place keep their shape.
+        """
         values = {name: getattr(self, name) for name in RowValues._fields}
-        changed: dict[str, Any] = {name: function(x) for name, x in values.items() if x is not None}
+        labels = self.known_labels
+        values["labels"] = None if labels is None else sent(labels, self.logps.device)
+        changed: dict[str, Any] = {name: None if x is None else function(x) for name, x in values.items()}
         return replace(self, **changed)
 
 

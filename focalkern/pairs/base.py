@@ -189,7 +189,8 @@ class PairLossBase(nn.Module):
                 f" host), {list(shape)} on {labels.device}; got {list(logps.shape)} on {logps.device}"
             )
         self._check_options(token_logps.options)
-        rows = pick_rows(labels, self.ignore_index, shift, cu_seqlens, logps.device, known=token_logps.labels)
+        known = token_logps.known_labels
+        rows = pick_rows(labels, self.ignore_index, shift, cu_seqlens, logps.device, known)
         batch = self._pair_rows(rows, logps, shift, token_logps.vocab_group, sequence_group)
         return batch, token_logps.reshaped(rows.pick)
 
