@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ pytest.importorskip("trl")
 
 import transformers
 from accelerate import cpu_offload
+from ranks import run_ranks
 from tiny import TINY
 from tolerance import relative_error
 from torch import nn
@@ -382,6 +384,11 @@ def test_a_sharded_model_computes_its_own_log_probs(one_rank, batch):
         assert relative_error(outputs.log_probs, expected) < TOLERANCE
     outputs.log_probs.sum().backward()
     assert relative_error(model.model.embed_tokens.weight.grad.full_tensor(), wanted) < TOLERANCE
+
+
+def test_ranks_try_a_model_together_where_the_first_alone_has_its_weights():
+    """As accelerate loads it for FSDP. A rank that tries it alone waits for shards until gloo gives up."""
+    run_ranks(Path(__file__).with_name("head_trial_worker.py"), timeout=300)
 
 
 def test_a_model_that_asks_for_images_is_tried_when_it_has_them(batch):
