@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,35 @@ def test_nan_on_both_sides_is_no_difference():
     assert agree(broken, broken, {torch.float32})
     assert not agree(broken, z, {torch.float32})
     assert not agree(broken, 1.01 * broken, {torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", [True, False, False]),
+        ("torch.set_float32_matmul_precision('high')", [True, True, False]),
+        ("torch.set_float32_matmul_precision('medium')", [True, True, True]),
+        ("torch.backends.fp32_precision = 'tf32'", [True, True, False]),
+        ("torch.backends.fp32_precision = 'ieee'", [True, False, False]),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", [True, True, True]),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", [True, False, False]),  # not of this CPU
+    ],
+)
+def test_rounding_of_fp32_follows_torchs_settings(setting, expected):
+    """In a process each: torch refuses to read the older setting once the newer one has been used."""
+    if "fp32_precision" in setting and not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+        pytest.skip("this torch has only the older setting")
+    code = f"""
+import torch
+{setting}
+from focalkern.trial import agree
+z = torch.randn(8, 4000, dtype=torch.float64)
+noise = z * torch.randn_like(z)
+print([agree(z + eps * noise, z, {{torch.float32}}) for eps in (2**-19, 2**-12, 2**-9)])
+print(agree(z + 2**-10 * noise, z, {{torch.bfloat16}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == [str(expected), "True"], done.stderr
 
 
 # --------------------------------------------------------------------------------------- heads by themselves
