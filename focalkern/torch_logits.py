@@ -1,8 +1,8 @@
 """Logits in plain PyTorch, one vocabulary chunk after the other: products in fp32, and the logit transform.
 
 Products are formed in fp32 whatever the input dtype: on CPU a bf16 product rounds its result to bf16, which
-costs a gradient error of 5e-2. Used by the torch forms of `logps` and `kl`, and by `products`; `fp32_products` by `triton_launch` and
-`trial`.
+costs a gradient error of 5e-2. Used by the torch forms of `logps` and `kl`, and by `products`.
+`fp32_products` is what `triton_launch` and `trial` ask.
 """
 
 from __future__ import annotations
