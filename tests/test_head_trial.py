@@ -164,10 +164,13 @@ def hooked(hook) -> nn.Linear:
     return lm_head
 
 
+def times(own, factor: float):
+    return lambda x: own(x) * factor
+
+
 def replaced_forward(factor: float) -> nn.Linear:
     lm_head = head()
-    own = lm_head.forward
-    lm_head.forward = lambda x: own(x) * factor
+    lm_head.forward = times(lm_head.forward, factor)
     return lm_head
 
 
@@ -237,12 +240,10 @@ def test_a_head_is_tried_once_and_again_when_it_has_changed(hidden, labels):
 def test_another_forward_in_the_place_of_a_tried_one_is_tried_too(hidden, labels):
     """Python gives the memory of a forward that is gone, and with it the id, to the next."""
     for factor in (1.01, 2.0, 3.0):
-        lm_head = head()
-        own = lm_head.forward
-        lm_head.forward = lambda x: own(x) * 1.0
+        lm_head = replaced_forward(1.0)
         lm_head_logps(lm_head, hidden, labels)
         del lm_head.forward
-        lm_head.forward = lambda x, factor=factor: own(x) * factor
+        lm_head.forward = times(lm_head.forward, factor)
         with pytest.raises(TypeError, match=REFUSED):
             lm_head_logps(lm_head, hidden, labels)
 
@@ -713,6 +714,30 @@ def test_trained_rows_of_the_head_are_pefts(tied, state, batch):
 )
 def test_what_a_configuration_says_of_the_logits(config, expected):
     assert logit_options(config) == (expected or {"softcap": None, "logit_scale": 0.5})
+
+
+@pytest.mark.parametrize("config", [{"logit_scale": 2.0}, nn.Linear(2, 2), None, "gpt2"])
+def test_logit_options_are_read_from_a_configuration_alone(config):
+    with pytest.raises(TypeError, match=rf"config must be .*\(model.config\); got {type(config).__name__}$"):
+        logit_options(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "error"),
+    [
+        (transformers.GraniteConfig, "logits_scaling", 0, ValueError),
+        (transformers.GraniteConfig, "logits_scaling", "8", TypeError),
+        (transformers.CohereConfig, "logit_scale", float("nan"), ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", 0.0, ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", -30.0, ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", "30", TypeError),
+    ],
+)
+def test_a_field_of_the_configuration_that_cannot_be_is_named(kind, field, value, error):
+    config = kind()
+    vars(config)[field] = value  # past what transformers checks itself
+    with pytest.raises(error, match=rf"{field} \(of the model's config\) must"):
+        logit_options(config)
 
 
 def test_the_options_of_a_model_are_those_of_its_logits(batch):

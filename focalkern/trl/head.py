@@ -34,10 +34,10 @@ from focalkern.lm_head import (
     resolve_head,
     would_unmerge,
 )
-from focalkern.logit_options import logit_scale_of, softcap_of
 from focalkern.logps.certificate import BackwardRecord
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.model_logits import logit_scale_of, softcap_of
 from focalkern.options import HeadOptions
 from focalkern.records import OUTPUTS, LogitTransform
 from focalkern.torch_logits import transform_logits
