@@ -4,10 +4,10 @@ from focalkern import diagnostics, methods, recipes, reference
 from focalkern.distributed import VocabShard
 from focalkern.kl.operator import linear_kl
 from focalkern.lm_head import lm_head_logps
-from focalkern.logit_options import logit_options
 from focalkern.logps.certificate import Certificate
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.model_logits import logit_options
 from focalkern.pairs.focalpo import FocalPOOutput, FusedFocalPOLoss
 from focalkern.pairs.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
 from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, cast
 
@@ -22,7 +22,7 @@ from focalkern import checks
 from focalkern.compiler import not_compiled
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
-from focalkern.trial import agree, evaluating, picked, spread
+from focalkern.trial import agree, evaluating
 
 
 def lm_head_logps(
@@ -67,7 +67,8 @@ def lm_head_logps(
             (`modules_to_save`) or of some of its rows (`trainable_token_indices`), with the adapters that are
             active now. A tensor-parallel one too, as in `linear_logps`; its own conversions of inputs and
             outputs do not take place. A head with a forward or an output hook of its own is tried on a few
-            rows of hidden, once, and must give what `torch.nn.Linear` does.
+            random rows, once, and must give what `torch.nn.Linear` does. Output hooks do not run in the fused
+            call, which makes no logits; those of engines do.
         hidden: `[..., T, H]` in the dtype of the head's weight, unless autocast or FSDP2 casts both.
         labels, ignore_index, shift, temperature, softcap, logit_scale, backward, tau, backend, outputs,
             cu_seqlens: as in `linear_logps`.
@@ -352,28 +353,25 @@ def _linear(module: nn.Module | None) -> nn.Linear:
 
 # Their hooks bring, shard or move what is there, and change no value.
 _ENGINES = ("accelerate", "deepspeed", "torch", "transformers")
-_TRIED: weakref.WeakKeyDictionary[nn.Module, tuple] = weakref.WeakKeyDictionary()
+_TRIED: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()
 
 
 def _try_head(head: nn.Module, parts: HeadParts, hidden: torch.Tensor, in_fp32: bool) -> None:
     """Raise TypeError unless a head with code of its own gives what the fused one computes, on a few rows.
 
-    Once for the same code. There is none, and nothing to try, in nearly every head.
+    Once for the same code. There is none, and nothing to try, in nearly every head. The rows are not those of
+    hidden, which may be empty or NaN on one rank: all of them try the head at the same call.
     """
     modules = dict.fromkeys((head, *parts.modules))
-    foreign = tuple(key for module in modules for key in _foreign_code(module))
+    foreign = [_reference(code) for module in modules for code in _foreign_code(module)]
     if not foreign or _TRIED.get(head) == foreign:
         return
-    finite = hidden.detach().isfinite().all(-1).flatten().nonzero()[:, 0]
-    rows = picked(hidden.detach(), spread(finite))
+    rows = _rows_for_trial(parts.linear.in_features).to(hidden.device, hidden.dtype)
     error = None
     try:
         with torch.no_grad(), evaluating(head):
             found = head(rows.to(parts.linear.weight.dtype) if in_fp32 else rows)
-            with ExitStack() as stack:  # hooks that look at logits have seen them
-                for module in modules:
-                    stack.enter_context(_without_hooks(module._forward_hooks, _is_foreign))
-                expected = _call_head(head, parts, rows, _plain_logits, in_fp32).logps
+            expected = _call_head(head, parts, rows, _plain_logits, in_fp32).logps
         is_same = agree(found[0], expected[0], dtypes_of(rows, found, expected))
     except Exception as raised:
         is_same, error = False, raised
@@ -384,7 +382,14 @@ def _try_head(head: nn.Module, parts: HeadParts, hidden: torch.Tensor, in_fp32: 
             " replaced its forward, or a forward hook on it, computes something else, which the fused head"
             " does not know"
         ) from error
-    _TRIED[head] = foreign
+    if not expected.isnan().any(-1).all():  # as by a weight with NaN: then nothing has been compared
+        _TRIED[head] = foreign
+
+
+def _rows_for_trial(hidden_size: int) -> torch.Tensor:  # [1, 8, H] fp32
+    """The same on every rank, of sizes from those of small logits to those that a softcap bends."""
+    rows = torch.randn(8, hidden_size, generator=torch.Generator().manual_seed(0), device="cpu")
+    return (rows * 2.0 ** torch.arange(-2, 6, device="cpu")[:, None])[None]
 
 
 def dtypes_of(*tensors: torch.Tensor) -> set[torch.dtype]:
@@ -394,12 +399,20 @@ def dtypes_of(*tensors: torch.Tensor) -> set[torch.dtype]:
     return {x.dtype for x in tensors} | autocast
 
 
-def _foreign_code(module: nn.Module) -> list[int]:
-    """What tells apart a forward, and the hooks on its output, that are neither PyTorch's nor an engine's."""
+def _foreign_code(module: nn.Module) -> list[Callable]:
+    """The forward, and the hooks on its output, that are neither PyTorch's nor an engine's."""
     forward = _own_forward(module)
     is_known = forward is nn.Linear.forward or _package(forward) == "peft"
-    hooks = [key for key, hook in module._forward_hooks.items() if _is_foreign(hook)]
-    return hooks if is_known else [id(forward), *hooks]
+    hooks = [hook for hook in module._forward_hooks.values() if _is_foreign(hook)]
+    return hooks if is_known else [forward, *hooks]
+
+
+def _reference(code: Callable) -> object:
+    """What tells code apart from other code. Weak, as code may hold the head, whose entry would never go."""
+    try:
+        return weakref.ref(code)
+    except TypeError:  # of a class with slots: tried at every call
+        return object()
 
 
 def _is_foreign(hook: Callable) -> bool:
@@ -469,12 +482,15 @@ def _split_like(weight: torch.Tensor, whole: torch.Tensor, replicate: bool = Fal
 
 
 def _call_in_place_of(module: nn.Module, function: Callable, hidden: torch.Tensor):
-    """`function(hidden)` as if it were the module's forward: with all its hooks but those of layouts, as the
-    function takes a sharded weight itself."""
+    """`function(hidden)` as if it were the module's forward, with its hooks.
+
+    Those of layouts are left out, as the function takes a sharded weight itself; and foreign forward hooks,
+    as there are no logits for them to see.
+    """
     with (
         _forward_replaced(module, function),
         _without_hooks(module._forward_pre_hooks, _is_hook_of_layouts),
-        _without_hooks(module._forward_hooks, _is_hook_of_layouts),
+        _without_hooks(module._forward_hooks, lambda hook: _is_hook_of_layouts(hook) or _is_foreign(hook)),
     ):
         return module(hidden)
 

@@ -2,6 +2,7 @@
 
 Products are formed in fp32 whatever the input dtype: on CPU a bf16 product rounds its result to bf16, which
 costs a gradient error of 5e-2. Used by the torch forms of `logps` and `kl`, and by `products`.
+`fp32_products` is what `triton_launch` and `trial` ask.
 """
 
 from __future__ import annotations
@@ -26,6 +27,18 @@ torch.exp(torch.zeros(16))
 
 def compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype == torch.float64 else torch.float32
+
+
+def fp32_products(device_type: str) -> str:
+    """How torch multiplies float32 matrices there, by the user's setting: "ieee", "tf32" or "bf16"."""
+    backend = torch.backends.mkldnn if device_type == "cpu" else torch.backends.cuda
+    if hasattr(backend.matmul, "fp32_precision"):
+        # Since torch 2.9. It follows the older setting, whose getter raises once this one has been used.
+        chosen = backend.matmul.fp32_precision
+        chosen = torch.backends.fp32_precision if chosen == "none" else chosen  # type: ignore[attr-defined]
+        return "ieee" if chosen == "none" else chosen
+    medium = "bf16" if device_type == "cpu" else "tf32"
+    return {"highest": "ieee", "high": "tf32", "medium": medium}[torch.get_float32_matmul_precision()]
 
 
 def vocab_chunks(vocab_size: int, n: int) -> list[tuple[int, int]]:

@@ -1,6 +1,6 @@
-"""Whether two computations of the same logits agree: what heads and whole models are tried by.
+"""The trial of a head or a model: whether its own logits agree with the fused head's, up to rounding.
 
-Called by `lm_head` for a head, and by `trl.head` for a model.
+`lm_head` tries a head by it, and `trl.head` a model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from focalkern.torch_logits import fp32_products
+
 # In units of eps: the largest error by the largest logit, the root mean squares, and the slope. Causal
 # language models of transformers 5.23, built small, come to 0.7, 0.4 and 0.03 in fp32 and bf16 on a CPU,
 # nearly all of them to 0 (2026-11). A scale that is off by 1 % has a slope of 1.3 in bf16.
 _LARGEST, _RMS, _SLOPE = 4.0, 1.0, 0.3
-# Sums of fp32 products, in another order.
-_OF_FP32 = {"highest": 2.0**-17, "high": 2.0**-10, "medium": 2.0**-7}
+# Sums of fp32 products, in another order, by how torch multiplies.
+_OF_FP32 = {"ieee": 2.0**-17, "tf32": 2.0**-10, "bf16": 2.0**-7}
 
 
 def agree(
@@ -36,7 +38,7 @@ def agree(
     found, expected = found[~broken], expected[~broken]
     if not found.numel():
         return True
-    eps, error = _eps(dtypes), found - expected
+    eps, error = max(_eps(dtype, found.device.type) for dtype in dtypes), found - expected
     rms, scatter = (x.square().mean(-1).sqrt() for x in (expected, error))
     largest = error.abs().amax(-1) <= _LARGEST * eps * expected.abs().amax(-1)
     total = expected.square().sum()
@@ -46,9 +48,10 @@ def agree(
     return bool(fits.all()) and bool(slope <= _SLOPE * eps + 4 * deviation)
 
 
-def _eps(dtypes: set[torch.dtype]) -> float:
-    eps = {torch.float64: 2.0**-40, torch.float32: _OF_FP32[torch.get_float32_matmul_precision()]}
-    return max(eps.get(dtype) or torch.finfo(dtype).eps for dtype in dtypes)
+def _eps(dtype: torch.dtype, device_type: str) -> float:
+    if dtype == torch.float32:
+        return _OF_FP32[fp32_products(device_type)]
+    return 2.0**-40 if dtype == torch.float64 else torch.finfo(dtype).eps
 
 
 def spread(index: torch.Tensor, count: int = 8) -> torch.Tensor:

@@ -19,6 +19,7 @@ from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, VOCAB_BLOCK, Launch, lau
 from focalkern.distributed import AsyncReduction
 from focalkern.products import ExactGradients
 from focalkern.records import Chunk, Gradients, Head, Needs, Sizes, Tile
+from focalkern.torch_logits import fp32_products
 
 # Said to every kernel, as Triton 3.10 changes what it does unasked.
 OPTIONS = {"enable_fp_fusion": True}
@@ -151,12 +152,7 @@ def precision(dtype: torch.dtype) -> str:
     """
     if dtype != torch.float32:
         return "ieee"
-    if hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        # Since torch 2.9. It follows the older setting, whose getter raises once this one has been used.
-        chosen = torch.backends.cuda.matmul.fp32_precision
-        chosen = torch.backends.fp32_precision if chosen == "none" else chosen  # type: ignore[attr-defined]
-        return "tf32" if chosen == "tf32" else "tf32x3"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if fp32_products("cuda") == "tf32" else "tf32x3"
 
 
 @lru_cache

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import gc
+import subprocess
+import sys
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +17,7 @@ pytest.importorskip("trl")
 
 import transformers
 from accelerate import cpu_offload
+from ranks import run_ranks
 from tiny import TINY
 from tolerance import relative_error
 from torch import nn
@@ -92,6 +98,35 @@ def test_nan_on_both_sides_is_no_difference():
     assert not agree(broken, 1.01 * broken, {torch.float32})
 
 
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("", [True, False, False]),
+        ("torch.set_float32_matmul_precision('high')", [True, True, False]),
+        ("torch.set_float32_matmul_precision('medium')", [True, True, True]),
+        ("torch.backends.fp32_precision = 'tf32'", [True, True, False]),
+        ("torch.backends.fp32_precision = 'ieee'", [True, False, False]),
+        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", [True, True, True]),
+        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", [True, False, False]),  # not of this CPU
+    ],
+)
+def test_rounding_of_fp32_follows_torchs_settings(setting, expected):
+    """In a process each: torch refuses to read the older setting once the newer one has been used."""
+    if "fp32_precision" in setting and not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
+        pytest.skip("this torch has only the older setting")
+    code = f"""
+import torch
+{setting}
+from focalkern.trial import agree
+z = torch.randn(8, 4000, dtype=torch.float64)
+noise = z * torch.randn_like(z)
+print([agree(z + eps * noise, z, {{torch.float32}}) for eps in (2**-19, 2**-12, 2**-9)])
+print(agree(z + 2**-10 * noise, z, {{torch.bfloat16}}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split("\n")[:2] == [str(expected), "True"], done.stderr
+
+
 # --------------------------------------------------------------------------------------- heads by themselves
 
 
@@ -129,10 +164,13 @@ def hooked(hook) -> nn.Linear:
     return lm_head
 
 
+def times(own, factor: float):
+    return lambda x: own(x) * factor
+
+
 def replaced_forward(factor: float) -> nn.Linear:
     lm_head = head()
-    own = lm_head.forward
-    lm_head.forward = lambda x: own(x) * factor
+    lm_head.forward = times(lm_head.forward, factor)
     return lm_head
 
 
@@ -189,27 +227,81 @@ def test_a_head_that_computes_the_same_is_taken(name, hidden, labels):
 
 def test_a_head_is_tried_once_and_again_when_it_has_changed(hidden, labels):
     calls = []
-    lm_head = hooked(lambda module, args, output: calls.append(isinstance(output, torch.Tensor)))
+    lm_head = hooked(lambda module, args, output: calls.append(output.mean()))
     for _ in range(3):
         lm_head_logps(lm_head, hidden, labels)
-    assert calls.count(True) == 1
+    assert len(calls) == 1  # the fused call has no logits for it to see
     lm_head.register_forward_hook(lambda module, args, output: output + 1.0 * (output > 2))
     with pytest.raises(TypeError, match=REFUSED):
         lm_head_logps(lm_head, hidden, labels)
+    assert len(lm_head._forward_hooks) == 2
+
+
+def test_another_forward_in_the_place_of_a_tried_one_is_tried_too(hidden, labels):
+    """Python gives the memory of a forward that is gone, and with it the id, to the next."""
+    for factor in (1.01, 2.0, 3.0):
+        lm_head = replaced_forward(1.0)
+        lm_head_logps(lm_head, hidden, labels)
+        del lm_head.forward
+        lm_head.forward = times(lm_head.forward, factor)
+        with pytest.raises(TypeError, match=REFUSED):
+            lm_head_logps(lm_head, hidden, labels)
+
+
+class WithSlots:
+    __slots__ = ("own",)
+
+    def __init__(self, own) -> None:
+        self.own = own
+
+    def __call__(self, x):
+        return self.own(x)
+
+
+@pytest.mark.parametrize("wrap", [lambda own: lambda x: own(x), WithSlots])
+def test_a_head_that_has_been_tried_is_not_kept(wrap, hidden, labels):
+    lm_head = head()
+    lm_head.forward = wrap(functools.partial(nn.Linear.forward, lm_head))
+    lm_head_logps(lm_head, hidden, labels)
+    kept = weakref.ref(lm_head)
+    del lm_head
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_batch_without_a_finite_row_is_no_trial(broken, hidden, labels):
+    """Ranks without pairs have none, docs/scaling.md."""
+    first = torch.full_like(hidden, torch.nan) if broken else hidden[:0]
+    with pytest.raises(TypeError, match=REFUSED):
+        lm_head_logps(replaced_forward(1.01), first, labels[: len(first)])
+    lm_head_logps(replaced_forward(1.0), first, labels[: len(first)])
+
+
+def test_a_weight_with_nan_is_no_trial(hidden, labels):
+    lm_head = replaced_forward(1.01)
+    weight = lm_head.weight.data.clone()
+    with torch.no_grad():
+        lm_head.weight[3] = torch.nan
+    lm_head_logps(lm_head, hidden, labels)
+    with torch.no_grad():
+        lm_head.weight.copy_(weight)
+    with pytest.raises(TypeError, match=REFUSED):
+        lm_head_logps(lm_head, hidden, labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [0.02, 1.0])
+def test_a_cap_on_the_logits_is_seen_whatever_their_size(size, dtype, hidden, labels):
+    lm_head = hooked(lambda module, args, output: 30 * torch.tanh(output / 30)).to(dtype)
+    nn.init.normal_(lm_head.weight, std=size)
+    with pytest.raises(TypeError, match=REFUSED):
+        lm_head_logps(lm_head, hidden.to(dtype), labels)
 
 
 def test_a_plain_head_is_never_tried(hidden, labels, monkeypatch):
     monkeypatch.setattr("focalkern.lm_head.agree", None)
     lm_head_logps(head(), hidden, labels)
-
-
-def test_rows_that_are_not_finite_take_no_part_in_the_trial(hidden, labels):
-    with torch.no_grad():
-        hidden[0] = torch.nan
-    labels[0] = -100
-    assert lm_head_logps(replaced_forward(1.0), hidden, labels).logps.isfinite().all()
-    with pytest.raises(TypeError, match=REFUSED):
-        lm_head_logps(replaced_forward(1.01), hidden, labels)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
@@ -382,6 +474,11 @@ def test_a_sharded_model_computes_its_own_log_probs(one_rank, batch):
         assert relative_error(outputs.log_probs, expected) < TOLERANCE
     outputs.log_probs.sum().backward()
     assert relative_error(model.model.embed_tokens.weight.grad.full_tensor(), wanted) < TOLERANCE
+
+
+def test_ranks_try_a_model_together_where_the_first_alone_has_its_weights():
+    """As accelerate loads it for FSDP. A rank that tries it alone waits for shards until gloo gives up."""
+    run_ranks(Path(__file__).with_name("head_trial_worker.py"), timeout=300)
 
 
 def test_a_model_that_asks_for_images_is_tried_when_it_has_them(batch):
@@ -617,6 +714,30 @@ def test_trained_rows_of_the_head_are_pefts(tied, state, batch):
 )
 def test_what_a_configuration_says_of_the_logits(config, expected):
     assert logit_options(config) == (expected or {"softcap": None, "logit_scale": 0.5})
+
+
+@pytest.mark.parametrize("config", [{"logit_scale": 2.0}, nn.Linear(2, 2), None, "gpt2"])
+def test_logit_options_are_read_from_a_configuration_alone(config):
+    with pytest.raises(TypeError, match=rf"config must be .*\(model.config\); got {type(config).__name__}$"):
+        logit_options(config)
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "error"),
+    [
+        (transformers.GraniteConfig, "logits_scaling", 0, ValueError),
+        (transformers.GraniteConfig, "logits_scaling", "8", TypeError),
+        (transformers.CohereConfig, "logit_scale", float("nan"), ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", 0.0, ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", -30.0, ValueError),
+        (transformers.Gemma2Config, "final_logit_softcapping", "30", TypeError),
+    ],
+)
+def test_a_field_of_the_configuration_that_cannot_be_is_named(kind, field, value, error):
+    config = kind()
+    vars(config)[field] = value  # past what transformers checks itself
+    with pytest.raises(error, match=rf"{field} \(of the model's config\) must"):
+        logit_options(config)
 
 
 def test_the_options_of_a_model_are_those_of_its_logits(batch):

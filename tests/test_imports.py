@@ -7,6 +7,9 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+from types import ModuleType
+
+import focalkern
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,6 +26,12 @@ def test_importing_the_library_costs_little_beside_torch_and_brings_its_modules(
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, timeout=300)
     assert done.stdout.strip() == "[]"
+
+
+def test_no_public_function_hides_a_module_of_its_name():
+    functions = [name for name in focalkern.__all__ if not isinstance(getattr(focalkern, name), ModuleType)]
+    assert len(functions) > 10
+    assert not [name for name in functions if (ROOT / f"focalkern/{name}.py").exists()]
 
 
 def imports() -> dict[str, set[str]]:

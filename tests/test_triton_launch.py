@@ -22,6 +22,7 @@ triton_launch = pytest.importorskip("focalkern.triton_launch", reason="no triton
         ("torch.backends.fp32_precision = 'tf32'", "tf32"),
         ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
         ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32x3"),
+        ("torch.backends.fp32_precision = 'bf16'", "tf32x3"),  # which CUDA does not know
     ],
 )
 def test_fp32_products_follow_torchs_settings_and_16_bits_ignore_them(setting, expected):

@@ -273,8 +273,13 @@ def test_a_compiled_model(batch):
 def test_hooks_of_the_head_fire(batch):
     model, fired = built(), []
     head = model.lm_head
+
+    def post(*_):
+        fired.append("post")
+
+    post.__module__ = "deepspeed.runtime"  # foreign ones are left out
     head.register_forward_pre_hook(lambda *_: fired.append("pre"))
-    head.register_forward_hook(lambda *_: fired.append("post"))
+    head.register_forward_hook(post)
     head.register_full_backward_pre_hook(lambda *_: fired.append("backward pre"))
     head.register_full_backward_hook(lambda *_: fired.append("backward"))
     add_fused_lm_head(model, outputs=OUTPUTS)
@@ -337,6 +342,7 @@ def _partition(module: nn.Module, parameter: nn.Parameter) -> None:
             return GatherForBackward.apply(output)
         return tuple(x if x is None else GatherForBackward.apply(x) for x in output)
 
+    release.__module__ = "deepspeed.runtime"
     parameter.data = empty
     module.register_forward_pre_hook(gather)
     module.register_forward_hook(release)

@@ -34,10 +34,10 @@ from focalkern.lm_head import (
     resolve_head,
     would_unmerge,
 )
-from focalkern.logit_options import logit_scale_of, softcap_of
 from focalkern.logps.certificate import BackwardRecord
 from focalkern.logps.operator import LinearLogps, linear_logps
 from focalkern.low_rank import LowRankUpdate
+from focalkern.model_logits import logit_scale_of, softcap_of
 from focalkern.options import HeadOptions
 from focalkern.records import OUTPUTS, LogitTransform
 from focalkern.torch_logits import transform_logits
@@ -92,8 +92,8 @@ def add_fused_lm_head(
 
     Without `fused_lm_head=True` the forward is the model's own, so that generation is untouched. The logit
     transform (softcap, logit scale) is that of the model's config. The model is tried on a few tokens: its
-    own logits must be these. One that cannot be run yet (sharded, offloaded, or asking for images) is tried
-    in its first fused forward.
+    own logits must be these. A model that cannot be run yet (sharded, offloaded, or asking for images), and
+    every model where torch.distributed has several ranks, is tried in its first fused forward.
 
     Args:
         model: a causal language model of transformers, wrapped by PEFT or not.
@@ -350,8 +350,13 @@ class _NotRun(TypeError):
 
 
 def _tried_on_tokens(model: PreTrainedModel, fused: _FusedHead) -> bool:
-    """Whether a few tokens were enough to try the model: not if it is sharded, or takes more than tokens."""
-    if not is_whole(model) or _would_unmerge(model):
+    """Whether a few tokens were enough to try the model: not if it is sharded, or takes more than tokens.
+
+    Several ranks wait for their first forward, whatever each of them has: with accelerate's loading for FSDP
+    the first rank alone has weights yet, and the others' trial would gather shards without it.
+    """
+    has_ranks = dist.is_initialized() and dist.get_world_size() > 1
+    if has_ranks or not is_whole(model) or _would_unmerge(model):
         return False
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.arange(4, 12, device=model.device)[None] % vocab_size

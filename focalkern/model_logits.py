@@ -1,4 +1,4 @@
-"""What the configuration of a transformers model says of its logits, in the names of `linear_logps`.
+"""The logit transform in a transformers model's configuration, under the names of `linear_logps`.
 
 Imports nothing of transformers. Public as `focalkern.logit_options`; used by `focalkern.trl.head`.
 """
@@ -27,30 +27,48 @@ def logit_options(config: Any) -> dict[str, float | None]:
         config: `model.config` of a causal language model, or of one that wraps it (vision).
 
     Raises:
-        TypeError, ValueError: naming the field of the config, if that is not a number.
+        TypeError: config is not a configuration of transformers, or a field of it, which is named, no number.
+        ValueError: a field of the config is out of range; it is named.
     """
+    if not hasattr(config, "get_text_config"):
+        raise TypeError(
+            f"config must be a configuration of transformers (model.config); got {type(config).__name__}"
+        )
     config = config.get_text_config()
     return {"softcap": softcap_of(config), "logit_scale": logit_scale_of(config)}
 
 
 def softcap_of(config: Any) -> float | None:
-    """Of the logits; None where the model has none."""
-    return next((x for x in (getattr(config, name, None) for name in _SOFTCAPS) if x is not None), None)
+    """Of the logits; None where the model has none.
+
+    Raises:
+        TypeError, ValueError: naming the field of the config, if that is not a number > 0.
+    """
+    for name in _SOFTCAPS:
+        value = getattr(config, name, None)
+        if value is not None:
+            checks.check_number(f"{name} (of the model's config)", value, low=0.0, exclude_low=True)
+            return value
+    return None
 
 
 def logit_scale_of(config: Any) -> float:
     """What a model multiplies its logits by, before the softcap.
 
     Raises:
-        TypeError, ValueError: naming the field of the config, if that is not a number.
+        TypeError, ValueError: naming the field of the config, if that is not a number, or divides by 0.
     """
     for name in (*_MULTIPLIERS, *_DIVISORS):
         value = getattr(config, name, None)
         if value is None:
             continue
-        checks.check_number(f"{name} (of the model's config)", value)
+        field = f"{name} (of the model's config)"
+        checks.check_number(field, value)
         if name == "logit_scale" and config.model_type == "mpt":  # transformers' MPT does not look at it
             return 1.0
-        divides = name in _DIVISORS and config.model_type != "hyperclovax"
-        return 1.0 / value if divides else value
+        if name not in _DIVISORS or config.model_type == "hyperclovax":
+            return value
+        if value == 0:
+            raise ValueError(f"{field} must not be 0: the logits are divided by it")
+        return 1.0 / value
     return 1.0
