@@ -1,7 +1,7 @@
 """Speed, memory and error of focalkern beside other ways to the same loss and gradients, on the same input.
 
     python benchmarks/throughput.py                        # a size that suits the machine
-    python benchmarks/throughput.py --quick                # without compiled peers and memory: a minute
+    python benchmarks/throughput.py --quick                # without compiled peers and memory
     python benchmarks/throughput.py --shape llama3-8b --tokens 8192 --dtype bf16 --json result.json
     python benchmarks/throughput.py --loss dpo focalpo alpha-dpo simpo --head full frozen
     python benchmarks/throughput.py --tokens 1024 4096 16384 65536 --plot plots
@@ -60,7 +60,7 @@ from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrappe
 
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
-QUICK_SHAPE, QUICK_TOKENS = Shape("quick", 256, 128256), 256  # on a CPU
+QUICK_TOKENS = 512  # on a CPU
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
 GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
@@ -135,8 +135,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all; of a "
         "capture, the first pairs that have no more")  # fmt: skip
     add("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
-    add("--dtype", nargs="+", choices=DTYPES, help="default: fp32 bf16 on a CPU, bf16 on CUDA")
-    add("--quick", action="store_true", help="fewer tokens, peers and runs; on a CPU in bf16")
+    add("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on CUDA; fp32 on a CPU, and bf16 if it has "
+        "instructions for it")  # fmt: skip
+    add("--quick", action="store_true", help="fewer tokens, peers and runs; one dtype")
     add = parser.add_argument_group("input; each combination of several values is a comparison").add_argument
     add("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
     add("--head", nargs="+", choices=HEADS, default=["full"], help="full: gradients of hidden and weight "
@@ -185,7 +186,7 @@ def settle_size(options: argparse.Namespace, on_cuda: bool) -> None:
     elif options.shape or on_cuda:
         options.shape = SHAPES[options.shape or "llama3-8b"]
     else:
-        options.shape = QUICK_SHAPE if options.quick else CPU_SHAPE
+        options.shape = CPU_SHAPE
     usual = (2048 if options.quick else 8192) if on_cuda else (QUICK_TOKENS if options.quick else 2048)
     options.sharpness, options.pairs = options.sharpness or [50], options.pairs or 4
     options.sizes = [(tokens, options.pairs) for tokens in options.tokens or [usual]]
@@ -229,10 +230,16 @@ def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
         fail(f"--plot {options.plot}: is a file, expected a folder")
     if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
         fail("--plot draws over several values of --tokens or --sharpness: give more than one")
-    options.dtype = options.dtype or (["bf16"] if on_cuda or options.quick else ["fp32", "bf16"])
+    usual = ["fp32", "bf16"] if has_bf16_products() else ["fp32"]
+    options.dtype = options.dtype or (["bf16"] if on_cuda else usual[-1:] if options.quick else usual)
     options.only = options.only or (QUICK_PEERS if options.quick else list(all_peers()))
     options.no_memory |= options.quick
     options.repeats = options.repeats or (20 if on_cuda and not options.quick else 3)
+
+
+def has_bf16_products() -> bool:
+    """Whether this CPU multiplies bf16 matrices by instructions. Without, one product takes minutes."""
+    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
 def positive(text: str) -> int:
