@@ -84,10 +84,17 @@ def test_quick_runs_every_peer_that_needs_no_compiler(tmp_path, capsys):
     (comparison,) = run([*SIZE, "--quick", "--tokens", "64"], tmp_path / "result.json")["comparisons"]
     assert [row["id"] for row in comparison["rows"]] == list(throughput.QUICK_PEERS)
     assert all(("both_ms" in row) == (row["id"] != "triton") for row in comparison["rows"])
-    assert comparison["dtype"] == "bf16"
+    assert comparison["dtype"] == ("bf16" if throughput.has_bf16_products() else "fp32")
     assert "--quick leaves compiled peers and memory out" in capsys.readouterr().out
-    # At the size that it takes by itself, the vocabulary is a real model's.
-    assert throughput.parse(["--device", "cpu", "--quick"]).shape.vocab == 128256
+
+
+@pytest.mark.parametrize("has_products", [True, False])
+def test_bf16_is_compared_by_default_where_the_cpu_multiplies_it(has_products, monkeypatch):
+    monkeypatch.setattr(throughput, "has_bf16_products", lambda: has_products)
+    cpu = ["--device", "cpu"]
+    assert throughput.parse(cpu).dtype == (["fp32", "bf16"] if has_products else ["fp32"])
+    assert throughput.parse([*cpu, "--quick"]).dtype == (["bf16"] if has_products else ["fp32"])
+    assert throughput.parse([*cpu, "--dtype", "bf16"]).dtype == ["bf16"]
 
 
 class NoisyGradient(torch.autograd.Function):
