@@ -462,5 +462,8 @@ def test_tdpo_from_hidden_states_to_gradients(method, backend):
 
     actual = losses_and_gradients(fused, pairs, torch.float32)
     plain, exact = (losses_and_gradients(naive, pairs, dtype) for dtype in (torch.float32, torch.float64))
+    # A loss is of differences of sums of log-probs: it moves by beta ulps of these.
+    sums = pairs.plain(pairs.leaves(torch.float64)).logps.sum(-1)
+    moves = {"losses": 0.5 * (sums.norm() / exact["losses"].norm()).item()}
     for name, value in actual.items():
-        assert_as_accurate(value, plain[name], exact[name], name)
+        assert_as_accurate(value, plain[name], exact[name], name, moves.get(name, 0.0))
