@@ -7,20 +7,19 @@ and compiles, for a driver that knows the architecture and nothing else; only th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -57,20 +56,8 @@ class CompiledLaunch:
         return self.kernel.metadata.name
 
     @property
-    def num_warps(self) -> int:
-        return self.kernel.metadata.num_warps
-
-    @property
-    def num_stages(self) -> int:
-        return self.kernel.metadata.num_stages
-
-    @property
     def shared_bytes(self) -> int:
         return self.kernel.metadata.shared
-
-    @property
-    def ptx(self) -> str:
-        return self.kernel.asm["ptx"]
 
     @property
     def registers(self) -> int:
@@ -83,15 +70,10 @@ class CompiledLaunch:
 
     @functools.cached_property
     def _resources(self) -> dict[str, int]:
-        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._disassembled("-res-usage"))
+        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", self.disassembled("-res-usage"))
         return {name: int(number) for name, number in found}
 
-    @functools.cached_property
-    def machine_code(self) -> list[str]:
-        """The instructions, each with its address."""
-        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?;)", self._disassembled("-sass"), re.M)
-
-    def _disassembled(self, what: str) -> str:
+    def disassembled(self, what: str) -> str:
         # Shipped with Triton.
         disassembler = Path(nvidia.__path__[0], "bin", "cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -101,37 +83,21 @@ class CompiledLaunch:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def __str__(self) -> str:
-        types = sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature))))
-        return f"{self.name} {self.tile} {self.num_warps} warps, {self.num_stages} stages, {types}"
+        types, metadata = (
+            sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature)))),
+            self.kernel.metadata,
+        )
+        return f"{self.name} {self.tile} {metadata.num_warps} warps, {metadata.num_stages} stages, {types}"
 
 
-class _Driver(DriverBase):
+def driver_of(capability: int) -> SimpleNamespace:
     """Of a GPU that is not there. Each architecture is a device to the JIT, with kernels of its own."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_benchmarker(self) -> None:
-        raise NotImplementedError
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+    )
 
 
 def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> list[CompiledLaunch]:
@@ -153,21 +119,11 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
 
     with (
         mock.patch.object(triton_launch, "arch_of", lambda device: arch),
-        mock.patch.object(driver, "_active", _Driver(int(arch.removeprefix("sm_")))),
+        mock.patch.object(driver, "_active", driver_of(int(arch.removeprefix("sm_")))),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         run()
     return list(launches.values())
-
-
-@contextlib.contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""`make gpu`: GPU tests, throughput benchmark, tuning sweep, and the benchmark on the tuned table.
+"""`make gpu`: GPU tests, throughput benchmark, tuning sweep, and the benchmark of more sizes.
 
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results
 
@@ -85,7 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def steps(folder: Path) -> Iterator[Step]:
-    """Each is made when the one before it has ended."""
     memory = torch.cuda.get_device_properties(0).total_memory
     # A test holds up to 15 GiB. Those of 2^31 elements hold more and run one at a time.
     processes = max(1, min(6, (os.cpu_count() or 1) // 2, memory // (20 * 2**30)))
@@ -99,10 +98,9 @@ def steps(folder: Path) -> Iterator[Step]:
     table = folder / "tuning.json"
     tune = [sys.executable, "benchmarks/tune.py", "--seconds", "80", "--json", str(table)]
     yield Step("tuning", 95, tune, table)
-    options = ["--launch-table", str(table)] if table.exists() else []
-    options += ["--tokens", "8192", "1024", "256", "--head", "full", "frozen"]
-    peers = [name for name in peers if name != "compile"]  # takes long for each size
-    yield benchmark_step(folder, "tuned", 100, *options, "--only", *peers)
+    peers.remove("compile")  # takes long for each size
+    sizes = ["--tokens", "8192", "1024", "256", "--head", "full", "frozen"]
+    yield benchmark_step(folder, "sizes", 100, *sizes, "--only", *peers)
 
 
 def test_step(folder: Path, name: str, seconds: float, selected: str, processes: int) -> Step:

@@ -15,11 +15,11 @@ import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,11 @@ def size_of(comparison: Json) -> str:
     return f"{comparison['tokens']} × {shape['hidden']} × {shape['vocab']}, {comparison['dtype']}"
 
 
+def sharpness_of(found: Json) -> str:
+    sizes = f"NLL {found['nll']:.2f}, entropy {found['entropy']:.2f}"
+    return f"{sizes}, {found['entries']:.0f} softmax entries above 2^-12 per token"
+
+
 def terminal(comparison: Json) -> str:
     """What was compared, the times and errors of all peers, and why a peer has none: within 80 columns."""
     about, rows = comparison["input"], comparison["rows"]
@@ -137,24 +142,20 @@ def terminal(comparison: Json) -> str:
         f"{comparison['loss']}, {size_of(comparison)}; {pairs} pairs"
         + (f", {saturated} of them saturated" if saturated else "")
         + f"; gradients: {gradients}",
-        f"{kind_of(comparison)}: NLL {about['nll']:.2f}, entropy {about['entropy']:.2f}, "
-        f"{about['entries']:.0f} softmax entries above 2^-12 per token",
+        f"{kind_of(comparison)}: {sharpness_of(about)}",
         f"bare GEMM {number(comparison['bare_gemm_ms']['median'])} ms, fp32 logits "
         f"{comparison['fp32_logits_bytes'] / MIB:,.0f} MiB; plain PyTorch's error in {comparison['dtype']} "
         f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",
     ]
     found, table = frame(comparison), []
     if len(found):
-        shown = pd.DataFrame({"fwd ms": found["forward"].map(number), "both ms": found["both"].map(number)})
-        shown["x focalkern"] = found["ratio"].map("{:.2f}".format, na_action="ignore")
-        shown["kept"] = found["kept"].map(percent)
-        shown["extra MiB"] = found["memory"]
-        shown["error"] = found["dhidden"].map(scientific)
-        table = [shown.set_axis(found["peer"], axis=0).rename_axis(None).fillna("").to_string()]
-    reasons: dict[str, list[str]] = {}
+        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "memory", "dhidden"]]
+        shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
+        table = [shown.rename_axis(None).to_string()]
+    reasons = defaultdict(list)
     for row in rows:
         if row["status"] != "ok" or row["note"]:
-            reasons.setdefault(": ".join(filter(None, (row["status"], row["note"]))), []).append(row["peer"])
+            reasons[": ".join(filter(None, (row["status"], row["note"])))].append(row["peer"])
     notes = [f"{', '.join(peers)}: {reason}" for reason, peers in reasons.items()]
     return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
 
@@ -169,20 +170,18 @@ def number(value: float) -> str:
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
 
 
-def percent(share: float | None) -> str:
-    return "" if pd.isna(share) else f"{100 * share:.3g} %"
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
-def scientific(value: float | str | None) -> str:
+def scientific(value: float | str) -> str:
     """Two digits; NaN and infinity are words in the files."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None or pd.isna(value) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
+    return value if isinstance(value, str) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
 
 
 # Plots
 
-SWEEPS = {  # over what: the axis, and what stands on the other two
+SWEEPS = {  # over what: the axis, and the quantities of the two panels
     "tokens": ("tokens", {"both": "forward and backward, ms", "extra": "extra memory, MiB"}),
     "sharpness": (
         "softmax entries above 2^-12 per token",
@@ -194,12 +193,12 @@ MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
 
 def sweep(report: Json, over: str) -> list[list[Json]]:
     """Groups of comparisons that differ in nothing but the tokens or the sharpness, in that order."""
-    groups: dict[tuple[Any, ...], list[Json]] = {}
+    groups = defaultdict(list)
     for comparison in sorted(report["comparisons"], key=lambda each: (is_flat(each), place(each, over))):
         about = comparison["input"]
         other = (about["kind"], about.get("scale")) if over == "tokens" else comparison["tokens"]
         names = ("dtype", "loss", "frozen_head", "saturated_pairs")
-        groups.setdefault((*(comparison[name] for name in names), other), []).append(comparison)
+        groups[(*(comparison[name] for name in names), other)].append(comparison)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -235,12 +234,10 @@ def draw(report: Json, over: str, path: Path) -> None:
         for panel, (column, label) in zip(row, quantities.items(), strict=True):
             for i, peer in enumerate(peers):  # the same colour and marker in every panel
                 points = lines[lines["peer"] == peer].dropna(subset=column)
-                width = 2.4 if peer.startswith("focalkern") else 1.2
+                style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
+                style["linewidth"] = 2.4 if peer.startswith("focalkern") else 1.2
                 if len(points):
-                    (handles[peer],) = panel.plot(
-                        points["x"], points[column].astype(float),
-                        color=f"C{i}", marker=MARKERS[i % len(MARKERS)], linewidth=width,
-                    )  # fmt: skip
+                    (handles[peer],) = panel.plot(points["x"], points[column].astype(float), **style)
             panel.set(title=title_of(group[0], over), xlabel=axis, ylabel=label)
             panel.set_xticks(range(len(ticks)), ticks)
             panel.grid(alpha=0.3)
@@ -249,9 +246,8 @@ def draw(report: Json, over: str, path: Path) -> None:
                 panel.yaxis.set_major_formatter("{x:,g}")
             else:
                 panel.set_ylim(bottom=0)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False
-    )
+    options = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
+    figure.legend(handles.values(), handles, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"data": data_hash(report)})
 
@@ -348,58 +344,55 @@ class Results:
 
 def markdown(columns: dict[str, Any]) -> str:
     """The first column to the left, the others to the right."""
-    table = pd.DataFrame(columns).fillna("")
+    table = pd.DataFrame(columns)
     lines = [list(table), ["---", *["---:"] * (len(table.columns) - 1)], *table.values.tolist()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def by_input(name: str, comparisons: list[Json]) -> str:
     """A table of `BY_INPUT`."""
-    templates = BY_INPUT[name].items()
-    return markdown(
-        {title: [filled(each, template) for each in comparisons] for title, template in templates}
-    )
+    words = [words_of(comparison) for comparison in comparisons]
+    columns = BY_INPUT[name].items()
+    return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
 
 
-def filled(comparison: Json, template: str) -> str:
-    about, found = comparison["input"], frame(comparison)
-    fastest = found.drop(index=[ours_in(found), f"{ours_in(found)}-exact"], errors="ignore")["both"].idxmin()
+def words_of(comparison: Json) -> dict[str, str]:
+    """What stands for the names in braces of `BY_INPUT`."""
+    found = frame(comparison)
+    shown, ours = cells(found), ours_in(found)
+    fastest = found["both"].drop(index=[ours, f"{ours}-exact"], errors="ignore").idxmin()
+    entries = f"{comparison['input']['entries']:.0f}, {comparison['dtype']}"
     words = {
         "device": comparison["device"],
-        "fastest": f"{number(found.at[fastest, 'ratio'])}×, {found.at[fastest, 'peer']}",
-        "memories": f"{found.at[ours_in(found), 'memory']} : {found.at[fastest, 'memory']} MiB",
+        "fastest": f"{shown.at[fastest, 'ratio']}, {found.at[fastest, 'peer']}",
+        "memories": f"{found.at[ours, 'memory']} : {found.at[fastest, 'memory']} MiB",
         "size": size_of(comparison),
         "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
-        "entries": "random weights"
-        if is_flat(comparison)
-        else f"{about['entries']:.0f}, {comparison['dtype']}",
+        "entries": "random weights" if is_flat(comparison) else entries,
     }
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] in words:
-            return words[match[1]]
-        peer, column = match[1].split()
-        peer = ours_in(found) if peer == "ours" else peer
-        missing = peer not in found.index or pd.isna(found.at[peer, column])
-        return "–" if missing else cells(found.loc[[peer]], column).iloc[0]
-
-    return re.sub("{(.*?)}", value, template)
+    peers = {**shown.T.to_dict(), "ours": shown.loc[ours]}
+    words |= {f"{name} {column}": cell for name, row in peers.items() for column, cell in row.items()}
+    return defaultdict(lambda: "–", words)
 
 
 def ours_in(found: pd.DataFrame) -> str:
     return next(name for name in OURS if name in found.index)
 
 
-def cells(found: pd.DataFrame, column: str) -> pd.Series:
-    """A column of `frame`, as pages show it."""
+def cells(found: pd.DataFrame) -> pd.DataFrame:
+    """A `frame`, as pages show it."""
     formats: dict[str, Callable[[Any], str]] = {
+        "forward": duration,
+        "backward": duration,
+        "both": duration,
         "ratio": lambda value: f"{number(value)}×",
         "kept": percent,
         "memory": "{} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
     }
-    return found[column].map(formats.get(column, duration), na_action="ignore")
+    shown = {name: found[name].map(shape, na_action="ignore") for name, shape in formats.items()}
+    return found.assign(**shown).astype(object).fillna("–")
 
 
 def duration(ms: float) -> str:
@@ -456,17 +449,17 @@ def peers_tables(results: Results) -> str:
     blocks = []
     for comparison in [*results.on_gpus(), *results.comparisons(LARGE, LARGE_FP32, SMALL)]:
         found = frame(comparison)
+        shown = cells(found)
         table = {
             "method": found["peer"],
-            "forward": cells(found, "forward"),
+            "forward": shown["forward"],
             "both (range)": found.apply(with_range, axis=1),
-            "extra memory": cells(found, "memory"),
-            "error of dhidden": cells(found, "dhidden"),
-            "over focalkern": cells(found, "ratio"),
+            "extra memory": shown["memory"],
+            "error of dhidden": shown["dhidden"],
+            "over focalkern": shown["ratio"],
         }
-        kept = percent(found.at[ours_in(found), "kept"])
-        title = f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:"
-        blocks += [title, markdown(table)]
+        kept = shown.at[ours_in(found), "kept"]
+        blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
     return "\n\n".join([*blocks, results.sources(LARGE, LARGE_FP32, SMALL)])
 
 

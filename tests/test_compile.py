@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from triton.compiler.errors import CompilationError
 
-from benchmarks.aot import compiled_launches, float32_matmul_precision, launch_head, launch_kl, meta
+from benchmarks.aot import compiled_launches, launch_head, launch_kl, meta
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern import triton_launch
 from focalkern.logps.triton_form import exact_backward
@@ -111,8 +111,12 @@ def check_kl(arch, dtype, precision="highest", **variant):
 
 
 def check(arch, run, expected, precision="highest"):
-    with float32_matmul_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
         launches = compiled_launches(arch, run)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert {launch.name for launch in launches} == expected
     for launch in launches:
         print(f"{arch} {launch}: {launch.registers} registers, {launch.shared_bytes} bytes shared")
