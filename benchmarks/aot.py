@@ -24,24 +24,11 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from focalkern import triton_launch
+from focalkern import records, triton_launch
 from focalkern.distributed import AsyncReduction
 from focalkern.kl import triton_form as kl
 from focalkern.logps import triton_form as logps
 from focalkern.logps.function import WORKSPACE_BYTES
-from focalkern.records import (
-    OUTPUTS,
-    Forward,
-    Head,
-    KeptCounts,
-    KeptPairs,
-    KLForward,
-    LogitTransform,
-    Needs,
-    RowGradients,
-    Saved,
-    Tile,
-)
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class CompiledLaunch:
     """A kernel as the JIT compiled it for one launch, and all that are alike."""
 
     kernel: CompiledKernel
-    tile: Tile | None  # of kernels that multiply
+    tile: records.Tile | None  # of kernels that multiply
 
     @property
     def name(self) -> str:
@@ -113,7 +100,9 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
             return None
         kernel = compile_or_launch(jit, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in launches:
-            tile = next((Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, Tile)), None)
+            tile = next(
+                (records.Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, records.Tile)), None
+            )
             launches[id(kernel)] = CompiledLaunch(kernel, tile)
         return kernel
 
@@ -146,18 +135,18 @@ def launch_head(
     if rank:
         update = meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)
         head = head._replace(update_hidden=update[0], update_weight=update[1])
-    names = OUTPUTS if outputs else ()
-    needs = Needs(True, True, bias, rank > 0, rank > 0)
-    common = head, meta(n, dtype=torch.int64), LogitTransform(softcap=softcap)
+    names = records.OUTPUTS if outputs else ()
+    needs = records.Needs(True, True, bias, rank > 0, rank > 0)
+    common = head, meta(n, dtype=torch.int64), records.LogitTransform(softcap=softcap)
     reduction = _NoReduction() if is_shard else None
 
     blocks = logps.block_statistics(*common, names)
     if not is_shard:
         logps.reduced(blocks, common[1], head, names)
     entropy = meta(n) if outputs else None
-    saved = Saved(meta(n), meta(n), blocks.lse, entropy)
-    forward = Forward(*common, saved)
-    logps.exact_backward(forward, RowGradients(meta(n), entropy), needs, reduction)
+    saved = records.Saved(meta(n), meta(n), blocks.lse, entropy)
+    forward = records.Forward(*common, saved)
+    logps.exact_backward(forward, records.RowGradients(meta(n), entropy), needs, reduction)
     pairs = kept_pairs(n, blocks.lse.shape[1])
     forward = forward._replace(saved=saved._replace(entropy=None))  # with its gradient a backward is exact
     logps.certified_backward(forward, meta(n), pairs, 2.0**-13, needs, reduction, WORKSPACE_BYTES)
@@ -176,14 +165,14 @@ def launch_kl(
     """Run forward and backward of two heads' KL without storage."""
     policy = _head(dtype, n, hidden_size, vocab_size, bias)
     ref = _head(dtype, n, ref_hidden_size, vocab_size, ref_bias)
-    transform = LogitTransform(softcap=softcap)
+    transform = records.LogitTransform(softcap=softcap)
     kl.forward(policy, ref, transform)
-    saved = KLForward(meta(n), meta(n), meta(n))
-    kl.backward(policy, ref, transform, saved, meta(n), Needs(True, True, bias))
+    saved = records.KLForward(meta(n), meta(n), meta(n))
+    kl.backward(policy, ref, transform, saved, meta(n), records.Needs(True, True, bias))
 
 
-def _head(dtype: torch.dtype, n: int, hidden_size: int, vocab_size: int, bias: bool) -> Head:
-    return Head(
+def _head(dtype: torch.dtype, n: int, hidden_size: int, vocab_size: int, bias: bool) -> records.Head:
+    return records.Head(
         meta(n, hidden_size, dtype=dtype),
         meta(vocab_size, hidden_size, dtype=dtype),
         meta(vocab_size, dtype=dtype) if bias else None,
@@ -200,7 +189,7 @@ class _NoReduction(AsyncReduction):
         pass
 
 
-def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
+def kept_pairs(n: int, blocks: int, share: float = 0.05) -> records.KeptPairs:
     """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
     per_row = int(share * blocks)
     row, block, per_block, per_n = (
@@ -208,4 +197,4 @@ def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
     )
     of_blocks = torch.full((blocks,), n * per_row // blocks)
     of_rows = torch.full((n,), per_row)
-    return KeptPairs(row, block, KeptCounts(per_block, per_n, of_blocks, of_rows))
+    return records.KeptPairs(row, block, records.KeptCounts(per_block, per_n, of_blocks, of_rows))

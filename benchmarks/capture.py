@@ -38,6 +38,7 @@ from preference_data import (
 )
 from quickstart_parts import Policy, at_least, load_policy
 
+from benchmarks import parser_of
 from benchmarks.capture_file import Capture
 from benchmarks.inputs import LogitTransform, label_logps
 from benchmarks.report import sharpness_of
@@ -59,9 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="path or id")
     add("--out", type=Path, required=True, metavar="PATH", help="the file to write")

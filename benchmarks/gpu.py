@@ -9,7 +9,6 @@ and is written after each. The exit status is 1 where a step failed, 2 without a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -30,6 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import parser_of
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("hypothesis", "numpy", "pandas", "psutil", "pytest", "tqdm", "triton")
 GRACE_SECONDS = 15  # between interrupt and kill: pytest writes its report
@@ -47,9 +48,7 @@ class Step(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all steps (default: 8)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--commit", metavar="ID", help="of a tree that was copied without .git")

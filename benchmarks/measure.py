@@ -9,7 +9,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,6 +170,21 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
+
+
+@contextlib.contextmanager
+def memory_limit(device: str) -> Iterator[None]:
+    """Let an allocation beyond the free memory raise. Linux grants it, and kills the process later."""
+    if device != "cpu" or sys.platform != "linux":
+        yield
+        return
+    process = psutil.Process()
+    before, hard = process.rlimit(psutil.RLIMIT_DATA)
+    process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + int(0.9 * available_bytes()), hard))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_DATA, (before, hard))
 
 
 def available_bytes() -> int:

@@ -41,12 +41,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute the loss: its name in the table, how to get it, and the bytes that it holds."""
+    """One way to compute the loss: its name in the table, and how to get it."""
 
     name: str
     load: Callable[[str], LossFn]  # takes the device type
-    # Of (tokens, pairs, vocab), besides gradients: roughly, as measured on a CPU, rounded up.
-    held_bytes: Callable[[int, int, int], int] = lambda tokens, pairs, vocab: 0
     compiled: bool = False  # by torch.compile, whose own memory at the first call is not the peer's
 
 
@@ -312,31 +310,19 @@ def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
     def load(function: Callable[..., LossFn], *options: Any) -> Callable[[str], LossFn]:
         return lambda device_type: function(device_type, *options)
 
-    def logits(tokens: int, pairs: int, vocab: int) -> int:
-        return 16 * tokens * vocab
-
-    def logits_of_a_pair(tokens: int, pairs: int, vocab: int) -> int:
-        return logits(tokens // pairs, 1, vocab)
-
-    def logits_of_rows(tokens: int, pairs: int, vocab: int) -> int:
-        return logits(min(tokens, LCE_ROWS), pairs, vocab)
-
-    def trl_chunk(tokens: int, pairs: int, vocab: int) -> int:
-        return 36 * min(tokens, 4096) * min(vocab, 32768)
-
     return {
         "triton": Peer("focalkern (triton)", load(load_focalkern, "triton", "certified", tau)),
         "triton-exact": Peer("focalkern (triton, exact)", load(load_focalkern, "triton", "exact", tau)),
         "torch": Peer("focalkern (torch)", load(load_focalkern, "torch", "certified", tau)),
         "torch-exact": Peer("focalkern (torch, exact)", load(load_focalkern, "torch", "exact", tau)),
-        "eager": Peer("eager PyTorch", load_eager, logits),
-        "compile": Peer("compiled PyTorch", load_compiled, logits, compiled=True),
-        "trl": Peer("TRL head", load_trl, trl_chunk),
-        "liger": Peer("Liger", load_liger, logits_of_a_pair, compiled=True),
+        "eager": Peer("eager PyTorch", load_eager),
+        "compile": Peer("compiled PyTorch", load_compiled, compiled=True),
+        "trl": Peer("TRL head", load_trl),
+        "liger": Peer("Liger", load_liger, compiled=True),
         "cce": Peer("CCE", load(load_cce, "cce")),
-        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), logits, compiled=True),
-        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None), logits_of_rows),
-        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS), logits_of_rows),
+        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), compiled=True),
+        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None)),
+        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS)),
         "quack": Peer("QuACK chunked", load(load_quack, False)),
         "quack-fused": Peer("QuACK fused", load(load_quack, True)),
     }

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
@@ -26,6 +25,10 @@ from typing import Any
 
 import pandas as pd
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/figures")
@@ -501,9 +504,7 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--check", action="store_true", help="change nothing; status 1 if anything is out of date"
     )

@@ -1,4 +1,4 @@
-"""What the kernels take of a GPU by ahead-of-time compilation: registers, shared memory, occupancy, code.
+"""What the kernels take of a GPU by ahead-of-time compilation: registers, shared memory, code.
 
     python benchmarks/resources.py            # a table for sm_80 and sm_90
     python benchmarks/resources.py --write    # into benchmarks/compiled.json, which a test holds
@@ -10,13 +10,12 @@ numbers and by counted cycles.
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,26 +24,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import parser_of
 from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head, launch_kl
 
 BASELINE = Path(__file__).with_name("compiled.json")
 
 
-class Multiprocessor(NamedTuple):
-    """What one multiprocessor has: CUDA C++ programming guide, technical specifications."""
-
-    warps: int
-    programs: int
-    shared_bytes: int
-    registers: int = 65536
-
-
-MULTIPROCESSORS = {
-    "sm_80": Multiprocessor(64, 32, 164 * 1024),
-    "sm_90": Multiprocessor(64, 32, 228 * 1024),
-}
-SYSTEM_SHARED_BYTES = 1024  # of each program
-REGISTERS_AT_ONCE = 256  # a warp's registers are given out in multiples of this
+ARCHS = ("sm_80", "sm_90")
 
 # Beside Llama-3's 8192 rows: Gemma-2's softcap, the entropy and its like, and the tiles for few rows.
 VARIANTS = {
@@ -57,14 +43,12 @@ VARIANTS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--write", action="store_true", help=f"into {BASELINE.name}")
     options = parser.parse_args(argv)
-    found = {arch: compiled_kernels(arch) for arch in tqdm(MULTIPROCESSORS, leave=False, disable=None)}
+    found = {arch: compiled_kernels(arch) for arch in tqdm(ARCHS, leave=False, disable=None)}
     for arch, kernels in found.items():
-        table = pd.DataFrame(kernels).round({"occupancy": 3})
+        table = pd.DataFrame(kernels)
         print(f"{arch}, triton {triton.__version__}", table.to_string(index=False), sep="\n", end="\n\n")
     if options.write:
         BASELINE.write_text(json.dumps({"triton": triton.__version__, "kernels": found}, indent=2) + "\n")
@@ -80,37 +64,21 @@ def compiled_kernels(arch: str) -> list[dict[str, Any]]:
                 found[id(launch.kernel)] = {
                     "kernel": launch.name.removesuffix("_kernel"),
                     "variant": variant,
-                    **resources(launch, arch),
+                    **resources(launch),
                 }
     return list(found.values())
 
 
-def resources(launch: CompiledLaunch, arch: str) -> dict[str, Any]:
-    warps, tile = launch.kernel.metadata.num_warps, launch.tile
-    programs = programs_per_multiprocessor(arch, warps, launch.registers, launch.shared_bytes)
+def resources(launch: CompiledLaunch) -> dict[str, Any]:
     return {
-        "tile": f"{tile.m} × {tile.n} × {tile.k}",
-        "warps": warps,
+        "tile": "{} × {} × {}".format(*launch.tile[:3]),
+        "warps": launch.kernel.metadata.num_warps,
         "stages": launch.kernel.metadata.num_stages,
         "registers": launch.registers,
         "spilled_bytes": launch.spilled_bytes,
         "shared_bytes": launch.shared_bytes,
-        "programs": programs,  # per multiprocessor
-        "occupancy": programs * warps / MULTIPROCESSORS[arch].warps,
         **instruction_mix(launch.disassembled("-sass")),
     }
-
-
-def programs_per_multiprocessor(arch: str, warps: int, registers: int, shared_bytes: int) -> int:
-    """How many programs a multiprocessor holds at a time: what its scarcest resource allows."""
-    has = MULTIPROCESSORS[arch]
-    per_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
-    return min(
-        has.programs,
-        has.warps // warps,
-        has.registers // (per_warp * warps),
-        has.shared_bytes // (shared_bytes + SYSTEM_SHARED_BYTES),
-    )
 
 
 def instruction_mix(code: str) -> dict[str, int]:

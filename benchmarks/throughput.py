@@ -40,21 +40,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import measure, parser_of
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import Gate
 from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Source, calibrate
-from benchmarks.measure import (
-    PeakMemory,
-    Step,
-    available_bytes,
-    in_fresh_process,
-    interleaved_times,
-    peak_extra_bytes,
-    release_cached,
-    return_freed_memory,
-)
+from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
-from benchmarks.peers import LossFn, Peer, Unavailable, all_peers, first_line, gradients_of
+from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped
 from focalkern.torch_logits import matmul
 
@@ -72,11 +64,12 @@ Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in th
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     report = begin(options)
-    for case in cases(options):
-        comparison = compare(options, case)
-        print(terminal(comparison))
-        report["comparisons"].append(comparison)
-        write_json(report, options.json)
+    with measure.memory_limit(options.device):
+        for case in cases(options):
+            comparison = compare(options, case)
+            print(terminal(comparison))
+            report["comparisons"].append(comparison)
+            write_json(report, options.json)
     report["finished"] = True
     write_json(report, options.json)
     written = [options.json] if options.json else []
@@ -115,9 +108,7 @@ def write_json(report: dict[str, Any], path: Path | None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
     sharpness, tau = (
         number(int, "a positive integer", 1, word=FLAT),
@@ -267,7 +258,7 @@ def sources(options: argparse.Namespace) -> Iterator[Source]:
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
-    rows, losses = load_peers(options, case)
+    rows, losses = load_peers(options)
     gate = Gate(batch)
     for name in tqdm(losses, desc="errors", leave=False, disable=None):
         with recorded(rows[name]):
@@ -300,14 +291,13 @@ def finite(values: dict[str, float]) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-def load_peers(options: argparse.Namespace, case: Case) -> tuple[Rows, dict[str, LossFn]]:
+def load_peers(options: argparse.Namespace) -> tuple[Rows, dict[str, LossFn]]:
     """A row for every peer, and the loss functions of those that can run."""
     rows, losses = {}, {}
     for name, peer in all_peers(options.tau).items():
         if name in options.only:
             rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
             with recorded(rows[name]):
-                require_memory(peer, case)
                 losses[name] = peer.load(options.device)
     return rows, losses
 
@@ -319,27 +309,12 @@ def recorded(row: dict[str, Any]) -> Iterator[None]:
         yield
     except Unavailable as error:
         row |= {"status": "skipped", "note": str(error)}
-    except torch.OutOfMemoryError:
-        row |= {"status": "skipped", "note": "ran out of memory"}
     except Exception as error:
         row |= {"status": "failed", "note": first_line(error)}
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            row |= {"status": "skipped", "note": "ran out of memory"}
     if row["status"] != "ok":
-        release_cached()
-
-
-def require_memory(peer: Peer, case: Case) -> None:
-    """Refuse what would take the whole process with it on a CPU; on CUDA it raises an exception."""
-    source, shape = case.source, case.source.shape
-    if source.device == "cuda":
-        return
-    inputs = (source.tokens + shape.vocab) * shape.hidden
-    needed = peer.held_bytes(source.tokens, source.pairs, shape.vocab)
-    # Gradients, some fp32 at first; the inputs of the process that measures the memory.
-    needed += inputs * (4 + 2 * source.dtype.itemsize)
-    available = available_bytes()
-    if needed > 0.9 * available:
-        gib = f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
-        raise Unavailable(f"would need about {gib}")
+        measure.release_cached()
 
 
 def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau: float | str) -> None:
@@ -374,7 +349,7 @@ def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: 
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
     with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
+        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
     gemm = times.pop(GEMM)["both_ms"]
     for name, found in times.items():
         rows[name] |= {**found, "x_floor": found["both_ms"]["median"] / gemm["median"]}
@@ -399,20 +374,22 @@ def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Ca
             continue
         try:
             if batch.hidden.is_cuda:
-                memory = peak_extra_bytes(lambda loss=loss: gradients_of(loss, batch), batch.hidden.device)
+                memory = measure.peak_extra_bytes(
+                    lambda loss=loss: gradients_of(loss, batch), batch.hidden.device
+                )
             else:
-                memory = in_fresh_process(cpu_memory, name, tau, case)
+                memory = measure.in_fresh_process(cpu_memory, name, tau, case)
         except Exception as error:  # refused by the allocator, or the process was killed
             unknown = f"its memory could not be measured: {first_line(error)}"
             row["note"] = "; ".join(filter(None, (row["note"], unknown)))
-            release_cached()
+            measure.release_cached()
         else:
             row |= {"extra_bytes": memory.extra, "extra_bytes_is_upper_limit": memory.upper_limit}
 
 
 def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    return_freed_memory()
+    measure.return_freed_memory()
     peer = all_peers(tau)[name]
     loss = peer.load("cpu")
     batch, _ = case.batch()
@@ -420,7 +397,7 @@ def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
     source = case.source
     small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
     gradients_of(loss, batch if peer.compiled else replace(case, source=small).batch()[0])
-    return peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
+    return measure.peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ computes every position, on a GPU only those of completions.
 
 from __future__ import annotations
 
-import argparse
 import bisect
 import contextlib
 import json
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from preference_data import Pair, docstring_pairs
 from quickstart_parts import train_tokenizer
 
+from benchmarks import parser_of
 from benchmarks.inputs import PRESENT
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
 from benchmarks.report import MIB, environment
@@ -91,9 +91,7 @@ class Contestant:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every number there")
     parser.add_argument("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")

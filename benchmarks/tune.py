@@ -11,7 +11,6 @@ another one starts.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -37,6 +36,7 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import parser_of
 from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Recipe, Shape, calibrate
 from benchmarks.peers import first_line
@@ -101,9 +101,7 @@ class Setting:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=90.0, help="for the whole sweep (default: 90)")
     parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="the table")
     options = parser.parse_args(argv)
