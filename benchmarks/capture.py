@@ -17,7 +17,6 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -40,8 +39,6 @@ from quickstart_parts import Policy, at_least, load_policy
 
 from benchmarks import parser_of
 from benchmarks.capture_file import Capture
-from benchmarks.inputs import LogitTransform, label_logps
-from benchmarks.report import sharpness_of
 
 Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], labels [T], ref_logps []
 
@@ -56,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens, hidden = capture.hidden.shape
     size = f"{tokens} tokens x {hidden} x {len(capture.weight)}, {capture.weight.dtype}"
     print(f"{capture.model}: {capture.pairs} pairs, {size}; reference {capture.reference}")
-    print(f"{sharpness_of(capture.sharpness)}\nwritten to {args.out}")
+    print(f"written to {args.out}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -122,22 +119,17 @@ def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Complet
 def pack(sequences: list[Completion], policy: Policy, args: argparse.Namespace) -> Capture:
     hidden, labels, ref_logps = zip(*sequences, strict=True)
     lengths = torch.tensor([0, *map(len, labels)])
-    hidden, labels = torch.cat(hidden), torch.cat(labels)
-    weight, bias = policy.weight.detach(), None if policy.bias is None else policy.bias.detach()
-    transform = LogitTransform(**policy.logit_options)
-    _, _, sharpness = label_logps(hidden, weight, bias, transform, lambda rows, _: labels[rows])
     return Capture(
-        hidden=hidden.cpu(),
-        weight=weight.cpu(),
-        bias=None if bias is None else bias.cpu(),
-        labels=labels.cpu(),
+        hidden=torch.cat(hidden).cpu(),
+        weight=policy.weight.detach().cpu(),
+        bias=None if policy.bias is None else policy.bias.detach().cpu(),
+        labels=torch.cat(labels).cpu(),
         cu_seqlens=lengths.cumsum(0),
         ref_logps=torch.stack(ref_logps).cpu(),
         **policy.logit_options,
         model=public_name(args.model),
         reference=public_name(args.reference or args.model),
         data=args.data.name if args.data else "docstrings of Python's standard library",
-        sharpness=asdict(sharpness),
     )
 
 

@@ -35,7 +35,6 @@ class Capture:
     model: str
     reference: str  # the model that ref_logps are of
     data: str
-    sharpness: dict[str, Any]  # of the model on these tokens: the fields of `Sharpness`
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

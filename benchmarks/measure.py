@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -14,12 +14,12 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import psutil
 import torch
 
 T = TypeVar("T")
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,6 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
         torch.cuda.synchronize(device)
         return PeakMemory(max(0, torch.cuda.max_memory_allocated(device) - before - returned))
 
-    return_freed_memory()
     with contextlib.suppress(OSError):  # where it is not allowed, the old peak stands: an upper limit
         Path("/proc/self/clear_refs").write_text("5")
     before, peak_before = psutil.Process().memory_info().rss, peak_resident_bytes()
@@ -141,19 +140,6 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
     # The counters lag by some pages per core, hence the slack; without a reset the two may be far apart.
     upper_limit = peak <= peak_before and peak_before - before > 8 * 2**20
     return PeakMemory(max(0, peak - before - returned), upper_limit)
-
-
-def return_freed_memory() -> None:
-    """Let glibc give free memory back to the system, now and whenever a tensor is freed.
-
-    Else it keeps blocks of up to 32 MiB in a heap, and the peak depends on how that came to be fragmented:
-    the same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-            libc.mallopt(M_MMAP_THRESHOLD, 2**17)
-            libc.malloc_trim(0)
 
 
 def peak_resident_bytes() -> int:
@@ -167,8 +153,17 @@ def peak_resident_bytes() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed.
+
+    There glibc gives freed tensors back to the system. Else it keeps blocks of up to 32 MiB in a heap, and
+    the peak depends on how that came to be fragmented: the same step of eager PyTorch took 5.0 or 6.0 times
+    its logits, always 3.0 with this.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)),
+        ProcessPoolExecutor(1, spawn) as pool,
+    ):
         return pool.submit(function, *arguments).result()
 
 

@@ -131,11 +131,6 @@ def size_of(comparison: Json) -> str:
     return f"{comparison['tokens']} × {shape['hidden']} × {shape['vocab']}, {comparison['dtype']}"
 
 
-def sharpness_of(found: Json) -> str:
-    sizes = f"NLL {found['nll']:.2f}, entropy {found['entropy']:.2f}"
-    return f"{sizes}, {found['entries']:.0f} softmax entries above 2^-12 per token"
-
-
 def terminal(comparison: Json) -> str:
     """What was compared, the times and errors of all peers, and why a peer has none: within 80 columns."""
     about, rows = comparison["input"], comparison["rows"]
@@ -145,7 +140,8 @@ def terminal(comparison: Json) -> str:
         f"{comparison['loss']}, {size_of(comparison)}; {pairs} pairs"
         + (f", {saturated} of them saturated" if saturated else "")
         + f"; gradients: {gradients}",
-        f"{kind_of(comparison)}: {sharpness_of(about)}",
+        f"{kind_of(comparison)}: NLL {about['nll']:.2f}, entropy {about['entropy']:.2f}, "
+        f"{about['entries']:.0f} softmax entries above 2^-12 per token",
         f"bare GEMM {number(comparison['bare_gemm_ms']['median'])} ms, fp32 logits "
         f"{comparison['fp32_logits_bytes'] / MIB:,.0f} MiB; plain PyTorch's error in {comparison['dtype']} "
         f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",

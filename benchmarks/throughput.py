@@ -389,7 +389,6 @@ def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Ca
 
 def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    measure.return_freed_memory()
     peer = all_peers(tau)[name]
     loss = peer.load("cpu")
     batch, _ = case.batch()

@@ -4,9 +4,8 @@
 
 The table has the entries that are clearly faster than those of `csrc_triton/launch.py`. A candidate takes the
 place of the shipped entry in a call of `linear_logps` on LM-like input. Its results must agree with the
-shipped entry's and repeat bit for bit; then its kernel is timed. Several processes
-compile candidates into Triton's cache, without the GPU. One process measures them; if a candidate ends it,
-another one starts.
+shipped entry's and repeat bit for bit; then its kernel is timed. Several processes compile candidates into
+Triton's cache, without the GPU. One process measures them; if a candidate ends it, another one starts.
 """
 
 from __future__ import annotations
@@ -109,8 +108,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tune.py needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    setting = Setting(triton_launch.arch_of(device), properties["max_shared_mem"])
+    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    setting = Setting(triton_launch.arch_of(device), shared_bytes)
     rows = sweep(setting, in_order(setting), options.json, options.seconds)
     print(f"{len(rows)} candidates measured; faster than shipped:")
     for name, entry in chosen(rows, setting).items():
