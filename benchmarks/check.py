@@ -134,8 +134,9 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     def gradient(
         z: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, entries: torch.Tensor
     ) -> torch.Tensor:
+        p = (z.detach() - lse[tokens, None]).exp()
         is_label = (labels[tokens, None] == entries).to(wide)
-        return torch.autograd.grad(z, x, g[tokens, None] * (is_label - (z - lse[tokens, None]).exp()))[0]
+        return torch.autograd.grad(z, x, g[tokens, None] * (is_label - p))[0]
 
     lse, target = torch.empty(2, len(labels), dtype=wide, device=labels.device)
     tokens, entries = (torch.arange(len(x), device=labels.device) for x in (labels, weight))

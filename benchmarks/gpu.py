@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"make gpu needs {', '.join(missing)}: python -m pip install {' '.join(missing)}", file=sys.stderr
         )
         return 2
-    from benchmarks.report import environment
+    from benchmarks.report import environment, write_json
 
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
@@ -70,13 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["commit"] = about["commit"] or options.commit
     report = {"device": about["device"], "environment": about, "steps": [], "reports": {}}
     path = options.out / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(Path(folder)):
             try:
                 run_step(step, deadline, report)
             finally:
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(report, path)
     print(f"\n{about['device']}, written to {path}")
     for step in report["steps"]:
         print(f"  {step['name']}: {step['status']}, {step['seconds']:.0f} s")

@@ -64,21 +64,17 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where hidden states and head come from. Small, and pickled: every process builds the same tensors."""
+    """Where hidden states and head come from. Small, and pickled: every process builds the same tensors.
+
+    `batch(saturated_pairs)` gives what the peers receive, its first pairs saturated (next to no gradient), and
+    how sharp it is; `about()`, for the report, the kind of input and what else it takes to make it again.
+    """
 
     shape: Shape
     tokens: int
     pairs: int
     dtype: torch.dtype
     device: str
-
-    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
-        """What the peers receive, its first pairs saturated (next to no gradient), and how sharp it is."""
-        raise NotImplementedError
-
-    def about(self) -> dict[str, Any]:
-        """For the report: the kind of input under "kind", and what else it takes to make it again."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,14 @@ def commit() -> str | None:
         return None
 
 
+def write_json(data: Json, path: Path) -> None:
+    """Whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
 # A comparison: as `throughput.py` writes it, and in a table
 
 
@@ -320,14 +328,15 @@ class Results:
     def comparisons(self, *names: str) -> list[Json]:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
 
+    @property
     def gpus(self) -> list[Json]:
         """What `make gpu` wrote on each device."""
         return [file for file in self.files.values() if "reports" in file]
 
     def on_gpus(self) -> list[Json]:
         """The first comparison of each GPU, if focalkern was timed in it."""
-        reports = [found for gpu in self.gpus() for found in list(gpu["reports"].values())[:1]]
-        firsts = [found["comparisons"][0] for found in reports if found.get("comparisons")]
+        reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
+        firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
         return [each for each in firsts if not frame(each).index.intersection(OURS).empty]
 
     def sources(self, *names: str) -> str:
@@ -391,16 +400,16 @@ def cells(found: pd.DataFrame) -> pd.DataFrame:
         "dweight": scientific,
     }
     shown = {name: found[name].map(shape, na_action="ignore") for name, shape in formats.items()}
-    return found.assign(**shown).astype(object).fillna("–")
+    return found.assign(**shown, range=found.apply(range_of, axis=1)).astype(object).fillna("–")
+
+
+def range_of(peer: pd.Series) -> str:
+    scale = 1000 if peer["both"] >= 1000 else 1
+    return f"({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
 
 
 def duration(ms: float) -> str:
     return f"{number(ms / 1000)} s" if ms >= 1000 else f"{number(ms)} ms"
-
-
-def with_range(peer: pd.Series) -> str:
-    scale = 1000 if peer["both"] >= 1000 else 1
-    return f"{duration(peer['both'])} ({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
 
 
 def summary(results: Results) -> str:
@@ -421,7 +430,7 @@ def summary(results: Results) -> str:
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "
         "estimates from the compiled code."
     )
-    return "\n\n".join([step, *(map(tests_of, results.gpus()) if results.gpus() else [no_gpu])])
+    return "\n\n".join([step, *(map(tests_of, results.gpus) if results.gpus else [no_gpu])])
 
 
 def tests_of(gpu: Json) -> str:
@@ -447,17 +456,16 @@ def peers_tables(results: Results) -> str:
     """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
     blocks = []
     for comparison in [*results.on_gpus(), *results.comparisons(LARGE, LARGE_FP32, SMALL)]:
-        found = frame(comparison)
-        shown = cells(found)
+        found = cells(frame(comparison))
         table = {
             "method": found["peer"],
-            "forward": shown["forward"],
-            "both (range)": found.apply(with_range, axis=1),
-            "extra memory": shown["memory"],
-            "error of dhidden": shown["dhidden"],
-            "over focalkern": shown["ratio"],
+            "forward": found["forward"],
+            "both (range)": found["both"] + " " + found["range"],
+            "extra memory": found["memory"],
+            "error of dhidden": found["dhidden"],
+            "over focalkern": found["ratio"],
         }
-        kept = shown.at[ours_in(found), "kept"]
+        kept = found.at[ours_in(found), "kept"]
         blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
     return "\n\n".join([*blocks, results.sources(LARGE, LARGE_FP32, SMALL)])
 

@@ -26,12 +26,12 @@ import argparse
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,7 +47,7 @@ from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Source, calibr
 from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
-from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped
+from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
 from focalkern.torch_logits import matmul
 
 FLAT = "flat"  # sharpness of random weights
@@ -64,14 +64,15 @@ Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in th
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     report = begin(options)
+    save = partial(write_json, report, options.json) if options.json else lambda: None
     with measure.memory_limit(options.device):
         for case in cases(options):
             comparison = compare(options, case)
             print(terminal(comparison))
             report["comparisons"].append(comparison)
-            write_json(report, options.json)
+            save()  # a run that is killed leaves its comparisons, with `finished` false
     report["finished"] = True
-    write_json(report, options.json)
+    save()
     written = [options.json] if options.json else []
     written += plots(report, options.plot) if options.plot else []
     for path in written:
@@ -95,33 +96,17 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     return {**about, "launch_table": "shipped", "finished": False, "comparisons": []}
 
 
-def write_json(report: dict[str, Any], path: Path | None) -> None:
-    """After each comparison: a run that is killed leaves its comparisons, with `finished` false."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        unfinished.replace(path)
-
-
 # Options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
-    sharpness, tau = (
-        number(int, "a positive integer", 1, word=FLAT),
-        number(float, "at least 0", 0, word="auto"),
-    )
+    entries = number(int, "a positive integer", 1, word=FLAT)
+    tau = number(float, "at least 0", 0, word="auto")
     peers = list(all_peers())
     add = parser.add_argument_group("size, by default 2048 x 512 x 32768, llama3-8b on CUDA").add_argument
-    add(
-        "--shape",
-        type=shape,
-        metavar="SHAPE",
-        help=f"H x V of the LM head, as 512x32768, or {', '.join(SHAPES)}",
-    )
+    add("--shape", type=shape, help=f"H x V of the LM head, as 512x32768, or one of {', '.join(SHAPES)}")
     add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all; of a "
         "capture, the first pairs that have no more")  # fmt: skip
     add("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
@@ -132,7 +117,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
     add("--head", nargs="+", choices=HEADS, default=["full"], help="full: gradients of hidden and weight "
         "(default); frozen: of hidden alone, as for LoRA")  # fmt: skip
-    add("--sharpness", type=sharpness, nargs="+", metavar="K", help="softmax entries above 2^-12 per row "
+    add("--sharpness", type=entries, nargs="+", metavar="K", help="softmax entries above 2^-12 per row "
         f"(default: 50, a trained LM); {FLAT}: random weights")  # fmt: skip
     add("--capture", type=Path, metavar="PATH", help="hidden states and head of a model, from capture.py")
     add("--saturated", type=share, nargs="+", default=[0.0], metavar="SHARE",

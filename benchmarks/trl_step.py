@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import bisect
 import contextlib
-import json
 import math
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from quickstart_parts import train_tokenizer
 from benchmarks import parser_of
 from benchmarks.inputs import PRESENT
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.report import MIB, environment
+from benchmarks.report import MIB, environment, write_json
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 
 TRL, PATCHED = "TRL", "TRL under patch()"
@@ -101,9 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {**environment("cpu"), "repeats": repeats}
     comparisons = [compare(replace(setup, dtype=dtype), repeats) for dtype in options.dtype]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {**about, "comparisons": comparisons}
-        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_json({**about, "comparisons": comparisons}, options.json)
         print(f"written to {options.json}")
     return 0 if all(row["agrees"] for found in comparisons for row in found["rows"].values()) else 1
 

@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -39,7 +38,7 @@ from benchmarks import parser_of
 from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Recipe, Shape, calibrate
 from benchmarks.peers import first_line
-from benchmarks.report import DTYPES
+from benchmarks.report import DTYPES, write_json
 from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config
 from csrc_triton.linear_logps import linear_logps_fwd_kernel
 from focalkern import linear_logps, triton_launch
@@ -349,7 +348,7 @@ def write(rows: Rows, setting: Setting, path: Path) -> None:
         "entries": {name: asdict(replace(entry, source="measured")) for name, entry in best.items()},
         "candidates": [{"name": name, **asdict(entry), **row} for (name, entry), row in rows.items()],
     }
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_json(table, path)
 
 
 if __name__ == "__main__":
