@@ -66,8 +66,8 @@ SHAPES = {
 class Source:
     """Where hidden states and head come from. Small, and pickled: every process builds the same tensors.
 
-    `batch(saturated_pairs)` gives what the peers receive, its first pairs saturated (next to no gradient), and
-    how sharp it is; `about()`, for the report, the kind of input and what else it takes to make it again.
+    `batch(saturated_pairs)` gives what the peers receive, its first pairs saturated (next to no gradient),
+    and how sharp it is. `about()` gives the kind of input, and what else it takes to make it again.
     """
 
     shape: Shape
