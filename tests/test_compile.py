@@ -125,7 +125,7 @@ def check(arch, run, expected, precision="highest"):
         if launch.tile is not None:
             # wgmma takes tiles of 64 rows; smaller ones have the instruction of older architectures.
             instruction = "mma.sync" if launch.tile.m < 64 else TENSOR_CORE.get(arch, "mma.sync")
-            assert instruction in launch.ptx, f"{launch} does not use tensor cores"
+            assert instruction in launch.kernel.asm["ptx"], f"{launch} does not use tensor cores"
 
 
 def cases(variants: dict, of_fp16: set[str]) -> list[tuple[torch.dtype, str]]:
