@@ -70,10 +70,8 @@ class CompiledLaunch:
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     def __str__(self) -> str:
-        types, metadata = (
-            sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature)))),
-            self.kernel.metadata,
-        )
+        types = sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature))))
+        metadata = self.kernel.metadata
         return f"{self.name} {self.tile} {metadata.num_warps} warps, {metadata.num_stages} stages, {types}"
 
 
