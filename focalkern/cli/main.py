@@ -3,8 +3,8 @@
 A command is a module of this package with a docstring, which its help shows, and two functions:
 `add_arguments(parser)` for options of its own, and `run(arguments)`, which returns the exit status.
 `arguments` holds these options and, but for `env`, the `Job` as `arguments.job`. A third function,
-`overrides(arguments)`, may return fields that the command sets, as on a command line; without it the job is read
-for any machine.
+`overrides(arguments)`, may return fields that the command sets, as on a command line. Without it the job is
+read for a machine with or without a GPU.
 """
 
 from __future__ import annotations
