@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
 from peft import LoraConfig
 from trl_tiny import TOKENIZER, random_model, settings, trainer_of
 
