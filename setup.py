@@ -53,6 +53,7 @@ setup(
         "trl": trl,
         "deepspeed": [deepspeed],
         "flash-attn": ["flash-attn>=2.7"],
+        "watch": ["matplotlib>=3.9", "tensorboard>=2.16"],
         "bench": bench,
         "test": test,
     },

@@ -25,8 +25,9 @@ from focalkern.trl import FocalPOConfig, FocalPOTrainer
 Data = Dataset | IterableDataset
 
 
-class JobError(ValueError):
-    """Something is wrong with the job. The message says what to do, and is all that the user sees."""
+def fail(message: object) -> NoReturn:
+    """End the command with a line that says what to do."""
+    raise SystemExit(f"focalkern: {message}")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Job:
     config: FocalPOConfig
     model: ModelConfig
     recipe: str | None = None
+    cache_dir: str | None = None  # of the data; that of the datasets library by default
 
     @property
     def model_name(self) -> str:
@@ -44,14 +46,14 @@ class Job:
         assert self.model.model_name_or_path is not None  # read_job has seen to it
         return self.model.model_name_or_path
 
-    def data(self, cache_dir: str | None = None) -> tuple[Data, Data | None]:
+    def data(self) -> tuple[Data, Data | None]:
         """The training pairs, and the held-out ones where the job evaluates."""
-        dataset = _load(self.script, cache_dir)
+        dataset = _load(self.script, self.cache_dir)
         train, test = self.script.dataset_train_split, self.script.dataset_test_split
         evaluates = self.config.eval_strategy != "no"
         missing = [name for name in [train] + [test] * evaluates if name not in dataset]
         if missing:
-            raise JobError(
+            fail(
                 f"{self.script.dataset_name} has the splits {list(dataset)}, not {missing}: give a folder"
                 " with train.jsonl and test.jsonl, or name its splits by --dataset_train_split and"
                 " --dataset_test_split; --eval_strategy no trains without held-out pairs"
@@ -111,9 +113,9 @@ def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[
             ("dataset_name", script.dataset_name),
         ):
             if value is None:
-                raise JobError(f"{field} must be given, in a RECIPE or as --{field}")
+                fail(f"{field} must be given, in a RECIPE or as --{field}")
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
-        parser.exit(2, f"{own.prog}: {error}\n")
+        fail(error)
     config.model_init_kwargs = {
         "revision": model.model_revision,
         "attn_implementation": model.attn_implementation,
@@ -132,10 +134,10 @@ def on_this_machine(arguments: argparse.Namespace | None = None) -> list[str]:
 def _check_recipe(path: str, fields: set[str]) -> None:
     file = Path(path)
     if not file.is_file():
-        raise JobError(f"{path} is not a file: RECIPE is a YAML file, such as those of examples/recipes")
+        fail(f"{path} is not a file: RECIPE is a YAML file, such as those of examples/recipes")
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
-        raise JobError(f"{path} must hold lines 'field: value'; got {type(recipe).__name__}")
+        fail(f"{path} must hold lines 'field: value'; got {type(recipe).__name__}")
     for field in recipe:
         if field not in fields | {"env"}:
             _refuse(field, fields, path)
@@ -144,7 +146,7 @@ def _check_recipe(path: str, fields: set[str]) -> None:
 def _refuse(field: str, fields: set[str], where: str) -> NoReturn:
     near = difflib.get_close_matches(field, fields, 3)
     hint = f"did you mean {', '.join(near)}?" if near else "--help-all lists the fields"
-    raise JobError(f"{where} has {field!r}, which is no field: {hint}")
+    fail(f"{where} has {field!r}, which is no field: {hint}")
 
 
 def _load(script: ScriptArguments, cache_dir: str | None) -> DatasetDict:
@@ -159,13 +161,13 @@ def _load(script: ScriptArguments, cache_dir: str | None) -> DatasetDict:
 
 
 def _check_lines(file: Path) -> None:
-    """Raise JobError with the number of the first line that is not a JSON object."""
+    """Fail with the number of the first line that is not a JSON object."""
     if not file.stat().st_size:
-        raise JobError(f"{file} is empty")
+        fail(f"{file} is empty")
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
                 if line.strip() and not isinstance(json.loads(line), dict):
                     raise ValueError("not an object with prompt, chosen and rejected")
             except ValueError as error:
-                raise JobError(f"{file}, line {number}: {error}") from None
+                fail(f"{file}, line {number}: {error}")

@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return command.run(_own_parser(name, command).parse_args(rest))  # --help exits
         from focalkern.cli.job import read_job
     except ImportError as error:
-        top.exit(2, f'focalkern {name} needs the trl extra: pip install "focalkern[trl]" ({error})\n')
+        top.exit(2, f'focalkern {name} needs the trl extra: pip install ".[trl]" in the clone ({error})\n')
     return command.run(read_job(_own_parser(name, command), command, rest))
 
 

@@ -1,14 +1,23 @@
-"""Configurations of the recipes' models, their shrunk likenesses, and 64 pairs: all without a network.
+"""Configurations of the recipes' models, small models of the same architectures, 64 pairs: without a network.
 
-`plan` counts parameters by them, `train --dry-run` trains the small ones.
+`plan` counts parameters by the configurations, `train --dry-run` trains the small models on the pairs.
 """
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 _MISTRAL = {
     "model_type": "mistral",
@@ -113,6 +122,20 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
         "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a: {% endif %}"
     )
     return PreTrainedTokenizerFast(tokenizer_object=bytes_alone, chat_template=template, **special)
+
+
+def write_tiny(config: PretrainedConfig, folder: Path) -> None:
+    """Into `folder`: "model", random weights with a tokenizer, and "data", of 56 pairs and 8 held out."""
+    tokenizer = byte_tokenizer()
+    torch.manual_seed(0)
+    # Not by AutoModelForCausalLM: under ZeRO-3 it would give shards.
+    small = tiny(config, tokenizer)
+    MODEL_FOR_CAUSAL_LM_MAPPING[type(small)](small).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for name, rows in (("train", pairs()[:-8]), ("test", pairs()[-8:])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "data" / f"{name}.jsonl").write_text(lines, encoding="utf-8")
 
 
 def pairs() -> list[dict[str, Any]]:

@@ -16,26 +16,121 @@ overrides the recipe. Those most in use:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
-from focalkern.cli.job import Job, on_this_machine
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import get_last_checkpoint
+
+from focalkern.cli import models
+from focalkern.cli.job import Job, fail, on_this_machine
+from focalkern.trl import FocalPOConfig, FocalPOTrainer, ProgressPlot
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="two steps of a tiny model of the same architecture on 64 built-in pairs, offline",
+        help="two steps of a tiny model of the same architecture, offline, on 64 built-in pairs",
     )
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
-    return on_this_machine(arguments) if arguments.dry_run else []
+    if not arguments.dry_run:
+        return []
+    fields = "--max_steps 2 --gradient_accumulation_steps 2 --logging_steps 1 --report_to none"
+    if not torch.cuda.is_available():
+        fields += " --attn_implementation eager"  # the one that has every model's softcaps
+    return [*fields.split(), "--push_to_hub", "false", *on_this_machine(arguments)]
 
 
 def run(arguments: argparse.Namespace) -> int:
     job: Job = arguments.job
-    train, held_out = job.data()
-    trainer = job.trainer(train, held_out)
-    trainer.train(resume_from_checkpoint=job.config.resume_from_checkpoint)
-    trainer.save_model(job.config.output_dir)
+    if not arguments.dry_run:
+        train(job)
+        return 0
+    with _scratch() as folder:
+        if PartialState().is_local_main_process:
+            models.write_tiny(job.model_config(), folder)
+        PartialState().wait_for_everyone()
+        job.model.model_name_or_path = str(folder / "model")
+        job.model.model_revision = "main"
+        job.config.model_init_kwargs = {**(job.config.model_init_kwargs or {}), "revision": "main"}
+        job.script.dataset_name, job.script.dataset_config = str(folder / "data"), None
+        job.script.dataset_train_split, job.script.dataset_test_split = "train", "test"
+        job.cache_dir = str(folder / "cache")
+        job.config.output_dir = str(folder / "out")
+        trainer = train(job)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.accelerator.print(f"dry run: losses {losses}. Nothing is kept.")
+        trainer.accelerator.wait_for_everyone()
     return 0
+
+
+def train(job: Job) -> FocalPOTrainer:
+    """The trained trainer. Its model, card, log and plot are in `output_dir`."""
+    config = job.config
+    missing = set(config.report_to) - set(get_available_reporting_integrations())
+    if missing:
+        fail(
+            f"report_to names {', '.join(missing)}, which is not installed: --report_to none does without;"
+            ' tensorboard comes with pip install ".[watch]" in the clone'
+        )
+    checkpoint = _checkpoint(config)
+    train_data, held_out = job.data()
+    callbacks = []
+    try:
+        callbacks = [ProgressPlot()]
+    except ImportError as error:
+        print(f"No progress.png: {error}")
+    trainer = job.trainer(train_data, held_out, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if held_out is not None:
+        trainer.evaluate()
+    trainer.save_model(config.output_dir)
+    trainer.save_state()
+    trainer.create_model_card(Path(config.output_dir).name, job.script.dataset_name)
+    trainer.accelerator.print(f"The model is in {config.output_dir}.")
+    if hasattr(trainer, "end"):  # from transformers 5.18: closes trackers and process group
+        trainer.end()
+    return trainer
+
+
+def _checkpoint(config: FocalPOConfig) -> str | None:
+    """The folder to resume from. A run does not start among the checkpoints of another."""
+    asked, folder = config.resume_from_checkpoint, config.output_dir
+    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
+    if asked in (None, "false"):
+        if last is not None:
+            fail(
+                f"output_dir {folder} has checkpoints: --resume_from_checkpoint true goes on from {last};"
+                " give another --output_dir to start anew"
+            )
+        return None
+    if asked != "true":
+        if not Path(asked).is_dir():
+            fail(f"resume_from_checkpoint must be a folder, or true; {asked} is none")
+        return asked
+    if last is None:
+        print(f"No checkpoint in {folder}: the run starts anew.")
+    return last
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder that the ranks of a machine share, and that is gone afterwards."""
+    state = PartialState()
+    made = [tempfile.mkdtemp(prefix="focalkern-") if state.is_main_process else None]
+    folder = Path(broadcast_object_list(made)[0])
+    folder.mkdir(exist_ok=True)  # on other machines
+    try:
+        yield folder
+    finally:
+        if state.is_local_main_process:
+            shutil.rmtree(folder, ignore_errors=True)
