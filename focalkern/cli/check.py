@@ -24,20 +24,21 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch import nn
 
-from focalkern import reference
-from focalkern.cli.job import Job
+from focalkern import LowRankUpdate, logit_options, reference
+from focalkern.cli import train
+from focalkern.cli.job import Job, fail, on_this_machine
 from focalkern.cli.memory import LiveBytes
-from focalkern.lm_head import resolve_head
+from focalkern.lm_head import call_head, resolve_head
 from focalkern.logps.operator import LinearLogps
 from focalkern.trl import FocalPOTrainer
 from focalkern.trl.config import FOCALPO
 from focalkern.trl.data import STREAMED_ROWS, token_ids
 from focalkern.trl.head import backbone_of
 
-# Relative: of a loss; of log-probs per token in nats, and of gradients, in fp32 and with 16 bits in between.
+# What passes for rounding: of losses, relative; of log-probs, mean nats per token; of gradients, relative.
 LOSS = 0.02
-LOGPS = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
-GRADIENTS = {torch.float32: 1e-2, torch.bfloat16: 0.2}
+LOGPS = {torch.float32: 1e-3, torch.bfloat16: 1e-2}
+GRADIENTS = {torch.float32: 1e-2, torch.bfloat16: 0.1}
 _SHOWN = 46  # characters of a text on each side of the mask
 
 
@@ -54,27 +55,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def overrides(arguments: argparse.Namespace) -> list[str]:
+    return train.overrides(arguments) if arguments.dry_run else on_this_machine(arguments)
+
+
 def run(arguments: argparse.Namespace) -> int:
     if PartialState().num_processes > 1:
-        raise SystemExit(
-            "focalkern check runs in one process: start it without accelerate launch or torchrun"
-        )
-    job: Job = arguments.job
-    findings: list[str] = []
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the trainer's: its checks are called again below
-        train, held_out = job.data()
-        options = job.trainer_options()
-        try:
-            trainer = _Trainer(**options, train_dataset=train, eval_dataset=held_out)
-        except (ValueError, TypeError) as error:
-            findings.append(str(error))
-    if not findings:
-        findings = check(trainer)
+        fail("check runs in one process: start it without accelerate launch or torchrun")
+    with train.dry_run(arguments.job) if arguments.dry_run else contextlib.nullcontext():
+        findings = check_job(arguments.job)
     for number, finding in enumerate(findings, start=1):
         print(textwrap.fill(f"FINDING {number}: {finding}", 100, subsequent_indent="  "))
-    print("No findings." if not findings else f"{len(findings)} findings.")
+    print(f"{len(findings)} findings." if findings else "No findings.")
     return 1 if findings else 0
+
+
+def check_job(job: Job) -> list[str]:
+    """Findings on a trainer of the job, or the reason why there is none."""
+    data, held_out = job.data()
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore"
+        )  # the trainer prints its report, and warns, of what is looked at below
+        try:
+            trainer = _Trainer(**job.trainer_options(), train_dataset=data, eval_dataset=held_out)
+        except (ValueError, TypeError) as error:
+            return [str(error)]
+    return check(trainer)
 
 
 def check(trainer: FocalPOTrainer) -> list[str]:
@@ -249,15 +256,31 @@ def _fused(trainer: FocalPOTrainer, batch: dict[str, Any]) -> LinearLogps:
 
 
 def _plain(trainer: FocalPOTrainer, batch: dict[str, Any]) -> LinearLogps:
-    """By the model's own logits, without the fused head."""
+    """By all logits, in fp32, of the hidden states and weights that the fused head is given."""
+    model, dtype = _base(trainer), _computed(trainer)
+    targets = trainer._labels(batch)[:, 1:]
+
+    def exact(x: torch.Tensor | None) -> torch.Tensor | None:
+        return None if x is None else x.to(dtype).to(torch.promote_types(dtype, torch.float32))
+
+    def logps(hidden: Any, weight: Any, bias: Any, update: LowRankUpdate | None) -> LinearLogps:
+        if update is not None:
+            update = LowRankUpdate(*map(exact, (update.hidden[:, :-1], update.weight)))
+        with torch.autocast(hidden.device.type, enabled=False):
+            found = reference.linear_logps(
+                exact(hidden[:, :-1]),
+                exact(weight),
+                targets,
+                exact(bias),
+                update=update,
+                **logit_options(model.config),
+            )
+        return LinearLogps(found["logps"])
+
     with trainer.accelerator.autocast():
-        logits = trainer.model(**trainer._model_inputs(batch)).logits
-    labels = trainer._labels(batch)[:, 1:]
-    keep = labels != -100
-    logps = torch.log_softmax(logits[:, -labels.shape[1] - 1 : -1][keep].float(), -1)
-    logps = logps.gather(-1, labels[keep][:, None])[:, 0]
-    whole = logps.new_zeros(labels.shape).masked_scatter(keep, logps)
-    return LinearLogps(whole if "cu_seqlens" not in batch else nn.functional.pad(whole[0], (0, 1)))
+        hidden = backbone_of(model)(**trainer._model_inputs(batch)).last_hidden_state
+        tokens = call_head(model.get_output_embeddings(), hidden, logps)
+    return tokens.reshaped(lambda x: nn.functional.pad(x[0], (0, 1))) if "cu_seqlens" in batch else tokens
 
 
 def _sums(trainer: FocalPOTrainer, batch: dict[str, Any], tokens: LinearLogps) -> Refs:

@@ -55,6 +55,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not arguments.dry_run:
         train(job)
         return 0
+    with dry_run(job):
+        trainer = train(job)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        trainer.accelerator.print(f"dry run: losses {losses}. Nothing is kept.")
+        trainer.accelerator.wait_for_everyone()
+    return 0
+
+
+@contextlib.contextmanager
+def dry_run(job: Job) -> Iterator[None]:
+    """The job with a tiny model of the same architecture and the built-in pairs, in a folder of its own."""
     with _scratch() as folder:
         if PartialState().is_local_main_process:
             models.write_tiny(job.model_config(), folder)
@@ -66,11 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         job.script.dataset_train_split, job.script.dataset_test_split = "train", "test"
         job.cache_dir = str(folder / "cache")
         job.config.output_dir = str(folder / "out")
-        trainer = train(job)
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        trainer.accelerator.print(f"dry run: losses {losses}. Nothing is kept.")
-        trainer.accelerator.wait_for_everyone()
-    return 0
+        yield
 
 
 def train(job: Job) -> FocalPOTrainer:
