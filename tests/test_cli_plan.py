@@ -14,9 +14,9 @@ from peft import LoraConfig
 from trl_tiny import TOKENIZER, random_model, settings, trainer_of
 
 from focalkern import linear_logps
-from focalkern.cli import plan
-from focalkern.cli.memory import LiveBytes, Run, activations
-from focalkern.cli.plan import GIB, Engine, Plan, Setup
+from focalkern.cli import budget
+from focalkern.cli.budget import GIB, Budget, Engine
+from focalkern.cli.memory import LiveBytes, activations
 from focalkern.trl import FocalPOConfig
 
 LENGTH, PAIRS = 64, 4
@@ -65,7 +65,7 @@ def test_activations_are_those_that_autograd_saves(kind, autocast):
     ):
         output = model.model(**batch(), use_cache=False)  # keeps all alive
     expected = sum(storage.nbytes() for storage in saved.values())
-    found = activations(model.config, Run(torch.float32, autocast, False), 2 * PAIRS, LENGTH)
+    found = activations(model.config, None, torch.float32, autocast, False, True, 2 * PAIRS, LENGTH)
     assert near(found.kept, expected), output
 
 
@@ -80,12 +80,12 @@ def test_checkpoints_and_the_layer_that_is_run_again(kind):
         hidden = model.model(**batch(), use_cache=False).last_hidden_state
         kept, live.peak = live.now, 0
         hidden.sum().backward()
-    found = activations(model.config, Run(torch.float32, False, True), 2 * PAIRS, LENGTH)
+    found = activations(model.config, None, torch.float32, False, True, True, 2 * PAIRS, LENGTH)
     assert near(found.kept, kept)
     assert near(found.backward_peak, live.peak)
 
 
-def setup_of(model, tmp_path, peft_config=None, gpus=1, **changes) -> Setup:
+def budget_of(model, tmp_path, peft_config=None, gpus=1, **changes) -> Budget:
     config = deepcopy(model.config)
     args = FocalPOConfig(
         **settings(
@@ -101,7 +101,7 @@ def setup_of(model, tmp_path, peft_config=None, gpus=1, **changes) -> Setup:
             },
         )
     )
-    return Setup("tiny", config, args, torch.float32, gpus, 40 * GIB, peft_config)
+    return Budget("tiny", config, args, torch.float32, gpus, 40 * GIB, peft_config)
 
 
 @pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "LoRA"])
@@ -109,11 +109,11 @@ def setup_of(model, tmp_path, peft_config=None, gpus=1, **changes) -> Setup:
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
 def test_a_step_of_the_trainer_takes_what_was_planned(kind, checkpointing, peft_config, tmp_path):
     model = random_model(kind, **{**SIZES, **MODELS[kind], "vocab_size": len(TOKENIZER)})
-    setup = setup_of(model, tmp_path, peft_config, gradient_checkpointing=checkpointing)
+    planned = budget_of(model, tmp_path, peft_config, gradient_checkpointing=checkpointing)
     text = " blue." * LENGTH  # cut to max_length
     pairs = [{"prompt": "The", "chosen": text, "rejected": rejected} for rejected in (text[:-2], " green.")]
     records = (pairs[:1] * (PAIRS - 1) + pairs[1:]) * 4
-    trainer = trainer_of(setup.args, model, records=records, peft_config=peft_config)
+    trainer = trainer_of(planned.args, model, records=records, peft_config=peft_config)
     step, peaks = trainer.training_step, []
 
     def measured(*args, **kwargs):
@@ -129,7 +129,7 @@ def test_a_step_of_the_trainer_takes_what_was_planned(kind, checkpointing, peft_
     optimizer: list[int] = []
     trainer.training_step = measured
     trainer.train()
-    found = Plan(setup).per_gpu(Engine("ddp"))
+    found = planned.per_gpu(Engine.of("ddp"))
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     assert found["parameters"] == sum(p.nbytes for p in trainer.model.parameters())
     assert near(found["optimizer state"], optimizer[-1])
@@ -138,7 +138,7 @@ def test_a_step_of_the_trainer_takes_what_was_planned(kind, checkpointing, peft_
     assert found["gradients"] == sum(p.nbytes for p in trained)
 
 
-HEAD = plan.Sizes(0, 0, 0, 0, head_is_trained=True, vocab=8192, hidden=256, attention=0, layers=0)
+HEAD = budget.Sizes(vocab=8192, hidden=256)
 
 
 def measured_head(head, trained: bool) -> int:
@@ -154,14 +154,14 @@ def measured_head(head, trained: bool) -> int:
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
 def test_the_fused_head(trained, monkeypatch):
     # The torch form's workspace: two tiles of logits, of 4096 vocabulary entries.
-    monkeypatch.setattr(plan, "WORKSPACE_BYTES", 2 * 4 * 4096 * 512)
+    monkeypatch.setattr(budget, "WORKSPACE_BYTES", 2 * 4 * 4096 * 512)
     sizes = dataclasses.replace(HEAD, head_is_trained=trained)
     outputs = ("entropy", "mean_logits", "is_top1")
 
     def head(hidden, weight, labels):
         return linear_logps(hidden, weight, labels, shift=True, backward="exact", outputs=outputs).logps
 
-    assert near(plan.fused_head(sizes, 512, 514, 4), measured_head(head, trained))
+    assert near(budget.fused_head(sizes, 512, torch.float32), measured_head(head, trained))
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
@@ -172,4 +172,4 @@ def test_the_plain_head(trained):
         logits = torch.nn.functional.linear(hidden, weight)
         return torch.nn.functional.cross_entropy(logits.mT.float(), labels, reduction="none")
 
-    assert near(plan.plain_head(sizes, 514, torch.float32), measured_head(head, trained))
+    assert near(budget.plain_head(sizes, 514, torch.float32), measured_head(head, trained))
