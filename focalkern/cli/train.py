@@ -53,31 +53,18 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
 def run(arguments: argparse.Namespace) -> int:
     job: Job = arguments.job
     if not arguments.dry_run:
-        train(job)
-        return 0
-    with dry_run(job):
         trainer = train(job)
+        trainer.accelerator.print(f"The model is in {job.config.output_dir}.")
+    else:
+        with _scratch() as folder:
+            _make_small(job, folder)
+            trainer = train(job)
+            trainer.accelerator.wait_for_everyone()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        trainer.accelerator.print(f"dry run: losses {losses}. Nothing is kept.")
-        trainer.accelerator.wait_for_everyone()
+        trainer.accelerator.print(f"The dry run is done, its files are gone. Losses: {losses}")
+    if hasattr(trainer, "end"):  # from transformers 5.18: closes trackers and process group
+        trainer.end()
     return 0
-
-
-@contextlib.contextmanager
-def dry_run(job: Job) -> Iterator[None]:
-    """The job with a tiny model of the same architecture and the built-in pairs, in a folder of its own."""
-    with _scratch() as folder:
-        if PartialState().is_local_main_process:
-            models.write_tiny(job.model_config(), folder)
-        PartialState().wait_for_everyone()
-        job.model.model_name_or_path = str(folder / "model")
-        job.model.model_revision = "main"
-        job.config.model_init_kwargs = {**(job.config.model_init_kwargs or {}), "revision": "main"}
-        job.script.dataset_name, job.script.dataset_config = str(folder / "data"), None
-        job.script.dataset_train_split, job.script.dataset_test_split = "train", "test"
-        job.cache_dir = str(folder / "cache")
-        job.config.output_dir = str(folder / "out")
-        yield
 
 
 def train(job: Job) -> FocalPOTrainer:
@@ -95,7 +82,7 @@ def train(job: Job) -> FocalPOTrainer:
     try:
         callbacks = [ProgressPlot()]
     except ImportError as error:
-        print(f"No progress.png: {error}")
+        PartialState().print(f"No progress.png: {error}")
     trainer = job.trainer(train_data, held_out, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=checkpoint)
     if held_out is not None:
@@ -103,9 +90,6 @@ def train(job: Job) -> FocalPOTrainer:
     trainer.save_model(config.output_dir)
     trainer.save_state()
     trainer.create_model_card(Path(config.output_dir).name, job.script.dataset_name)
-    trainer.accelerator.print(f"The model is in {config.output_dir}.")
-    if hasattr(trainer, "end"):  # from transformers 5.18: closes trackers and process group
-        trainer.end()
     return trainer
 
 
@@ -125,8 +109,20 @@ def _checkpoint(config: FocalPOConfig) -> str | None:
             fail(f"resume_from_checkpoint must be a folder, or true; {asked} is none")
         return asked
     if last is None:
-        print(f"No checkpoint in {folder}: the run starts anew.")
+        PartialState().print(f"No checkpoint in {folder}: the run starts anew.")
     return last
+
+
+def _make_small(job: Job, folder: Path) -> None:
+    """Swap model and data of the job for small ones in `folder`, and write there alone."""
+    if PartialState().is_local_main_process:
+        models.write_tiny(job.model_config(), folder)
+    PartialState().wait_for_everyone()
+    job.model.model_name_or_path, job.model.model_revision = str(folder / "model"), "main"
+    job.config.model_init_kwargs = {**(job.config.model_init_kwargs or {}), "revision": "main"}
+    job.script.dataset_name, job.script.dataset_config = str(folder / "data"), None
+    job.script.dataset_train_split, job.script.dataset_test_split = "train", "test"
+    job.cache_dir, job.config.output_dir = str(folder / "cache"), str(folder / "out")
 
 
 @contextlib.contextmanager

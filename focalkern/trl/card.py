@@ -137,8 +137,8 @@ def _table(config: FocalPOConfig, state: TrainerState, pairs_a_step: int) -> str
     shown |= {"pairs a step": pairs_a_step, "steps": state.global_step, "epochs": round(state.epoch or 0, 3)}
     rows = "".join(f"| {name} | {value} |\n" for name, value in shown.items())
     table = f"| hyper-parameter | value |\n| --- | --- |\n{rows}\n"
-    for entry in reversed(state.log_history):
-        if "eval_rewards/accuracies" in entry:
-            accuracy = entry["eval_rewards/accuracies"]
-            return f"{table}After {entry['step']} steps, {accuracy:.1%} of the held-out pairs are ranked right.\n\n"
+    evaluated = [entry for entry in state.log_history if "eval_rewards/accuracies" in entry]
+    if evaluated:
+        share, step = evaluated[-1]["eval_rewards/accuracies"], evaluated[-1]["step"]
+        table += f"After {step} steps, {share:.1%} of the held-out pairs are ranked right.\n\n"
     return table
