@@ -14,13 +14,16 @@ pytest.importorskip("trl")
 
 from datasets import Dataset
 from peft import LoraConfig
-from trl_tiny import RECORDS, TOKENIZER, focal_trainer, llama, near, seeded, tokenizer_of
+from tiny import write_jsonl
+from trl_tiny import CONVERSATIONS, RECORDS, TOKENIZER, focal_trainer, llama, near, seeded, tokenizer_of
 
 from focalkern.cli import check, memory
+from focalkern.cli.main import main
 from focalkern.trl import FocalPOTrainer
 from focalkern.trl import head as fused_head
 from focalkern.trl.data import inspect_pairs
 
+ROOT = Path(__file__).resolve().parents[1]
 SIMPO = {"reference_free": True, "length_normalize": True, "gamma": 0.0, "beta": 2.0, "gamma_beta_ratio": 0.5}
 LORA = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
 SAME = [{**record, "rejected": record["chosen"]} for record in RECORDS]
@@ -184,7 +187,7 @@ def test_a_head_of_another_dtype(tmp_path):
     trainer = trainer_of(tmp_path, bf16=True, **SIMPO)
     trainer.model.lm_head.to(torch.float16)
     findings = check.check(trainer)
-    assert any("weight is float16 and the layers' are float32: load all in one" in text for text in findings)
+    assert any("the head is float16 and the layers are float32: load all in one" in text for text in findings)
 
 
 def test_weights_of_16_bits_that_lose_their_updates(tmp_path):
@@ -258,3 +261,50 @@ def test_the_longest_batch_does_not_fit(tmp_path, monkeypatch):
     assert "2 pairs do not fit on this device" in finding
     assert "lower max_length or per_device_train_batch_size" in finding
     assert finding.endswith("(CUDA out of memory. Tried to allocate 2.00 GiB.)")
+
+
+# --------------------------------------------------------------------------------------------- the command
+
+
+def write_model(folder: Path) -> str:
+    seeded(llama).save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return str(folder)
+
+
+def run(tmp_path: Path, records: list[dict], options: str = "") -> int:
+    data = write_jsonl(tmp_path / "pairs.jsonl", records)
+    given = f"check --model_name_or_path {write_model(tmp_path / 'model')} --dataset_name {data}"
+    return main([*given.split(), "--output_dir", str(tmp_path / "out"), "--bf16", "false", *options.split()])
+
+
+def test_the_command_has_status_0_without_findings(tmp_path, capsys):
+    assert run(tmp_path, CONVERSATIONS) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-1] == "No findings."
+    assert len(printed) <= 12
+
+
+def test_the_command_has_status_1_with_findings(tmp_path, capsys):
+    assert run(tmp_path, RECORDS + SAME[:2]) == 1
+    printed = capsys.readouterr().out
+    assert "FINDING 1: 2 of 9 pairs of the train dataset have chosen equal to rejected: filter" in printed
+    assert printed.endswith("1 findings.\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--max_length 2", "max_length=2 leaves no pair to train on"),
+        ("--use_peft --lora_target_modules lm_head --use_dora", "lm_head must have plain LoRA; adapter"),
+    ],
+)
+def test_a_trainer_that_cannot_be_made_is_a_finding(options, message, tmp_path, capsys):
+    assert run(tmp_path, RECORDS, options) == 1
+    assert f"FINDING 1: {message}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["gemma2-9b-alpha-dpo", "llama3-8b-focalpo-lora-24gb"])
+def test_a_dry_run_of_a_recipe_has_no_findings(recipe, capsys):
+    assert main(["check", str(ROOT / f"examples/recipes/{recipe}.yaml"), "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith("No findings.\n")
