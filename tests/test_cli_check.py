@@ -77,31 +77,22 @@ def test_the_first_loss_is_known(changes, loss, tmp_path, capsys):
 
 
 def test_simpo_s_own_first_loss_is_that_of_its_formula(tmp_path, capsys):
-    model = seeded(llama)
-    records = RECORDS[:2]
-    sums, lengths = [], []
+    trainer = trainer_of(tmp_path, **SIMPO)
+    scores = {}
     for name in ("chosen", "rejected"):
-        for record in records:
-            prompt = TOKENIZER(record["prompt"])["input_ids"]
-            ids = torch.tensor([TOKENIZER(record["prompt"] + record[name])["input_ids"]])
-            ids = torch.cat([ids, torch.tensor([[TOKENIZER.eos_token_id]])], 1) if ids[0, -1] != 2 else ids
-            logps = model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0]
-            sums.append(logps[len(prompt) - 1 :].sum())
-            lengths.append(ids.shape[1] - len(prompt))
-    scores = torch.stack(sums) / torch.tensor(lengths)
-    expected = -torch.nn.functional.logsigmoid(2.0 * (scores[:2] - scores[2:]) - 1.0).mean()
-    assert check.check(trainer_of(tmp_path, model, **SIMPO)) == []
-    assert f"first loss: {expected:.4f}, expected {expected:.4f}" in capsys.readouterr().out
+        found = []
+        for row in (trainer.train_dataset[i] for i in range(2)):
+            ids = torch.tensor([row["prompt_ids"] + row[f"{name}_ids"]])
+            logps = trainer.model(ids).logits[0, :-1].log_softmax(-1).gather(-1, ids[0, 1:, None])
+            found.append(logps[len(row["prompt_ids"]) - 1 :].mean())
+        scores[name] = torch.stack(found)
+    u = 2.0 * (scores["chosen"] - scores["rejected"]) - 1.0  # β = 2, γ/β = 0.5
+    loss = f"{-torch.nn.functional.logsigmoid(u).mean():.4f}"
+    assert check.check(trainer) == []
+    assert f"first loss: {loss}, expected {loss}" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------- of the data
-
-
-def without_eos():
-    tokenizer = tokenizer_of(RECORDS)
-    tokenizer.backend_tokenizer.post_processor = None
-    tokenizer.eos_token = " blue"  # what ends them is none of the special tokens
-    return tokenizer
 
 
 DATA = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,21 @@ import torch
 pytest.importorskip("trl")
 
 from peft import LoraConfig
+from PIL import Image
 from trl_tiny import TOKENIZER, random_model, settings, trainer_of
 
 from focalkern import linear_logps
 from focalkern.cli import budget
 from focalkern.cli.budget import GIB, Budget, Engine
+from focalkern.cli.main import main
 from focalkern.cli.memory import LiveBytes, activations
 from focalkern.trl import FocalPOConfig
 
+# Under a device torch learns its constructors once; not when conftest has poisoned `torch.empty`.
+with torch.device("meta"):
+    torch.empty(1)
+
+ROOT = Path(__file__).resolve().parents[1]
 LENGTH, PAIRS = 64, 4
 SIZES = {
     "hidden_size": 64,
@@ -173,3 +181,160 @@ def test_the_plain_head(trained):
         return torch.nn.functional.cross_entropy(logits.mT.float(), labels, reduction="none")
 
     assert near(budget.plain_head(sizes, 514, torch.float32), measured_head(head, trained))
+
+
+# ------------------------------------------------------------------------------------------- the cost model
+
+
+def bytes_per_parameter(name: str, tmp_path: Path, **changes) -> float:
+    planned = budget_of(random_model(**SIZES), tmp_path, gpus=8, bf16=True, **changes)
+    parts = planned.per_gpu(Engine.of(name))
+    return sum(parts[row] for row in ("parameters", "gradients", "optimizer state")) / planned.sizes.total
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),  # docs/scaling.md; without an engine, weights are in fp32
+    [("ddp", 16), ("zero2", 2 + 2 / 8 + 12 / 8), ("zero3", 16 / 8), ("fsdp2", 16 / 8)],
+)
+def test_states_of_a_parameter(name, expected, tmp_path):
+    assert bytes_per_parameter(name, tmp_path) == pytest.approx(expected)
+
+
+def test_an_optimizer_of_8_bits(tmp_path):
+    assert bytes_per_parameter("zero3", tmp_path, optim="adamw_bnb_8bit") == pytest.approx(10 / 8)
+
+
+def test_a_reference_model_counts_unless_its_log_probs_are_precomputed(tmp_path):
+    model, options = random_model(**SIZES), {"reference_free": False, "bf16": True}
+    with_model, precomputed, lora = (
+        budget_of(model, tmp_path, gpus=4, **options),
+        budget_of(model, tmp_path, gpus=4, precompute_ref_log_probs=True, **options),
+        budget_of(model, tmp_path, LORA, gpus=4, **options),
+    )
+    found = with_model.per_gpu(Engine.of("zero3"))["reference model"]
+    assert found == pytest.approx(2 * with_model.sizes.total / 4)
+    for other in (precomputed, lora):
+        assert other.per_gpu(Engine.of("zero3"))["reference model"] == 0
+    host = with_model.host(Engine.of("zero2"))["while loading"]
+    assert host == 2 * precomputed.host(Engine.of("zero2"))["while loading"]
+
+
+def test_what_is_offloaded_is_on_the_host(tmp_path):
+    planned = budget_of(random_model(**SIZES), tmp_path, gpus=4, bf16=True)
+    plain, offloaded = Engine.of("zero3"), dataclasses.replace(Engine.of("zero3"), offloads_optimizer=True)
+    saved = planned.total(plain) - planned.total(offloaded)
+    assert saved == pytest.approx(14 / 4 * planned.sizes.total)
+    assert planned.host(offloaded)["offloaded"] == pytest.approx(4 * saved)
+    assert planned.host(plain)["offloaded"] == 0
+
+
+@pytest.mark.parametrize(
+    ("attention", "pairs", "times"), [("sdpa", 5, 1), ("eager", 5, 1), ("flash_attention_2", 1, 5)]
+)
+def test_larger_batches_are_extrapolated(attention, pairs, times, tmp_path):
+    model = random_model(**SIZES)
+    model.config._attn_implementation = attention
+    planned = budget_of(model, tmp_path)
+    options = (torch.float32, False, True)
+    ran = activations(planned.config, None, *options, True, 2 * pairs, times * LENGTH)
+    assert list(planned._activations(*options, pairs, times * LENGTH)) == pytest.approx(list(ran), rel=0.02)
+
+
+def test_operations_are_those_of_the_layers(tmp_path):
+    planned = budget_of(random_model(**SIZES), tmp_path, gradient_checkpointing=True, num_train_epochs=2)
+    body = planned.sizes.layers * planned.sizes.layer
+    assert 1 < planned.flops(10, 100) / (2 * 10 * 100 * 8 * body) < 1.6  # attention and head besides
+
+
+ACCELERATE = ROOT / "examples/accelerate"
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3", "fsdp2"])
+def test_an_accelerate_file_is_its_engine(name):
+    assert Engine.of(str(ACCELERATE / f"{name}.yaml")) == Engine.of(name)
+
+
+def test_offloading_is_read_from_the_file(tmp_path):
+    text = (ACCELERATE / "zero3.yaml").read_text().replace("optimizer_device: none", "optimizer_device: cpu")
+    (tmp_path / "offload.yaml").write_text(text)
+    assert Engine.of(str(tmp_path / "offload.yaml")).offloads_optimizer
+    text = (ACCELERATE / "zero3.yaml").read_text().replace("zero_stage: 3", "zero_stage: 1")
+    (tmp_path / "one.yaml").write_text(text)
+    with pytest.raises(ValueError, match=r"one.yaml must configure ZeRO-2, ZeRO-3, FSDP"):
+        Engine.of(str(tmp_path / "one.yaml"))
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+RECIPES = ROOT / "examples/recipes"
+
+
+def run(options: str, recipe: str = "llama3-8b-focalpo") -> int:
+    return main(["plan", str(RECIPES / f"{recipe}.yaml"), *options.split()])
+
+
+_FOUND: dict[str, object] = {}
+
+
+@pytest.fixture
+def cached(monkeypatch):
+    """Recipes share models: each is run once."""
+
+    def remembering(config, *options):
+        same = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
+        key = repr((same, config._attn_implementation, options))
+        if key not in _FOUND:
+            _FOUND[key] = activations(config, *options)
+        return _FOUND[key]
+
+    monkeypatch.setattr(budget, "activations", remembering)
+
+
+def test_a_recipe_that_fits(cached, tmp_path, capsys):
+    assert run(f"--plot {tmp_path / 'plan.png'}") == 0
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 100
+    assert "8.03 billion parameters, all trained" in printed
+    assert "128 pairs a step" in printed
+    table = [line.split("|")[2:-1] for line in printed.splitlines() if "|" in line]
+    engines, _, *cells = ([cell.strip() for cell in row] for row in table)
+    assert engines == ["ddp", "zero2", "zero3 *", "fsdp2"]
+    *parts, total, _, _, _ = (float(row[2]) for row in cells)
+    assert sum(parts) == pytest.approx(total, abs=0.5)
+    with Image.open(tmp_path / "plan.png") as picture:
+        assert picture.size[0] == 960
+        assert len(picture.convert("RGB").getcolors(2**20)) > 8  # the parts
+
+
+def test_a_recipe_that_does_not_fit_says_what_does(cached, capsys):
+    assert run("--engine zero2 --per_device_train_batch_size 8") == 1
+    printed = capsys.readouterr().out
+    assert "does NOT fit" in printed
+    found = [line.split(":")[0] for line in printed.split("What fits:\n")[1].splitlines()]
+    assert any("--engine zero3" in line for line in found)
+    assert any("--per_device_train_batch_size" in line for line in found)
+    assert any("--use_peft" in line for line in found)
+    for options in found:
+        batch = "" if "batch" in options else "--per_device_train_batch_size 8"
+        assert run(f"{options} {batch} --row") == 0
+
+
+def test_nothing_fits(cached, capsys):
+    assert run("--gpus 1 --gpu-memory 10GB") == 1
+    assert "take more GPUs, or larger ones" in capsys.readouterr().out
+
+
+REFUSED = {
+    "--engine zero9": "--engine must be one of",
+    "--gpu-memory 1GB": "must be more than 2GB, such as 40GB; got '1GB'",
+    "--gpus 0": "--gpus must be at least 1; got 0",
+    "--optim adafactor": "a plan knows no optim='adafactor'",
+    "--load_in_4bit true": "a plan knows no load_in_4bit=True",
+}
+
+
+@pytest.mark.parametrize("options", REFUSED)
+def test_what_a_plan_does_not_know_is_said(options, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run(options)
+    assert REFUSED[options] in f"{stopped.value}{capsys.readouterr().err}"

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from trl import get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.cli.job import Job
@@ -149,7 +149,7 @@ class Budget:
     gpu_memory: float  # bytes
     peft_config: Any = None
     sizes: Sizes = field(init=False)
-    _runs: dict[tuple, list[Activations]] = field(default_factory=dict, init=False)
+    _runs: dict[tuple, Activations] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         model = on_meta(self.config, self.dtype, self.peft_config)
@@ -230,12 +230,20 @@ class Budget:
     def _activations(
         self, dtype: torch.dtype, autocast: bool, checkpointing: bool, pairs: int, length: int
     ) -> Activations:
-        """Run for one pair and two; every other pair adds as much as the second."""
-        options = (self.peft_config, dtype, autocast, checkpointing, not self.args.padding_free)
-        runs = self._runs.setdefault((dtype, autocast, checkpointing, length), [])
-        while len(runs) < min(pairs, 2):
-            runs.append(activations(self.config, *options, 2 * len(runs) + 2, length))
-        return runs[0] if pairs == 1 else runs[0].extrapolated(runs[1], pairs - 1)
+        """Run for one pair and two: memory is linear in pairs, and with FlashAttention in tokens."""
+
+        def run(pairs: int, length: int) -> Activations:
+            key = (dtype, autocast, checkpointing, pairs, length)
+            if key not in self._runs:
+                options = (self.peft_config, *key[:3], not self.args.padding_free)
+                self._runs[key] = activations(self.config, *options, 2 * pairs, length)
+            return self._runs[key]
+
+        longest = self.args.max_length
+        if length != longest and "flash" in self.config._attn_implementation:
+            start = self._activations(dtype, autocast, checkpointing, pairs, longest)
+            return start.extrapolated(run(pairs, 2 * longest), length / longest - 1)
+        return run(1, length) if pairs == 1 else run(1, length).extrapolated(run(2, length), pairs - 1)
 
     def _states(self, engine: Engine) -> dict[str, float]:
         """What does not depend on the batch, before anything is offloaded."""
@@ -343,10 +351,8 @@ class Budget:
         if not args.gradient_checkpointing and self.fits(engine, checkpointing=True):
             yield "--gradient_checkpointing true", self.total(engine, checkpointing=True)
         if self.peft_config is None:
-            from peft import LoraConfig
-
-            lora = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
-            with_lora = replace(self, peft_config=lora, dtype=torch.bfloat16)
+            model = ModelConfig(use_peft=True, lora_target_modules=["all-linear"])
+            with_lora = replace(self, peft_config=get_peft_config(model), dtype=torch.bfloat16)
             for each in filter(with_lora.fits, engines):
                 options = "--use_peft true --lora_target_modules all-linear --dtype bfloat16"
                 yield f"--engine {each.name} {options}", with_lora.total(each)
