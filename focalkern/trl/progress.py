@@ -112,6 +112,7 @@ def _panel(axes: Any, title: str, names: dict[str, str], apart: bool, history: H
         side.plot(
             *_columns(history, f"eval_{name}"), "o", color=colour, markersize=4.5, markerfacecolor="white"
         )
+        side.locator_params(nbins=5)
         side.tick_params(labelsize=8, length=0, colors=_GREY)
         side.tick_params(axis="y", colors=colour if apart else _GREY)
         for edge in side.spines.values():
