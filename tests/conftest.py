@@ -78,7 +78,7 @@ def settled_exp() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def torch_empty_of_the_meta_device() -> None:
-    # The first `with torch.device` keeps a list of the functions that it is for. With the poisoned ones in it,
-    # torch.empty would allocate on the CPU for good: 28 GB for a 7B model that is only to be counted.
+    # The first `with torch.device` keeps a list of the functions that it is for. With the poisoned ones in
+    # it, torch.empty would allocate on the CPU for good: 28 GB for a 7B model that is only to be counted.
     with torch.device("meta"):
         torch.empty(0)

@@ -53,7 +53,9 @@ def panels(history: History) -> list[tuple[str, dict[str, str], bool]]:
     """Those of `_PANELS` for which something is logged, each with what is."""
     found = []
     for title, names, apart in _PANELS:
-        values = {name: {y for _, y in _points(history, name)} for name in names}
+        values = {
+            name: {y for key in (name, f"eval_{name}") for _, y in _points(history, key)} for name in names
+        }
         logged = {
             name: label
             for name, label in names.items()
