@@ -52,7 +52,6 @@ def main(model: str = MODEL, data: str = DATA, **options) -> FocalPOTrainer:
         callbacks=[ProgressPlot()],
     )
     trainer.train()  # resume_from_checkpoint=True goes on from the last checkpoint
-    trainer.evaluate()
     trainer.save_model()
     return trainer
 

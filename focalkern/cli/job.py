@@ -157,7 +157,11 @@ def _load(script: ScriptArguments, cache_dir: str | None) -> DatasetDict:
             _check_lines(file)
     if name.endswith((".jsonl", ".json")):
         return load_dataset("json", data_files={script.dataset_train_split: name}, cache_dir=cache_dir)
-    return load_dataset(name, script.dataset_config, streaming=script.dataset_streaming, cache_dir=cache_dir)
+    options = {"streaming": script.dataset_streaming, "cache_dir": cache_dir}
+    try:
+        return load_dataset(name, script.dataset_config, **options)
+    except (OSError, ValueError) as error:  # no such folder or id, no account for it, no network
+        fail(f"dataset_name {name!r} cannot be loaded: {error}")
 
 
 def _check_lines(file: Path) -> None:

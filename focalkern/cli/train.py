@@ -1,10 +1,9 @@
-"""Train a model by a recipe, alone or behind `accelerate launch -m focalkern` and `torchrun -m focalkern`.
+"""Train a model by a recipe: alone, or on several GPUs by `accelerate launch` and `torchrun`.
 
     focalkern train RECIPE [--field value ...]
-    accelerate launch --config_file examples/accelerate/zero3.yaml -m focalkern train RECIPE
+    accelerate launch --config_file CONFIG -m focalkern train RECIPE
 
-Every field of FocalPOConfig (with TRL's DPOConfig), ModelConfig and ScriptArguments is an option that
-overrides the recipe. Those most in use:
+Every field of FocalPOConfig and of TRL's ModelConfig overrides the recipe, such as:
   --model_name_or_path M     a folder, or an id of the Hugging Face Hub
   --dataset_name D           an id, a .jsonl file, or a folder with train.jsonl and test.jsonl
   --output_dir O             the model, its checkpoints and card, progress.png
@@ -45,6 +44,7 @@ def overrides(arguments: argparse.Namespace) -> list[str]:
     if not arguments.dry_run:
         return []
     fields = "--max_steps 2 --gradient_accumulation_steps 2 --logging_steps 1 --report_to none"
+    fields += " --precompute_ref_batch_size 16"
     if not torch.cuda.is_available():
         fields += " --attn_implementation eager"  # the one that has every model's softcaps
     return [*fields.split(), "--push_to_hub", "false", *on_this_machine(arguments)]
@@ -85,8 +85,6 @@ def train(job: Job) -> FocalPOTrainer:
         PartialState().print(f"No progress.png: {error}")
     trainer = job.trainer(train_data, held_out, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=checkpoint)
-    if held_out is not None:
-        trainer.evaluate()
     trainer.save_model(config.output_dir)
     trainer.save_state()
     trainer.create_model_card(Path(config.output_dir).name, job.script.dataset_name)

@@ -53,7 +53,9 @@ def panels(history: History) -> list[tuple[str, dict[str, str], bool]]:
     """Those of `_PANELS` for which something is logged, each with what is."""
     found = []
     for title, names, apart in _PANELS:
-        values = {name: {y for _, y in _points(history, name)} for name in names}
+        values = {
+            name: {y for key in (name, f"eval_{name}") for _, y in _points(history, key)} for name in names
+        }
         logged = {
             name: label
             for name, label in names.items()
@@ -112,6 +114,7 @@ def _panel(axes: Any, title: str, names: dict[str, str], apart: bool, history: H
         side.plot(
             *_columns(history, f"eval_{name}"), "o", color=colour, markersize=4.5, markerfacecolor="white"
         )
+        side.locator_params(nbins=5)
         side.tick_params(labelsize=8, length=0, colors=_GREY)
         side.tick_params(axis="y", colors=colour if apart else _GREY)
         for edge in side.spines.values():
