@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,11 +11,13 @@ import pytest
 import torch
 
 pytest.importorskip("trl")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from peft import LoraConfig
 from PIL import Image
 from trl_tiny import TOKENIZER, random_model, settings, trainer_of
 
+from benchmarks import plans
 from focalkern import linear_logps
 from focalkern.cli import budget
 from focalkern.cli.budget import GIB, Budget, Engine
@@ -188,7 +191,7 @@ def test_the_plain_head(trained):
 
 def bytes_per_parameter(name: str, tmp_path: Path, **changes) -> float:
     planned = budget_of(random_model(**SIZES), tmp_path, gpus=8, bf16=True, **changes)
-    parts = planned.per_gpu(Engine.of(name))
+    parts = planned._states(Engine.of(name))
     return sum(parts[row] for row in ("parameters", "gradients", "optimizer state")) / planned.sizes.total
 
 
@@ -211,10 +214,10 @@ def test_a_reference_model_counts_unless_its_log_probs_are_precomputed(tmp_path)
         budget_of(model, tmp_path, gpus=4, precompute_ref_log_probs=True, **options),
         budget_of(model, tmp_path, LORA, gpus=4, **options),
     )
-    found = with_model.per_gpu(Engine.of("zero3"))["reference model"]
+    found = with_model._states(Engine.of("zero3"))["reference model"]
     assert found == pytest.approx(2 * with_model.sizes.total / 4)
     for other in (precomputed, lora):
-        assert other.per_gpu(Engine.of("zero3"))["reference model"] == 0
+        assert other._states(Engine.of("zero3"))["reference model"] == 0
     host = with_model.host(Engine.of("zero2"))["while loading"]
     assert host == 2 * precomputed.host(Engine.of("zero2"))["while loading"]
 
@@ -317,6 +320,10 @@ def test_a_recipe_that_does_not_fit_says_what_does(cached, capsys):
     for options in found:
         batch = "" if "batch" in options else "--per_device_train_batch_size 8"
         assert run(f"{options} {batch} --row") == 0
+
+
+def test_the_table_in_the_docs_is_up_to_date(cached, capsys):
+    assert plans.main(["--check"]) == 0, capsys.readouterr().out
 
 
 def test_nothing_fits(cached, capsys):

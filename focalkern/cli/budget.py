@@ -60,16 +60,19 @@ class Engine:
         kind = content.get("distributed_type", "NO")
         if kind == "DEEPSPEED" and content["deepspeed_config"].get("zero_stage") in (2, 3):
             options = content["deepspeed_config"]
-            devices = (options.get(f"offload_{what}_device") for what in ("optimizer", "param"))
-            offloads = [device not in (None, "none") for device in devices]
             stage = options["zero_stage"]
-            return cls(f"zero{stage}", *offloads, loads_once=stage == 3)
+            return cls(
+                f"zero{stage}",
+                offloads_optimizer=options.get("offload_optimizer_device") not in (None, "none"),
+                offloads_parameters=options.get("offload_param_device") not in (None, "none"),
+                loads_once=stage == 3,
+            )
         if kind == "FSDP" and content["fsdp_config"].get("fsdp_version") == 2:
             options = content["fsdp_config"]
-            offloads = [options.get("fsdp_offload_params", False)] * 2
             return cls(
                 "fsdp2",
-                *offloads,
+                offloads_optimizer=options.get("fsdp_offload_params", False),
+                offloads_parameters=options.get("fsdp_offload_params", False),
                 reshards=options.get("fsdp_reshard_after_forward", True),
                 loads_once=options.get("fsdp_cpu_ram_efficient_loading", True),
                 saves_whole=options.get("fsdp_state_dict_type") == "FULL_STATE_DICT",
@@ -103,13 +106,14 @@ class Sizes:
         layers = max((x for x in model.modules() if isinstance(x, nn.ModuleList)), key=_count)
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(
-            *head.shape,
-            head.requires_grad,
-            _count(model),
-            sum(p.numel() for p in model.parameters() if p.requires_grad),
-            len(layers),
-            _count(layers) // len(layers),
-            config.num_attention_heads * width,
+            vocab=head.shape[0],
+            hidden=head.shape[1],
+            head_is_trained=head.requires_grad,
+            total=_count(model),
+            trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            layers=len(layers),
+            layer=_count(layers) // len(layers),
+            attention=config.num_attention_heads * width,
         )
 
 

@@ -161,17 +161,15 @@ def _out_of_range(trainer: FocalPOTrainer, rows: Dataset) -> list[str]:
 
 def _shown(trainer: FocalPOTrainer, batch: Batch) -> list[str]:
     """Both sequences of the first pair, around the place where the mask ends."""
-    ids, labels = batch["input_ids"].cpu(), trainer._labels(batch).cpu()
+    ids, labels = list(batch["input_ids"].cpu()), list(trainer._labels(batch).cpu())
     if "cu_seqlens" in batch:
         bounds = list(pairwise(batch["cu_seqlens"].tolist()))
-        ids, labels = ([x[0, start:end] for start, end in bounds] for x in (ids, labels))
+        ids, labels = ([x[0][start:end] for start, end in bounds] for x in (ids, labels))
     lines = []
     for name, i in (("chosen", 0), ("rejected", len(ids) // 2)):
         is_scored = labels[i] != -100
-        start = int(is_scored.int().argmax())
-        masked, scored = (
-            repr(trainer._tokenizer.decode(x))[1:-1] for x in (ids[i][:start], ids[i][is_scored])
-        )
+        texts = ids[i][: int(is_scored.int().argmax())], ids[i][is_scored]
+        masked, scored = (repr(trainer._tokenizer.decode(text))[1:-1] for text in texts)
         if len(masked) > _SHOWN:
             masked = f"... {masked[-_SHOWN:]}"
         if len(scored) > _SHOWN:
@@ -318,15 +316,20 @@ def _expected(
     focal = trainer.loss_fn.focal
     if focal is None or trainer.args.loss_type != [FOCALPO]:
         return None
+    own = (0.0, 0.0) if focal.reference_free else logps
+    lengths_of = lengths.chunk(2) if focal.length_normalize else (1.0, 1.0)
     losses = reference.pair_losses(
-        *logps,
-        *((0.0, 0.0) if focal.reference_free else logps),
-        *(lengths.chunk(2) if focal.length_normalize else (1.0, 1.0)),
-        beta=focal.beta,
-        gamma=focal.current_gamma,
-        modulation=focal.modulation,
-        margin=focal.margin,
-        label_smoothing=focal.label_smoothing,
+        logps[0],
+        logps[1],
+        own[0],
+        own[1],
+        lengths_of[0],
+        lengths_of[1],
+        focal.beta,
+        focal.current_gamma,
+        focal.modulation,
+        focal.margin,
+        focal.label_smoothing,
     )
     return float(losses.mean())
 
