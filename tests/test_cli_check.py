@@ -6,13 +6,14 @@ import dataclasses
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("trl")
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from tiny import write_jsonl
 from trl_tiny import CONVERSATIONS, RECORDS, TOKENIZER, focal_trainer, llama, near, seeded, tokenizer_of
@@ -35,7 +36,7 @@ def trainer_of(folder: Path, *models, records=RECORDS, **changes) -> FocalPOTrai
     options = {key: changes.pop(key) for key in ("peft_config", "processing_class") if key in changes}
     if not (len(models) > 1 or "peft_config" in options or changes.get("reference_free")):
         models = (*models, seeded(llama))
-    options["train_dataset"] = Dataset.from_list(records)
+    options["train_dataset"] = Dataset.from_list(records) if isinstance(records, list) else records
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return focal_trainer(folder, *models, options=options, **changes)
@@ -60,6 +61,12 @@ def test_a_clean_start_has_no_findings(changes, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 12
     assert "  chosen    masked: <s>The sky is\n            scored:  blue.</s>\n" in printed
+
+
+def test_a_stream_is_checked_by_its_start(tmp_path, capsys):
+    stream = IterableDataset.from_generator(lambda: iter(RECORDS))
+    assert check.check(trainer_of(tmp_path, records=stream, **SIMPO)) == []
+    assert "train: first 7 pairs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -293,6 +300,12 @@ def test_the_command_has_status_1_with_findings(tmp_path, capsys):
 def test_a_trainer_that_cannot_be_made_is_a_finding(options, message, tmp_path, capsys):
     assert run(tmp_path, RECORDS, options) == 1
     assert f"FINDING 1: {message}" in capsys.readouterr().out
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    with pytest.raises(SystemExit, match="check runs in one process: start it without accelerate launch"):
+        run(tmp_path, RECORDS)
 
 
 @pytest.mark.parametrize("recipe", ["gemma2-9b-alpha-dpo", "llama3-8b-focalpo-lora-24gb"])

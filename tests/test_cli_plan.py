@@ -57,10 +57,11 @@ def batch() -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "autocast"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_activations_are_those_that_autograd_saves(kind, autocast):
-    model = random_model(kind, **SIZES, **MODELS[kind]).train()
+def test_activations_are_those_that_autograd_saves(kind, precision):
+    autocast, dtype = precision == "autocast", torch.bfloat16 if precision == "bf16" else torch.float32
+    model = random_model(kind, **SIZES, **MODELS[kind]).train().to(dtype)
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, torch.UntypedStorage] = {}
 
@@ -76,7 +77,7 @@ def test_activations_are_those_that_autograd_saves(kind, autocast):
     ):
         output = model.model(**batch(), use_cache=False)  # keeps all alive
     expected = sum(storage.nbytes() for storage in saved.values())
-    found = activations(model.config, None, torch.float32, autocast, False, True, 2 * PAIRS, LENGTH)
+    found = activations(model.config, None, dtype, autocast, False, True, 2 * PAIRS, LENGTH)
     assert near(found.kept, expected), output
 
 

@@ -123,10 +123,11 @@ def _count(module: nn.Module) -> int:
 
 def fused_head(sizes: Sizes, rows: int, dtype: torch.dtype) -> float:
     """Bytes that the fused head holds at its peak, forward and backward."""
-    size, statistics = dtype.itemsize, 4 * rows * math.ceil(sizes.vocab / VOCAB_BLOCK) * (1 + LOGGED)
+    size, blocks = dtype.itemsize, rows * math.ceil(sizes.vocab / VOCAB_BLOCK)
+    per_block = blocks * (4 * (1 + LOGGED) + 50 * KEPT_SHARE)  # statistics, and lists of those that are kept
     hidden = sizes.hidden * rows * (2 * size + 4)  # gathered, its gradient, and that in fp32
     dweight = size * sizes.vocab * sizes.hidden * sizes.head_is_trained
-    return statistics + hidden + dweight + min(WORKSPACE_BYTES, rows * sizes.vocab * (4 + size))
+    return per_block + hidden + dweight + min(WORKSPACE_BYTES, rows * sizes.vocab * (4 + size))
 
 
 @functools.cache
