@@ -9,6 +9,7 @@ activations by running one or two layers of the model on fake tensors; the rest 
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 
 from focalkern.cli.budget import ENGINES, GIB, PROCESS, RESERVED, Budget, Engine
@@ -51,28 +52,32 @@ def run(arguments: argparse.Namespace) -> int:
         plan = Budget.of(arguments.job, arguments.gpus, arguments.gpu_memory)
     except (ValueError, KeyError, OSError) as error:
         fail(error)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers renames gradient checkpointing
+        _print(plan, engine, arguments)
+        return 0 if plan.fits(engine) else 1
+
+
+def _print(plan: Budget, engine: Engine, arguments: argparse.Namespace) -> None:
     flops = plan.flops(arguments.pairs, arguments.tokens_per_pair)
     hours = flops / (arguments.gpus * arguments.tflops * 1e12 * arguments.mfu * 3600)
-    if arguments.row:
-        print(row(plan, engine, hours))
-    else:
-        print(report(plan, engine), f"Time: {hours:.1f} hours. Assumed:", sep="\n")
-        print(
-            f"- {arguments.pairs:,.0f} pairs of {arguments.tokens_per_pair:,.0f} tokens on average"
-            " (--pairs, --tokens-per-pair)",
-            f"- {arguments.tflops:g} TFLOP/s, of which {arguments.mfu:.0%} are reached (--tflops, --mfu)",
-            "- in the largest batch all sequences have max_length tokens, all of them in completions",
-            f"- CUDA and fragmentation take {RESERVED // GIB} GiB of a GPU, a process {PROCESS // GIB} GiB of"
-            " the host",
-            sep="\n",
-        )
     if arguments.plot:
         draw(plan, engine, arguments.plot)
-    if plan.fits(engine):
-        return 0
-    if not arguments.row:
-        print(*advice(plan, engine), sep="\n")
-    return 1
+    if arguments.row:
+        print(row(plan, engine, hours))
+        return
+    print(
+        report(plan, engine),
+        f"Time: {hours:.1f} hours. Assumed:",
+        f"- {arguments.pairs:,.0f} pairs of {arguments.tokens_per_pair:,.0f} tokens on average"
+        " (--pairs, --tokens-per-pair)",
+        f"- {arguments.tflops:g} TFLOP/s, of which {arguments.mfu:.0%} are reached (--tflops, --mfu)",
+        "- in the largest batch all sequences have max_length tokens, all of them in completions",
+        f"- CUDA and fragmentation take {RESERVED // GIB} GiB of a GPU, a process {PROCESS // GIB} GiB of"
+        " the host",
+        *([] if plan.fits(engine) else advice(plan, engine)),
+        sep="\n",
+    )
 
 
 def columns(plan: Budget, engine: Engine) -> list[Engine]:
