@@ -18,6 +18,7 @@ import torch
 from accelerate import DistributedType, ParallelismConfig
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tolerance import relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -190,10 +191,14 @@ def dry_run(inputs: Path, out: Path) -> None:
         check_sharded(trainer.model)
         folder = Path(job.config.output_dir)
         if trainer.accelerator.is_main_process:
-            models = [AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (job.model_name, folder)]
-            found = {"moved": sum(not torch.equal(models[1][name], x) for name, x in models[0].items())}
-            found |= {"parameters": len(models[0]), "folder": str(folder), "history": history(trainer)}
-            found |= {"files": sorted(path.name for path in folder.iterdir())}
+            before, after = (load_file(f"{x}/model.safetensors") for x in (job.model_name, folder))
+            found = {
+                "moved": sum(not torch.equal(after[name], x) for name, x in before.items()),
+                "parameters": len(before),
+                "folder": str(folder),
+                "files": sorted(path.name for path in folder.iterdir()),
+                "history": history(trainer),
+            }
             (out / "dry_run.json").write_text(json.dumps(found), encoding="utf-8")
         return trainer
 
@@ -201,10 +206,8 @@ def dry_run(inputs: Path, out: Path) -> None:
     command.train = trained
     recipe = Path(__file__).parents[1] / "examples/recipes/llama3-8b-dynamic-cosine.yaml"
     # It closes the process group: the last of a launch.
-    assert (
-        main_of_the_command(["train", str(recipe), "--dry-run", "--bf16", "false", "--disable_tqdm", "true"])
-        == 0
-    )
+    options = ["--dry-run", "--bf16", "false", "--disable_tqdm", "true"]
+    assert main_of_the_command(["train", str(recipe), *options]) == 0
 
 
 def tensor_parallel_head(inputs: Path, out: Path) -> None:

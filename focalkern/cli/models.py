@@ -104,7 +104,7 @@ def tiny(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Pretra
     values = config.to_dict()
     values |= {name: size for name, size in _TINY.items() if values.get(name) is not None}
     values.pop("layer_types", None)  # one for each layer: the configuration makes them anew
-    values |= {"vocab_size": len(tokenizer), "dtype": "float32"}
+    values |= {"vocab_size": -(-len(tokenizer) // 8) * 8, "dtype": "float32"}  # shards of equal size
     values |= {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     return type(config).from_dict(values)
 
