@@ -327,6 +327,18 @@ def test_the_table_in_the_docs_is_up_to_date(cached, capsys):
     assert plans.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_a_table_that_is_out_of_date_is_noticed_and_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(plans, "ROOT", tmp_path)
+    monkeypatch.setattr(plans, "PAGE", tmp_path / "training.md")
+    monkeypatch.setattr(plans, "table", lambda: "| 24.0 |")
+    (tmp_path / "training.md").write_text(f"before\n{plans.BEGIN}\n\n| 23.9 |\n\n{plans.END}\nafter\n")
+    assert plans.main(["--check"]) == 1
+    assert capsys.readouterr().out == "training.md: the plans are out of date: make report\n"
+    assert plans.main() == 0
+    assert plans.main(["--check"]) == 0
+    assert "before\n" in (text := (tmp_path / "training.md").read_text()) and text.endswith("\nafter\n")
+
+
 def test_nothing_fits(cached, capsys):
     assert run("--gpus 1 --gpu-memory 10GB") == 1
     assert "take more GPUs, or larger ones" in capsys.readouterr().out
