@@ -69,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
         fail("check runs in one process: start it without accelerate launch or torchrun")
     with contextlib.ExitStack() as stack:
         if arguments.dry_run:
-            train._make_small(arguments.job, stack.enter_context(train._scratch()))
+            train.make_small(arguments.job, stack.enter_context(train.scratch()))
         findings = check_job(arguments.job)
     for number, finding in enumerate(findings, start=1):
         print(textwrap.fill(f"FINDING {number}: {finding}", 100, subsequent_indent="  "))
@@ -192,8 +192,8 @@ def _head(trainer: FocalPOTrainer) -> HeadParts:
 
 def _computed(trainer: FocalPOTrainer) -> torch.dtype:
     """That the head's product is in."""
-    is_bf16 = trainer.accelerator.mixed_precision == "bf16"
-    return torch.bfloat16 if is_bf16 else _head(trainer).linear.weight.dtype
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return narrow.get(trainer.accelerator.mixed_precision, _head(trainer).linear.weight.dtype)
 
 
 def _allowed(table: dict[torch.dtype, float], trainer: FocalPOTrainer) -> float:
