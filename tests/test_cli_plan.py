@@ -223,13 +223,43 @@ def test_a_reference_model_counts_unless_its_log_probs_are_precomputed(tmp_path)
     assert host == 2 * precomputed.host(Engine.of("zero2"))["while loading"]
 
 
-def test_what_is_offloaded_is_on_the_host(tmp_path):
+@pytest.mark.parametrize(("what", "expected"), [("optimizer", 14 / 4), ("parameters", 2 / 4)])
+def test_what_is_offloaded_is_on_the_host(what, expected, tmp_path):
     planned = budget_of(random_model(**SIZES), tmp_path, gpus=4, bf16=True)
-    plain, offloaded = Engine.of("zero3"), dataclasses.replace(Engine.of("zero3"), offloads_optimizer=True)
+    plain = Engine.of("zero3")
+    offloaded = dataclasses.replace(plain, **{f"offloads_{what}": True})
     saved = planned.total(plain) - planned.total(offloaded)
-    assert saved == pytest.approx(14 / 4 * planned.sizes.total)
+    assert saved == pytest.approx(expected * planned.sizes.total)
     assert planned.host(offloaded)["offloaded"] == pytest.approx(4 * saved)
     assert planned.host(plain)["offloaded"] == 0
+
+
+@pytest.mark.parametrize(("name", "expected"), [("zero2", 16), ("zero3", 14), ("fsdp2", 16)])
+def test_bytes_of_a_checkpoint_per_parameter(name, expected, tmp_path):
+    planned = budget_of(random_model(**SIZES), tmp_path, gpus=4, bf16=True)
+    assert planned.checkpoint(Engine.of(name)) == expected * planned.sizes.total
+
+
+@pytest.mark.parametrize("peft_config", [None, LORA], ids=["all weights", "LoRA"])
+def test_a_checkpoint_has_the_size_that_was_planned(peft_config, tmp_path):
+    model = random_model(**{**SIZES, "vocab_size": len(TOKENIZER), "hidden_size": 256})
+    planned = budget_of(model, tmp_path, peft_config, save_strategy="steps", save_steps=2)
+    trainer_of(planned.args, model, peft_config=peft_config).train()
+    files = [*tmp_path.glob("checkpoint-2/*.safetensors"), tmp_path / "checkpoint-2/optimizer.pt"]
+    assert len(files) == 2
+    assert near(planned.checkpoint(Engine.of("ddp")), sum(file.stat().st_size for file in files))
+
+
+def test_fsdp2_as_it_is_configured(tmp_path):
+    planned = budget_of(random_model(**SIZES), tmp_path, gpus=4, bf16=True)
+    engine, total = Engine.of("fsdp2"), planned.sizes.total
+    kept = dataclasses.replace(engine, reshards=False)
+    assert planned._states(kept)["parameters gathered"] == 2 * total
+    assert planned._states(engine)["parameters gathered"] < 2 * total
+    once = dataclasses.replace(engine, loads_once=True, saves_whole=False)
+    assert planned.host(engine)["while loading"] == 4 * planned.host(once)["while loading"] == 16 * total
+    assert planned.host(engine)["while saving"] == 12 * total
+    assert planned.host(once)["while saving"] == 0
 
 
 @pytest.mark.parametrize(

@@ -311,10 +311,13 @@ class Budget:
         """Bytes on disk of one that can be resumed."""
         sizes, states = self.sizes, OPTIMIZERS[self.args.optim]
         saved = sizes.total if self.peft_config is None else sizes.trained
-        if engine.name.startswith("zero"):  # the weights twice: for DeepSpeed and for from_pretrained
-            return 2 * self._dtype(engine).itemsize * saved + 4 * (1 + states) * sizes.trained
-        size = 4 if engine.name == "fsdp2" and self.is_mixed else self.dtype.itemsize
-        return size * (saved + states * sizes.trained)
+        # ZeRO-2 and FSDP2 write the weights twice: as `from_pretrained` reads them, and to resume from.
+        if engine.name.startswith("zero"):
+            copies = 1 + (engine.name == "zero2")
+            return copies * self._dtype(engine).itemsize * saved + 4 * (1 + states) * sizes.trained
+        is_fsdp = engine.name == "fsdp2"
+        size = 4 if is_fsdp and self.is_mixed else self.dtype.itemsize
+        return size * ((1 + is_fsdp) * saved + states * sizes.trained)
 
     def flops(self, pairs: float, tokens_per_pair: float) -> float:
         """Of the training and of the reference's log-probs: docs/scaling.md."""

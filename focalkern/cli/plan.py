@@ -103,7 +103,7 @@ def report(plan: Budget, engine: Engine) -> str:
     names = ["GiB per GPU", "-" * width, *table]
     steps, of_one = args.gradient_accumulation_steps, plan.pairs
     host = ", ".join(f"{_gib(value)} {name}" for name, value in plan.host(engine).items())
-    kept = f", and {args.save_total_limit} are kept" if args.save_total_limit else ""
+    kept = f"; {args.save_total_limit} kept, and one being written" if args.save_total_limit else ""
     trained = "all" if plan.peft_config is None else f"{sizes.trained / 1e6:,.1f} million"
     return "\n".join(
         [
