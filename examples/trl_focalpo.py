@@ -57,4 +57,4 @@ def main(model: str = MODEL, data: str = DATA, **options) -> FocalPOTrainer:
 
 
 if __name__ == "__main__":
-    main().end()  # closes trackers and process group
+    main().accelerator.end_training()  # closes trackers and process group

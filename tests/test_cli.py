@@ -30,6 +30,7 @@ from focalkern.trl import ProgressPlot
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
+PAGE = (ROOT / "docs/training.md").read_text(encoding="utf-8")
 QUIET = ["--disable_tqdm", "true"]
 
 
@@ -190,15 +191,27 @@ def test_what_a_run_leaves_and_that_no_other_starts_among_it(small, tmp_path, ca
         cli.main(["train", *given])
 
 
-def test_a_recipe_takes_fields_from_the_command_line(small, tmp_path):
+def test_a_recipe_takes_fields_from_the_command_line(small, tmp_path, monkeypatch):
+    """And docs/training.md merges the adapter that it leaves."""
+    monkeypatch.chdir(tmp_path)
     data = write_jsonl(tmp_path / "pairs.jsonl", models.pairs()[:8])
     changes = {"eval_strategy": "no", "attn_implementation": "sdpa", "gradient_accumulation_steps": 1}
     changes |= {"dataset_name": data, "save_strategy": "no", "lora_r": 4, "max_steps": 1}
-    given = options(small, tmp_path / "out", **changes)
+    out = Path("runs/llama3-8b-focalpo-lora-24gb")
+    given = options(small, out, **changes)
     assert cli.main(["train", str(ROOT / "examples/recipes/llama3-8b-focalpo-lora-24gb.yaml"), *given]) == 0
-    config = json.loads((tmp_path / "out/adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((out / "adapter_config.json").read_text(encoding="utf-8"))
     assert (config["r"], config["lora_alpha"]) == (4, 16)
     assert {name.rpartition(".")[2] for name in config["target_modules"]} >= {"down_proj", "q_proj"}
+    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.M | re.S)
+    exec(compile(block, "docs/training.md", "exec"), {})
+    assert load_file("merged/model.safetensors").keys() == load_file(small / "model/model.safetensors").keys()
+
+
+def test_the_page_lists_every_recipe():
+    rows = re.findall(r"^\| [^|]+ \| `(\S+-)`: (.*) \|$", PAGE, re.M)
+    listed = [prefix + name for prefix, names in rows for name in re.findall(r"`(\S+)`", names)]
+    assert sorted(listed) == sorted(path.stem for path in RECIPES)
 
 
 # ------------------------------------------------------------------------------------------- help, and errors

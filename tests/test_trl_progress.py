@@ -12,7 +12,8 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 from trl_tiny import focal_trainer, llama, near, seeded
 
-from focalkern.trl import FocalPOConfig, ProgressPlot, card, progress
+from focalkern.trl import FocalPOConfig, ProgressPlot, progress
+from focalkern.trl.card import methods_of
 
 ALPHA_DPO = {"reference_free": True, "length_normalize": True, "beta": 2.0, "alpha": 0.5, "gamma": 0.0}
 EVERY = ["Loss", "Rewards", "Ranking"]
@@ -101,4 +102,4 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch):
     ],
 )
 def test_the_card_names_the_methods_of_a_loss(options, names, tmp_path):
-    assert card.methods(FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == names
+    assert methods_of(FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)) == names

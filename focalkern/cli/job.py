@@ -22,8 +22,6 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from focalkern.cli import models
 from focalkern.trl import FocalPOConfig, FocalPOTrainer
 
-Data = Dataset | IterableDataset
-
 
 def fail(message: object) -> NoReturn:
     """End the command with a line that says what to do."""
@@ -46,7 +44,7 @@ class Job:
         assert self.model.model_name_or_path is not None  # read_job has seen to it
         return self.model.model_name_or_path
 
-    def data(self) -> tuple[Data, Data | None]:
+    def data(self) -> tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]:
         """The training pairs, and the held-out ones where the job evaluates."""
         dataset = _load(self.script, self.cache_dir)
         train, test = self.script.dataset_train_split, self.script.dataset_test_split
@@ -81,7 +79,9 @@ class Job:
             "peft_config": get_peft_config(self.model),
         }
 
-    def trainer(self, train: Data, held_out: Data | None, **options: Any) -> FocalPOTrainer:
+    def trainer(
+        self, train: Dataset | IterableDataset, held_out: Dataset | IterableDataset | None, **options: Any
+    ) -> FocalPOTrainer:
         return FocalPOTrainer(**self.trainer_options(), train_dataset=train, eval_dataset=held_out, **options)
 
 

@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
             trainer.accelerator.wait_for_everyone()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
         trainer.accelerator.print(f"The dry run is done, its files are gone. Losses: {losses}")
-    if hasattr(trainer, "end"):  # from transformers 5.18: closes trackers and process group
-        trainer.end()
+    trainer.accelerator.end_training()  # closes trackers and process group
     return 0
 
 

@@ -85,7 +85,7 @@ _SENTENCE = "This model is a fine-tuned version of "
 _VERSIONS = "### Framework versions\n\n"
 
 
-def methods(config: FocalPOConfig) -> list[str]:
+def methods_of(config: FocalPOConfig) -> list[str]:
     """The methods of `PAPERS` that the loss is made of; TRL's loss types by their names."""
     found = [name for name in config.loss_type if name != FOCALPO]
     if FOCALPO not in config.loss_type:
@@ -95,7 +95,7 @@ def methods(config: FocalPOConfig) -> list[str]:
     return ([name for name in (focal, margin) if name] or ["DPO"]) + found
 
 
-def complete(
+def complete_card(
     path: str,
     config: FocalPOConfig,
     state: TrainerState,
@@ -110,9 +110,9 @@ def complete(
     link = f"`{base_model}`"  # a folder
     if card.data.base_model:
         link = f"[{base_model}](https://huggingface.co/{base_model})"
-    papers = [f"[{PAPERS[name].title}]({PAPERS[name].url})" for name in methods(config) if name in PAPERS]
+    papers = [f"[{PAPERS[name].title}]({PAPERS[name].url})" for name in methods_of(config) if name in PAPERS]
     sentence = f"{_SENTENCE}{link}" + f", trained on `{dataset_name}`" * bool(dataset_name)
-    sentence += f" with {' and '.join(methods(config))}" + f" ({'; '.join(papers)})" * bool(papers) + "."
+    sentence += f" with {' and '.join(methods_of(config))}" + f" ({'; '.join(papers)})" * bool(papers) + "."
     card.text = (
         card.text[:start]
         + sentence

@@ -92,7 +92,7 @@ def draw(history: History, path: Path) -> None:
     for axes, (title, names, apart) in zip(all_axes, drawn, strict=False):
         _panel(axes, title, names, apart, history)
     step = max(entry.get("step", 0) for entry in history)
-    heading = {"y": 1 - 0.12 / height, "va": "top", "color": _GREY, "fontsize": 9}
+    heading: dict[str, Any] = {"y": 1 - 0.12 / height, "va": "top", "color": _GREY, "fontsize": 9}
     figure.text(0.55 / width, s=f"{path.parent.name}, step {step}", **heading)
     if any(name.startswith("eval_") for entry in history for name in entry):
         figure.text(1 - 0.55 / width, s="line: training   ○ held-out pairs", ha="right", **heading)
@@ -114,7 +114,7 @@ def _panel(axes: Any, title: str, names: dict[str, str], apart: bool, history: H
         side.plot(
             *_columns(history, f"eval_{name}"), "o", color=colour, markersize=4.5, markerfacecolor="white"
         )
-        side.locator_params(nbins=5)
+        side.locator_params(nbins=6)
         side.tick_params(labelsize=8, length=0, colors=_GREY)
         side.tick_params(axis="y", colors=colour if apart else _GREY)
         for edge in side.spines.values():

@@ -25,7 +25,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
-from focalkern.trl import card
+from focalkern.trl.card import PAPERS, complete_card, methods_of
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
@@ -481,14 +481,14 @@ class FocalPOTrainer(DPOTrainer):
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
     ) -> None:
-        names = card.methods(self.args)
+        names = methods_of(self.args)
         self._name = " and ".join(names)
-        citations = [card.PAPERS[name].citation for name in names if name in card.PAPERS]
+        citations = [PAPERS[name].citation for name in names if name in PAPERS]
         self._paper = {"citation": "\n\n".join(citations)}
         on_hub = dataset_name and not os.path.exists(dataset_name)
         super().create_model_card(model_name, dataset_name if on_hub else None, tags)
         if self.is_world_process_zero():
-            card.complete(
+            complete_card(
                 os.path.join(self.args.output_dir, "README.md"),
                 self.args,
                 self.state,
