@@ -39,6 +39,7 @@ setup(
     python_requires=">=3.10",
     packages=[
         "focalkern",
+        "focalkern.cli",
         "focalkern.kl",
         "focalkern.logps",
         "focalkern.pairs",
@@ -46,11 +47,13 @@ setup(
         "csrc_triton",
     ],
     package_data={"focalkern": ["py.typed"]},
+    entry_points={"console_scripts": ["focalkern = focalkern.cli.main:main"]},
     install_requires=["torch>=2.8", 'triton>=3.6; platform_system == "Linux"'],
     extras_require={
         "trl": trl,
         "deepspeed": [deepspeed],
         "flash-attn": ["flash-attn>=2.7"],
+        "watch": ["matplotlib>=3.9", "tensorboard>=2.16"],
         "bench": bench,
         "test": test,
     },

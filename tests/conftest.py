@@ -74,3 +74,11 @@ def poisoned_allocations(monkeypatch) -> None:
 def settled_exp() -> None:
     # PyTorch 2.13: the first multi-threaded exp of a process can be off by 1e-4 in one thread's share.
     torch.exp(torch.zeros(16))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def torch_empty_of_the_meta_device() -> None:
+    # The first `with torch.device` keeps a list of the functions that it is for. With the poisoned ones in
+    # it, torch.empty would allocate on the CPU for good: 28 GB for a 7B model that is only to be counted.
+    with torch.device("meta"):
+        torch.empty(0)

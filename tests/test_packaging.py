@@ -51,10 +51,13 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_holds_both_packages_their_types_and_the_licence(wheel):
-    names = set(zipfile.ZipFile(wheel).namelist())
+    files = zipfile.ZipFile(wheel)
+    names = set(files.namelist())
     modules = {str(path.relative_to(ROOT)) for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == modules | {"focalkern/py.typed"}
     assert any(name.endswith("LICENSE") for name in names)
+    (scripts,) = (name for name in names if name.endswith("entry_points.txt"))
+    assert "focalkern = focalkern.cli.main:main" in files.read(scripts).decode()
 
 
 def test_the_unpacked_wheel_imports_and_runs(wheel, tmp_path):

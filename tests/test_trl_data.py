@@ -1,9 +1,8 @@
-"""What `FocalPOTrainer` and its script say of their data before they train: layouts, errors, counts."""
+"""What `FocalPOTrainer` says of its data before it trains: layouts, errors, counts."""
 
 from __future__ import annotations
 
 import re
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,15 +11,10 @@ import pytest
 pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset
-from tiny import write_jsonl
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import CONVERSATIONS, RECORDS, TOKENIZER, focal_trainer, llama, near, seeded, tokenizer_of
 
 from focalkern.trl.data import as_trl_takes_it, inspect_pairs
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import trl_focalpo
 
 BOS, EOS = TOKENIZER.bos_token_id, TOKENIZER.eos_token_id
 SIMPO = {"reference_free": True, "length_normalize": True, "gamma": 0.0}
@@ -325,34 +319,3 @@ def test_a_completion_that_nothing_predicts_is_found_before_the_run(
     message = f"length_normalize would divide by 0: 1 pairs of the {split} dataset"
     with pytest.raises(ValueError, match=message):
         focal_trainer(tmp_path, *models, options=options, padding_free=packed, **objective)
-
-
-# ------------------------------------------------------------------------------------------------- the script
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a",\n', "line 3: Expecting"),
-        (b'{"prompt": "\xff", "chosen": "b", "rejected": "c"}\n', "line 1: 'utf-8' codec"),
-        (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n[1]\n', "line 2: not an object"),
-        (b"", "is empty"),
-    ],
-)
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_the_script_names_the_line_that_cannot_be_read(lines, message, folder, tmp_path):
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(lines)
-    name = tmp_path if folder else path
-    given = f"--model_name_or_path x --dataset_name {name} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(SystemExit, match=rf"train\.jsonl.*{message}"):
-        trl_focalpo.main([*given.split(), "--use_cpu", "--bf16", "false", "--report_to", "none"])
-
-
-def test_the_script_says_what_the_trainer_says(tmp_path):
-    seeded(llama).save_pretrained(tmp_path / "model")
-    TOKENIZER.save_pretrained(tmp_path / "model")
-    path = write_jsonl(tmp_path / "pairs.jsonl", [*RECORDS[:3], {**RECORDS[3], "chosen": None}])
-    given = f"--model_name_or_path {tmp_path / 'model'} --dataset_name {path} --output_dir {tmp_path / 'out'}"
-    with pytest.raises(ValueError, match="row 3 of the train dataset has null in chosen"):
-        trl_focalpo.main([*given.split(), "--use_cpu", "--bf16", "false", "--report_to", "none"])

@@ -53,11 +53,11 @@ RESUMED = f"resumed {ALPHA}"
 LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ZeRO-3, ZeRO-2 in bf16": (
         accelerate("zero3"),
-        (*FP32, RESUMED, "ZeRO stage 2", *BF16, "ZeRO stage 3", "script"),
+        (*FP32, RESUMED, "ZeRO stage 2", *BF16, "ZeRO stage 3", "dry run"),
     ),
     "FSDP2": (
         accelerate("fsdp2"),
-        (*FP32, RESUMED, *BF16, *OF_TRL, "refused", "tensor-parallel head"),
+        (*FP32, RESUMED, *BF16, *OF_TRL, "refused", "tensor-parallel head", "dry run"),
     ),
     "ZeRO-3 in bf16": (accelerate("zero3"), BF16),
     "ZeRO-2": (accelerate("zero2"), (*FP32, RESUMED)),
@@ -246,14 +246,15 @@ def test_a_tensor_parallel_head_is_the_whole_one(ranks):
     assert max(errors.values()) <= RTOL, errors
 
 
-@on(ZERO)
-def test_the_example_script_trains_on_two_ranks(ranks, inputs):
-    """As docs/trl.md launches it, but for the number of processes and the precision."""
-    before, after = (
-        AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (inputs / "model", ranks / "script")
-    )
-    assert after.keys() == before.keys()
-    assert all(not torch.equal(after[name], before[name]) for name in before)
+@on(ZERO, FSDP2)
+def test_a_recipe_runs_dry_on_two_ranks(ranks):
+    """As docs/training.md launches it. The worker has seen that the model is sharded."""
+    found = json.loads((ranks / "dry_run.json").read_text(encoding="utf-8"))
+    assert found["moved"] == found["parameters"] > 10
+    assert {"README.md", "model.safetensors", "progress.png"} <= set(found["files"])
+    gammas = [entry["focal/gamma"] for entry in found["history"] if "focal/gamma" in entry]
+    assert gammas[0] > gammas[1]
+    assert not Path(found["folder"]).exists()
 
 
 # -------------------------------------------------------------------------------------------- what is refused

@@ -1,4 +1,4 @@
-"""The TRL script with its recipes, and the benchmark of a step: both run, on a tiny model and on the CPU."""
+"""The TRL example, and the benchmark of a step: both run, on a tiny model and on the CPU."""
 
 from __future__ import annotations
 
@@ -6,101 +6,43 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("trl")
 
-from tiny import write_jsonl
-from transformers import AutoModelForCausalLM
-from trl import ModelConfig, ScriptArguments, TrlParser
-from trl_tiny import CONVERSATIONS, RECORDS, TOKENIZER, llama, seeded
+from focalkern.cli import models, train
+from focalkern.cli.job import read_job
+from focalkern.cli.main import _own_parser
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import trl_focalpo
 
 from benchmarks import trl_step
-from focalkern import recipes
 from focalkern.trl import FocalPOConfig
 
-ROOT = Path(__file__).resolve().parents[1]
-RECIPES = sorted((ROOT / "examples/recipes").glob("*.yaml"))
-assert len(RECIPES) >= 5
-ON_CPU = "--use_cpu --bf16 false"
-SHORT = f"{ON_CPU} --max_steps 2 --per_device_train_batch_size 2 --report_to none --disable_tqdm true"
+RECIPE = Path(__file__).resolve().parents[1] / "examples/recipes/llama3-8b-focalpo.yaml"
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    seeded(llama).save_pretrained(folder)
-    TOKENIZER.save_pretrained(folder)
-    return str(folder)
+def test_the_example_is_the_recipe():
+    job = read_job(_own_parser("train", train), SimpleNamespace(), [str(RECIPE)]).job
+    assert (job.model_name, job.script.dataset_name) == (trl_focalpo.MODEL, trl_focalpo.DATA)
+    ours = FocalPOConfig(**trl_focalpo.OPTIONS, use_cpu=True).to_dict()
+    theirs = job.config.to_dict()
+    assert ours.pop("model_init_kwargs").items() <= theirs.pop("model_init_kwargs").items()
+    assert ours == theirs
 
 
-def run_script(model: str, data: Path, out: Path, options: str = ""):
-    given = f"--model_name_or_path {model} --dataset_name {data} --output_dir {out} {options} {SHORT}"
-    return trl_focalpo.main(given.split())
-
-
-def test_the_script_trains_and_saves(model_folder, tmp_path):
-    data, out = write_jsonl(tmp_path / "pairs.jsonl", RECORDS), tmp_path / "out"
-    trainer = run_script(model_folder, data, out, "--gamma 0.2 --learning_rate 1e-2")
+def test_the_example_trains(tmp_path):
+    models.write_tiny(models.load_config(trl_focalpo.MODEL), tmp_path)
+    changes = {"max_steps": 2, "gradient_accumulation_steps": 1, "report_to": "none", "disable_tqdm": True}
+    changes |= {"use_cpu": True, "model_init_kwargs": None, "output_dir": str(tmp_path / "out")}
+    trainer = trl_focalpo.main(str(tmp_path / "model"), str(tmp_path / "data"), **changes)
     assert trainer.state.global_step == 2
-    assert trainer.loss_fn.focal.gamma == 0.2
-    before, after = (AutoModelForCausalLM.from_pretrained(x).state_dict() for x in (model_folder, out))
-    assert all(not torch.equal(after[name], before[name]) for name in before)
-
-
-def test_the_script_trains_lora_on_the_head(model_folder, tmp_path):
-    lora = "--use_peft --lora_r 4 --lora_target_modules q_proj lm_head --padding_free true"
-    data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
-    trainer = run_script(model_folder, data, tmp_path / "out", lora)
-    assert trainer.model.get_output_embeddings().lora_B["default"].weight.any()  # it starts at 0
-
-
-@pytest.mark.parametrize("arguments", [[], ["--dataset_name", "x"], ["--model_name_or_path", "x"]])
-def test_the_script_says_what_is_missing(arguments, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        trl_focalpo.main([*arguments, "--output_dir", str(tmp_path), *ON_CPU.split()])
-    assert "--model_name_or_path and --dataset_name must be given" in capsys.readouterr().err
-
-
-def test_the_script_says_which_splits_there_are(model_folder, tmp_path, capsys):
-    data = write_jsonl(tmp_path / "pairs.jsonl", RECORDS)
-    with pytest.raises(SystemExit):
-        run_script(model_folder, data, tmp_path / "out", "--eval_strategy steps")
-    assert "has the splits ['train'], not ['test']" in capsys.readouterr().err
-
-
-def test_the_script_evaluates_conversations_of_a_folder(model_folder, tmp_path):
-    (tmp_path / "data").mkdir()
-    for split in ("train", "test"):
-        write_jsonl(tmp_path / "data" / f"{split}.jsonl", CONVERSATIONS)
-    options = "--eval_strategy steps --eval_steps 2"
-    trainer = run_script(model_folder, tmp_path / "data", tmp_path / "out", options)
-    assert any("eval_loss" in entry for entry in trainer.state.log_history)
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_is_the_paper_s(path):
-    parser = TrlParser((ScriptArguments, FocalPOConfig, ModelConfig))
-    arguments = ["--config", str(path), *ON_CPU.split()]
-    _, config, model = parser.parse_args_and_config(arguments, fail_with_unknown_args=True)
-    constant = path.read_text(encoding="utf-8").splitlines()[0].rsplit("focalkern.recipes.", 1)[1]
-    recipe = getattr(recipes, constant)
-    steps = {"total_steps": 1} if recipe.method == "dynamic" else {}
-    loss, expected = config.focal_loss(), recipe.loss(**steps)
-    for name in ("beta", "gamma", "modulation", "margin", "alpha", "reference_free", "length_normalize"):
-        assert getattr(loss, name) == pytest.approx(getattr(expected, name)), name
-    assert model.model_name_or_path == recipe.model
-    assert config.learning_rate == recipe.learning_rate
-    assert config.num_train_epochs == recipe.epochs
-    pairs = 8 * config.per_device_train_batch_size * config.gradient_accumulation_steps
-    assert pairs == recipe.batch_size
-    assert config.needs_reference == config.precompute_ref_log_probs
+    assert any("eval_rewards/accuracies" in entry for entry in trainer.state.log_history)
+    assert {"model.safetensors", "progress.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import torch
 from accelerate import DistributedType, ParallelismConfig
 from datasets import Dataset, load_dataset
 from peft import LoraConfig
+from safetensors.torch import load_file
 from tolerance import relative_error
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
@@ -28,6 +29,9 @@ from trl import DPOConfig, DPOTrainer
 from trl_tiny import history, settings, trainer_of
 
 import focalkern.trl
+from focalkern.cli import train as command
+from focalkern.cli.job import Job
+from focalkern.cli.main import main as main_of_the_command
 from focalkern.trl import FocalPOConfig, FocalPOTrainer
 from focalkern.trl.head import add_fused_lm_head
 
@@ -94,10 +98,7 @@ def make_trainer(name: str, inputs: Path, folder: Path, **changes) -> FocalPOTra
     )
     sizes = {f"per_device_{kind}_batch_size": BATCH // RANKS for kind in ("train", "eval")}
     args = config_class(**settings(folder, max_steps=4, **sizes) | options)
-    if IS_FSDP:  # which accelerate leaves out on a CPU, where PyTorch has it
-        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
-    if IS_DEEPSPEED:  # else it leaves parameters as small as these whole
-        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    shard_small_models(args)
     cache = str(inputs / f"cache-{os.getppid()}")  # that of another run has the reference log-probs already
     pairs = load_dataset("json", data_files={"train": str(inputs / "pairs.jsonl")}, cache_dir=cache)["train"]
     if in_memory:
@@ -112,6 +113,13 @@ def make_trainer(name: str, inputs: Path, folder: Path, **changes) -> FocalPOTra
         model = AutoModelForCausalLM.from_pretrained(model)
         torch.manual_seed(0)
     return trainer_of(args, model, trainer_class=trainer_class, records=pairs, eval_dataset=pairs, **given)
+
+
+def shard_small_models(args: DPOConfig) -> None:
+    if IS_FSDP:  # which accelerate leaves out on a CPU, where PyTorch has it
+        args.distributed_state.distributed_type = DistributedType.MULTI_GPU
+    if IS_DEEPSPEED:  # else it leaves parameters as small as these whole
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
 
 
 def train(name: str, inputs: Path, out: Path, resume_from: Path | None = None, **changes) -> None:
@@ -173,16 +181,33 @@ def refused(inputs: Path, out: Path) -> None:
         (out / "refused.json").write_text(json.dumps(messages), encoding="utf-8")
 
 
-def script(inputs: Path, out: Path) -> None:
-    """That of examples, which trl_tiny has on its path."""
-    import trl_focalpo
+def dry_run(inputs: Path, out: Path) -> None:
+    """`focalkern train RECIPE --dry-run`, with a look at its trainer before its files are gone."""
+    run_training = command.train
+
+    def trained(job: Job) -> FocalPOTrainer:
+        shard_small_models(job.config)
+        trainer = run_training(job)
+        check_sharded(trainer.model)
+        folder = Path(job.config.output_dir)
+        if trainer.accelerator.is_main_process:
+            before, after = (load_file(f"{x}/model.safetensors") for x in (job.model_name, folder))
+            found = {
+                "moved": sum(not torch.equal(after[name], x) for name, x in before.items()),
+                "parameters": len(before),
+                "folder": str(folder),
+                "files": sorted(path.name for path in folder.iterdir()),
+                "history": history(trainer),
+            }
+            (out / "dry_run.json").write_text(json.dumps(found), encoding="utf-8")
+        return trainer
 
     os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
-    given = {"model_name_or_path": inputs / "model", "dataset_name": inputs / "pairs.jsonl"}
-    given |= {"output_dir": out / "script", "bf16": "false", "report_to": "none", "disable_tqdm": "true"}
-    given |= {"max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 1e-2}
-    # Closes the process group: the last of a launch.
-    trl_focalpo.main(["--use_cpu", *(str(x) for name in given for x in (f"--{name}", given[name]))])
+    command.train = trained
+    recipe = Path(__file__).parents[1] / "examples/recipes/llama3-8b-dynamic-cosine.yaml"
+    # It closes the process group: the last of a launch.
+    options = ["--dry-run", "--bf16", "false", "--disable_tqdm", "true"]
+    assert main_of_the_command(["train", str(recipe), *options]) == 0
 
 
 def tensor_parallel_head(inputs: Path, out: Path) -> None:
@@ -206,7 +231,7 @@ def tensor_parallel_head(inputs: Path, out: Path) -> None:
 
 
 def main(inputs: str, out: str, *names: str) -> None:
-    others = {"refused": refused, "tensor-parallel head": tensor_parallel_head, "script": script}
+    others = {"refused": refused, "tensor-parallel head": tensor_parallel_head, "dry run": dry_run}
     for name in names:
         if name.startswith("ZeRO stage "):
             os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = name[-1]

@@ -10,6 +10,14 @@ except ImportError as error:
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.patching import patch, unpatch
+from focalkern.trl.progress import ProgressPlot
 from focalkern.trl.trainer import FocalPOTrainer
 
-__all__ = ["FocalPOConfig", "FocalPOTrainer", "PackedPreferenceCollator", "patch", "unpatch"]
+__all__ = [
+    "FocalPOConfig",
+    "FocalPOTrainer",
+    "PackedPreferenceCollator",
+    "ProgressPlot",
+    "patch",
+    "unpatch",
+]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import textwrap
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -26,6 +25,7 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
+from focalkern.trl.card import PAPERS, complete_card, methods_of
 from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
@@ -117,20 +117,6 @@ class FocalPOTrainer(DPOTrainer):
     """
 
     _tag_names = ["trl", "focalpo", "focalkern"]  # noqa: RUF012  # a list in TRL
-    _name = "FocalPO"
-    _paper = {  # noqa: RUF012  # a dict in TRL; for the model card
-        "title": "FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings",
-        "id": "2501.06645",
-        "citation": textwrap.dedent("""\
-            @inproceedings{liu2025focalpo,
-                title     = {{FocalPO: Enhancing Preference Optimizing by Focusing on Correct Preference Rankings}},
-                author    = {Tong Liu and Xiao Yu and Wenxuan Zhou and Jindong Gu and Volker Tresp},
-                year      = 2025,
-                booktitle = {Proceedings of the 63rd Annual Meeting of the Association for Computational Linguistics (Volume 2: Short Papers)},
-                url       = {https://aclanthology.org/2025.acl-short.21}
-            }"""),  # noqa: E501
-    }
-
     args: FocalPOConfig
     beta = _option("beta")
     loss_types = _option("loss_type")
@@ -491,6 +477,25 @@ class FocalPOTrainer(DPOTrainer):
         return self.accelerator.reduce(values, "sum")
 
     # ------------------------------------------------------------------------------------------- checkpoints
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: Any = None
+    ) -> None:
+        names = methods_of(self.args)
+        self._name = " and ".join(names)
+        citations = [PAPERS[name].citation for name in names if name in PAPERS]
+        self._paper = {"citation": "\n\n".join(citations)}
+        on_hub = dataset_name and not os.path.exists(dataset_name)
+        super().create_model_card(model_name, dataset_name if on_hub else None, tags)
+        if self.is_world_process_zero():
+            complete_card(
+                os.path.join(self.args.output_dir, "README.md"),
+                self.args,
+                self.state,
+                get_config_model_id(self.model.config),
+                dataset_name,
+                self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

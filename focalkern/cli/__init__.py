@@ -1,0 +1,1 @@
+"""The command `focalkern`: train, plan, check, env. `main` dispatches, `job` reads a recipe."""
