@@ -36,7 +36,7 @@ from focalkern.torch_logits import (
 # The dropped mass comes from sums of y: 2^-15 keeps it exact to 1e-6.
 _TAU = 2.0**-15
 # Where more pairs than this take fp32, one fp32 product of all is faster; the estimate of the share is high.
-_MAX_SHARE, _MAX_ESTIMATE = 1.0, 1.0
+_MAX_SHARE, _MAX_ESTIMATE = 0.3, 0.45
 _SAMPLED_BLOCKS = 4
 # How far the logsumexp of a row may be below S: nearer, y is not exp(z − S); further, small y are 0 in bf16.
 NEAREST, FURTHEST = 5.0, 64.0
@@ -44,7 +44,7 @@ _MARGIN = 16.0
 # By how much the logarithms of a block's coarse and exact mass may differ: roundings, and exp(−NEAREST).
 _MAX_DIFFERENCE = 2.0**-6
 # Below this many multiplications the calls cost more than the product.
-_MIN_SIZE = 1
+_MIN_SIZE = 2**31
 _WORKSPACE_BYTES = 64 * 2**20
 
 
