@@ -9,6 +9,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETED:
+    import interpreted  # noqa: F401
 HAS_GPU = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if HAS_GPU else "cpu")
 # Under the interpreter this process tests the kernels on the CPU; a second process tests the torch backend.

@@ -22,7 +22,10 @@ import parallel_sequences  # noqa: F401
 import parallel_vocabulary  # noqa: F401
 import torch
 import torch.distributed as dist
-from parallel_common import CHECKS
+from parallel_common import CHECKS, IS_INTERPRETED
+
+if IS_INTERPRETED:
+    import interpreted  # noqa: F401
 
 DONE, FAILED = "done: ", "failed: "
 
