@@ -9,6 +9,8 @@ KERNEL_TESTS := tests/test_adaptive_margin.py tests/test_batch_invariance.py tes
 	tests/test_linear_logps.py tests/test_loss.py tests/test_low_rank.py tests/test_methods.py \
 	tests/test_numerics.py tests/test_pair_loss.py tests/test_parallel_heads.py tests/test_rows.py \
 	tests/test_schedules.py
+# They need no GPU. In `make test` for sm_80 and sm_90; the other architectures are slow.
+COMPILE_TESTS := tests/test_compile.py tests/test_launch_resources.py
 
 # Where other processes want the cores too, threads that spin at every barrier cost several times the work.
 export OMP_WAIT_POLICY := PASSIVE
@@ -25,10 +27,10 @@ reproduce: $(VENV)/ready
 	$(RUN) examples/reproduce.py
 
 test: $(VENV)/ready
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --ignore tests/test_compile.py
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(COMPILE_TESTS:%=--ignore %)
 	@if $(RUN) -c "import triton" 2> /dev/null; then \
 		echo "Triton kernels, compiled for GPUs:"; \
-		$(RUN) -m pytest -n auto tests/test_compile.py && \
+		$(RUN) -m pytest -n auto --dist loadgroup $(COMPILE_TESTS) && \
 		echo "Triton kernels on the CPU, through the interpreter:" && \
 		TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile $(KERNEL_TESTS); \
 	else \
@@ -45,7 +47,7 @@ test-tritons: $(TRITONS:%=test-triton-%)
 
 $(TRITONS:%=test-triton-%): test-triton-%: .tritons/%/ready
 	@echo "Triton $*: compiles the kernels for GPUs, then runs them in the interpreter; 6 minutes on 2 cores."
-	PYTHONPATH=$(CURDIR)/.tritons/$* $(RUN) -m pytest -n auto tests/test_compile.py
+	PYTHONPATH=$(CURDIR)/.tritons/$* $(RUN) -m pytest -n auto --dist loadgroup -m "slow or not slow" tests/test_compile.py
 	PYTHONPATH=$(CURDIR)/.tritons/$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest -n auto --dist loadfile $(KERNEL_TESTS)
 

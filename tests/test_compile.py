@@ -81,6 +81,17 @@ VARIANTS = {
     "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
     "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
 }
+IN_EVERY_RUN = {
+    "plain",
+    "vocabulary not a multiple of 16",
+    "softcap, bias, odd hidden size",
+    "few rows",
+    "few rows, softcap, bias",
+    "outputs and entropy gradient",
+    "update of rank 16",
+    "update of rank 40, everything, odd hidden size",
+    "a shard, few rows, an update",
+}
 KL_VARIANTS = {
     "plain": {},
     "vocabulary not a multiple of 16": {"vocab_size": 50257},
@@ -95,6 +106,7 @@ KL_VARIANTS = {
     },
     "softcap": {"softcap": 30.0},
 }
+KL_IN_EVERY_RUN = {"plain", "vocabulary not a multiple of 16", "softcap, biases, odd hidden sizes"}
 
 
 def check_head(arch, dtype, precision="highest", **variant):
@@ -128,19 +140,31 @@ def check(arch, run, expected, precision="highest"):
             assert instruction in launch.kernel.asm["ptx"], f"{launch} does not use tensor cores"
 
 
-def cases(variants: dict, of_fp16: set[str]) -> list[tuple[torch.dtype, str]]:
-    """All variants in bf16 and fp32; of fp16, whose kernels differ from bf16's in one instruction, a few."""
-    both = [(dtype, variant) for dtype in (torch.bfloat16, torch.float32) for variant in variants]
-    return both + [(torch.float16, variant) for variant in variants if variant in of_fp16]
+def cases(variants: dict, of_fp16: set[str], in_every_run: set[str]) -> list:
+    """All variants in bf16 and fp32; of fp16, whose kernels differ from bf16's in one instruction, a few. Of
+    fp32 and fp16 those that are not for every run are slow."""
+
+    def case(dtype: torch.dtype, variant: str):
+        is_slow = dtype != torch.bfloat16 and variant not in in_every_run
+        return pytest.param(dtype, variant, marks=pytest.mark.slow if is_slow else ())
+
+    both = [case(dtype, variant) for dtype in (torch.bfloat16, torch.float32) for variant in variants]
+    return both + [case(torch.float16, variant) for variant in variants if variant in of_fp16]
 
 
-both_gpus = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-other_gpus = pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}))
+def on(archs: list[str], *marks: pytest.MarkDecorator) -> pytest.MarkDecorator:
+    """Those of an architecture in one process of `--dist loadgroup`: none compiles what another one does."""
+    groups = {arch: (pytest.mark.xdist_group(arch), *marks) for arch in archs}
+    return pytest.mark.parametrize("arch", [pytest.param(arch, marks=groups[arch]) for arch in archs])
+
+
+both_gpus = on(["sm_80", "sm_90"])
+other_gpus = on(sorted(LAUNCH_TABLE.keys() - {"sm_80", "sm_90"}), pytest.mark.slow)
 
 
 @both_gpus
 @pytest.mark.parametrize(
-    ("dtype", "variant"), cases(VARIANTS, {"plain", "everything, odd hidden size"}), ids=str
+    ("dtype", "variant"), cases(VARIANTS, {"plain", "everything, odd hidden size"}, IN_EVERY_RUN), ids=str
 )
 def test_head_kernels_compile_without_spills(arch, dtype, variant):
     check_head(arch, dtype, **VARIANTS[variant])
@@ -167,7 +191,7 @@ def test_launch_table_fits_other_architectures(arch, variant, dtype):
 
 
 @both_gpus
-@pytest.mark.parametrize(("dtype", "variant"), cases(KL_VARIANTS, {"plain"}), ids=str)
+@pytest.mark.parametrize(("dtype", "variant"), cases(KL_VARIANTS, {"plain"}, KL_IN_EVERY_RUN), ids=str)
 def test_kl_kernels_compile_without_spills(arch, dtype, variant):
     check_kl(arch, dtype, **KL_VARIANTS[variant])
 

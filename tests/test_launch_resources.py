@@ -30,7 +30,9 @@ def by_name(kernels: list[dict]) -> dict[tuple, dict]:
 @pytest.mark.skipif(
     triton.__version__ != BASELINE["triton"], reason=f"compiled by triton {BASELINE['triton']}"
 )
-@pytest.mark.parametrize("arch", resources.ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.xdist_group(arch)) for arch in resources.ARCHS]
+)
 def test_the_shipped_tiles_take_no_more_than_before(arch):
     found, before = by_name(resources.compiled_kernels(arch)), by_name(BASELINE["kernels"][arch])
     assert found.keys() == before.keys()
