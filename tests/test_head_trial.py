@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import gc
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 
@@ -98,33 +97,31 @@ def test_nan_on_both_sides_is_no_difference():
     assert not agree(broken, 1.01 * broken, {torch.float32})
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("", [True, False, False]),
-        ("torch.set_float32_matmul_precision('high')", [True, True, False]),
-        ("torch.set_float32_matmul_precision('medium')", [True, True, True]),
-        ("torch.backends.fp32_precision = 'tf32'", [True, True, False]),
-        ("torch.backends.fp32_precision = 'ieee'", [True, False, False]),
-        ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", [True, True, True]),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", [True, False, False]),  # not of this CPU
-    ],
-)
-def test_rounding_of_fp32_follows_torchs_settings(setting, expected):
-    """In a process each: torch refuses to read the older setting once the newer one has been used."""
-    if "fp32_precision" in setting and not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):
-        pytest.skip("this torch has only the older setting")
-    code = f"""
-import torch
-{setting}
-from focalkern.trial import agree
+ROUNDING_OF_SETTING = {
+    "": [True, False, False],
+    "torch.set_float32_matmul_precision('high')": [True, True, False],
+    "torch.set_float32_matmul_precision('medium')": [True, True, True],
+    "torch.backends.fp32_precision = 'tf32'": [True, True, False],
+    "torch.backends.fp32_precision = 'ieee'": [True, False, False],
+    "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'": [True, True, True],
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": [True, False, False],  # not of this CPU
+}
+ASK_FOR_ROUNDING = """
 z = torch.randn(8, 4000, dtype=torch.float64)
 noise = z * torch.randn_like(z)
-print([agree(z + eps * noise, z, {{torch.float32}}) for eps in (2**-19, 2**-12, 2**-9)])
-print(agree(z + 2**-10 * noise, z, {{torch.bfloat16}}))
+print([agree(z + eps * noise, z, {torch.float32}) for eps in (2**-19, 2**-12, 2**-9)])
+print(agree(z + 2**-10 * noise, z, {torch.bfloat16}))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split("\n")[:2] == [str(expected), "True"], done.stderr
+
+
+def test_rounding_of_fp32_follows_torchs_settings():
+    """In a process each: torch refuses to read the older setting once the newer one has been used."""
+    expected = ROUNDING_OF_SETTING
+    if not hasattr(torch.backends.mkldnn.matmul, "fp32_precision"):  # this torch has only the older setting
+        expected = {setting: x for setting, x in expected.items() if "fp32_precision" not in setting}
+    shared = "import torch; from focalkern.trial import agree"
+    found = forks.printed(shared, [f"{setting}\n{ASK_FOR_ROUNDING}" for setting in expected])
+    assert [x.splitlines() for x in found] == [[str(x), "True"] for x in expected.values()]
 
 
 # --------------------------------------------------------------------------------------- heads by themselves

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import sys
@@ -61,11 +62,13 @@ def jsonl(tmp_path):
 
 
 class TestDocstringPairs:
-    def test_the_standard_library_has_thousands_and_the_seed_decides_the_rejected_texts(self, stdlib_pairs):
+    def test_the_standard_library_has_thousands(self, stdlib_pairs):
         assert len(stdlib_pairs) > 2000
-        other = docstring_pairs(seed=1)
-        assert [(p.prompt, p.chosen) for p in other] == [(p.prompt, p.chosen) for p in stdlib_pairs]
-        assert [p.rejected for p in other] != [p.rejected for p in stdlib_pairs]
+
+    def test_the_seed_decides_the_rejected_texts(self):
+        first, second = (docstring_pairs(seed, Path(asyncio.__file__).parent) for seed in (0, 1))
+        assert [(p.prompt, p.chosen) for p in first] == [(p.prompt, p.chosen) for p in second]
+        assert [p.rejected for p in first] != [p.rejected for p in second]
 
     def test_chosen_and_rejected_have_the_same_tokens_in_another_order(self, stdlib_pairs):
         pairs = stdlib_pairs[::10]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
+import forks
 import pytest
 import torch
 
@@ -13,30 +11,26 @@ from focalkern.backends import select_backend
 triton_launch = pytest.importorskip("focalkern.triton_launch", reason="no triton on this platform")
 
 
-@pytest.mark.parametrize(
-    ("setting", "expected"),
-    [
-        ("", "tf32x3"),
-        ("torch.set_float32_matmul_precision('high')", "tf32"),
-        ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
-        ("torch.backends.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
-        ("torch.backends.cuda.matmul.fp32_precision = 'ieee'", "tf32x3"),
-        ("torch.backends.fp32_precision = 'bf16'", "tf32x3"),  # which CUDA does not know
-    ],
-)
-def test_fp32_products_follow_torchs_settings_and_16_bits_ignore_them(setting, expected):
+PRECISION_OF_SETTING = {
+    "": "tf32x3",
+    "torch.set_float32_matmul_precision('high')": "tf32",
+    "torch.set_float32_matmul_precision('highest')": "tf32x3",
+    "torch.backends.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'tf32'": "tf32",
+    "torch.backends.cuda.matmul.fp32_precision = 'ieee'": "tf32x3",
+    "torch.backends.fp32_precision = 'bf16'": "tf32x3",  # which CUDA does not know
+}
+
+
+def test_fp32_products_follow_torchs_settings_and_16_bits_ignore_them():
     """In a process each: torch refuses to read the older setting once the newer one has been used."""
-    if "fp32_precision" in setting and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        pytest.skip("this torch has only the older setting")
-    code = f"""
-import torch
-{setting}
-from focalkern.triton_launch import precision
-print(precision(torch.float32), precision(torch.bfloat16))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.stdout.split() == [expected, "ieee"], done.stderr
+    expected = PRECISION_OF_SETTING
+    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # this torch has only the older setting
+        expected = {setting: x for setting, x in expected.items() if "fp32_precision" not in setting}
+    ask = "print(precision(torch.float32), precision(torch.bfloat16))"
+    shared = "import torch; from focalkern.triton_launch import precision"
+    found = forks.printed(shared, [f"{setting}\n{ask}" for setting in expected])
+    assert [x.split() for x in found] == [[x, "ieee"] for x in expected.values()]
 
 
 @pytest.mark.parametrize("element_size", [2, 4])
