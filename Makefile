@@ -37,7 +37,7 @@ test: $(VENV)/ready
 		echo "No triton on this platform: the kernels were not tested."; \
 	fi
 
-# The kernels on each release of Triton that the launch table holds for, installed over .venv: 23 minutes on
+# The kernels on each release of Triton that the launch table holds for, installed over .venv: 16 minutes on
 # 2 cores for all, and `make test-triton-3.9.0` for one.
 TRITONS := 3.6.0 3.7.1 3.8.0 3.9.0
 OVERLAYS := $(TRITONS:%=.tritons/%/ready)
@@ -46,7 +46,7 @@ OVERLAYS := $(TRITONS:%=.tritons/%/ready)
 test-tritons: $(TRITONS:%=test-triton-%)
 
 $(TRITONS:%=test-triton-%): test-triton-%: .tritons/%/ready
-	@echo "Triton $*: compiles the kernels for GPUs, then runs them in the interpreter; 6 minutes on 2 cores."
+	@echo "Triton $*: compiles the kernels for GPUs, then runs them in the interpreter; 4 minutes on 2 cores."
 	PYTHONPATH=$(CURDIR)/.tritons/$* $(RUN) -m pytest -n auto --dist loadgroup -m "slow or not slow" tests/test_compile.py
 	PYTHONPATH=$(CURDIR)/.tritons/$* TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
 		$(RUN) -m pytest -n auto --dist loadfile $(KERNEL_TESTS)
