@@ -56,8 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
         trainer = train(job)
         trainer.accelerator.print(f"The model is in {job.config.output_dir}.")
     else:
-        with _scratch() as folder:
-            _make_small(job, folder)
+        with scratch() as folder:
+            make_small(job, folder)
             trainer = train(job)
             trainer.accelerator.wait_for_everyone()
         losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -110,7 +110,7 @@ def _checkpoint(config: FocalPOConfig) -> str | None:
     return last
 
 
-def _make_small(job: Job, folder: Path) -> None:
+def make_small(job: Job, folder: Path) -> None:
     """Swap model and data of the job for small ones in `folder`, and write there alone."""
     if PartialState().is_local_main_process:
         models.write_tiny(job.model_config(), folder)
@@ -123,7 +123,7 @@ def _make_small(job: Job, folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _scratch() -> Iterator[Path]:
+def scratch() -> Iterator[Path]:
     """A folder that the ranks of a machine share, and that is gone afterwards."""
     state = PartialState()
     made = [tempfile.mkdtemp(prefix="focalkern-") if state.is_main_process else None]
