@@ -166,7 +166,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(small, tmp_path, mo
     assert not (killed / "model.safetensors").exists()
     monkeypatch.setattr(train, "ProgressPlot", Recorder)
     assert cli.main(["train", *options(small, killed, **STATEFUL)]) == 0
-    assert Recorder.steps == [0, 1, 2] + [2, 3]
+    assert Recorder.steps == [0, 1, 2, 2, 3]
     # The last entry but one is the mean loss since the start of the process.
     ours, theirs = ([entry for entry in losses(x) if len(entry) > 1] for x in (killed, whole))
     assert ours == theirs
