@@ -65,6 +65,7 @@ gpu:
 # The numbers and plots of README.md and docs, from benchmarks/results.
 report: $(VENV)/ready
 	$(RUN) benchmarks/report.py
+	$(RUN) benchmarks/plans.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

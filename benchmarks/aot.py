@@ -7,42 +7,28 @@ and compiles, for a driver that knows the architecture and nothing else; only th
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from focalkern import triton_launch
+from focalkern import records, triton_launch
 from focalkern.distributed import AsyncReduction
 from focalkern.kl import triton_form as kl
 from focalkern.logps import triton_form as logps
 from focalkern.logps.function import WORKSPACE_BYTES
-from focalkern.records import (
-    OUTPUTS,
-    Forward,
-    Head,
-    KeptCounts,
-    KeptPairs,
-    KLForward,
-    LogitTransform,
-    Needs,
-    RowGradients,
-    Saved,
-    Tile,
-)
 
 
 @dataclass(frozen=True)
@@ -50,27 +36,15 @@ class CompiledLaunch:
     """A kernel as the JIT compiled it for one launch, and all that are alike."""
 
     kernel: CompiledKernel
-    tile: Tile | None  # of kernels that multiply
+    tile: records.Tile | None  # of kernels that multiply
 
     @property
     def name(self) -> str:
         return self.kernel.metadata.name
 
     @property
-    def num_warps(self) -> int:
-        return self.kernel.metadata.num_warps
-
-    @property
-    def num_stages(self) -> int:
-        return self.kernel.metadata.num_stages
-
-    @property
     def shared_bytes(self) -> int:
         return self.kernel.metadata.shared
-
-    @property
-    def ptx(self) -> str:
-        return self.kernel.asm["ptx"]
 
     @property
     def registers(self) -> int:
@@ -83,15 +57,10 @@ class CompiledLaunch:
 
     @functools.cached_property
     def _resources(self) -> dict[str, int]:
-        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", self._disassembled("-res-usage"))
+        found = re.findall(r"(REG|STACK|LOCAL):(\d+)", self.disassembled("-res-usage"))
         return {name: int(number) for name, number in found}
 
-    @functools.cached_property
-    def machine_code(self) -> list[str]:
-        """The instructions, each with its address."""
-        return re.findall(r"^\s+/\*([0-9a-f]{4,}\*/\s+.*?;)", self._disassembled("-sass"), re.M)
-
-    def _disassembled(self, what: str) -> str:
+    def disassembled(self, what: str) -> str:
         # Shipped with Triton.
         disassembler = Path(nvidia.__path__[0], "bin", "cuobjdump")
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -102,36 +71,18 @@ class CompiledLaunch:
 
     def __str__(self) -> str:
         types = sorted(set(re.findall(r"\*\w+", str(self.kernel.src.signature))))
-        return f"{self.name} {self.tile} {self.num_warps} warps, {self.num_stages} stages, {types}"
+        metadata = self.kernel.metadata
+        return f"{self.name} {self.tile} {metadata.num_warps} warps, {metadata.num_stages} stages, {types}"
 
 
-class _Driver(DriverBase):
+def driver_of(capability: int) -> SimpleNamespace:
     """Of a GPU that is not there. Each architecture is a device to the JIT, with kernels of its own."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    @classmethod
-    def is_active(cls) -> bool:
-        return True
-
-    def map_python_to_cpp_type(self, ty: str) -> str:
-        return ty
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
-
-    def get_benchmarker(self) -> None:
-        raise NotImplementedError
+    return SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("meta"),
+    )
 
 
 def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> list[CompiledLaunch]:
@@ -147,27 +98,19 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
             return None
         kernel = compile_or_launch(jit, *args, grid=grid, warmup=True, **kwargs)
         if id(kernel) not in launches:
-            tile = next((Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, Tile)), None)
+            tile = next(
+                (records.Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, records.Tile)), None
+            )
             launches[id(kernel)] = CompiledLaunch(kernel, tile)
         return kernel
 
     with (
         mock.patch.object(triton_launch, "arch_of", lambda device: arch),
-        mock.patch.object(driver, "_active", _Driver(int(arch.removeprefix("sm_")))),
+        mock.patch.object(driver, "_active", driver_of(int(arch.removeprefix("sm_")))),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         run()
     return list(launches.values())
-
-
-@contextlib.contextmanager
-def float32_matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -190,18 +133,18 @@ def launch_head(
     if rank:
         update = meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)
         head = head._replace(update_hidden=update[0], update_weight=update[1])
-    names = OUTPUTS if outputs else ()
-    needs = Needs(True, True, bias, rank > 0, rank > 0)
-    common = head, meta(n, dtype=torch.int64), LogitTransform(softcap=softcap)
+    names = records.OUTPUTS if outputs else ()
+    needs = records.Needs(True, True, bias, rank > 0, rank > 0)
+    common = head, meta(n, dtype=torch.int64), records.LogitTransform(softcap=softcap)
     reduction = _NoReduction() if is_shard else None
 
     blocks = logps.block_statistics(*common, names)
     if not is_shard:
         logps.reduced(blocks, common[1], head, names)
     entropy = meta(n) if outputs else None
-    saved = Saved(meta(n), meta(n), blocks.lse, entropy)
-    forward = Forward(*common, saved)
-    logps.exact_backward(forward, RowGradients(meta(n), entropy), needs, reduction)
+    saved = records.Saved(meta(n), meta(n), blocks.lse, entropy)
+    forward = records.Forward(*common, saved)
+    logps.exact_backward(forward, records.RowGradients(meta(n), entropy), needs, reduction)
     pairs = kept_pairs(n, blocks.lse.shape[1])
     forward = forward._replace(saved=saved._replace(entropy=None))  # with its gradient a backward is exact
     logps.certified_backward(forward, meta(n), pairs, 2.0**-13, needs, reduction, WORKSPACE_BYTES)
@@ -220,14 +163,14 @@ def launch_kl(
     """Run forward and backward of two heads' KL without storage."""
     policy = _head(dtype, n, hidden_size, vocab_size, bias)
     ref = _head(dtype, n, ref_hidden_size, vocab_size, ref_bias)
-    transform = LogitTransform(softcap=softcap)
+    transform = records.LogitTransform(softcap=softcap)
     kl.forward(policy, ref, transform)
-    saved = KLForward(meta(n), meta(n), meta(n))
-    kl.backward(policy, ref, transform, saved, meta(n), Needs(True, True, bias))
+    saved = records.KLForward(meta(n), meta(n), meta(n))
+    kl.backward(policy, ref, transform, saved, meta(n), records.Needs(True, True, bias))
 
 
-def _head(dtype: torch.dtype, n: int, hidden_size: int, vocab_size: int, bias: bool) -> Head:
-    return Head(
+def _head(dtype: torch.dtype, n: int, hidden_size: int, vocab_size: int, bias: bool) -> records.Head:
+    return records.Head(
         meta(n, hidden_size, dtype=dtype),
         meta(vocab_size, hidden_size, dtype=dtype),
         meta(vocab_size, dtype=dtype) if bias else None,
@@ -244,7 +187,7 @@ class _NoReduction(AsyncReduction):
         pass
 
 
-def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
+def kept_pairs(n: int, blocks: int, share: float = 0.05) -> records.KeptPairs:
     """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
     per_row = int(share * blocks)
     row, block, per_block, per_n = (
@@ -252,4 +195,4 @@ def kept_pairs(n: int, blocks: int, share: float = 0.05) -> KeptPairs:
     )
     of_blocks = torch.full((blocks,), n * per_row // blocks)
     of_rows = torch.full((n,), per_row)
-    return KeptPairs(row, block, KeptCounts(per_block, per_n, of_blocks, of_rows))
+    return records.KeptPairs(row, block, records.KeptCounts(per_block, per_n, of_blocks, of_rows))

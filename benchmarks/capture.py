@@ -17,9 +17,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -32,22 +30,17 @@ from preference_data import (
     Batch,
     DataError,
     PreferenceSet,
+    described,
     docstring_pairs,
     encode_pairs,
     read_pairs,
 )
 from quickstart_parts import Policy, at_least, load_policy
 
+from benchmarks import parser_of
 from benchmarks.capture_file import Capture
-from benchmarks.inputs import LogitTransform, Sharpness, label_logps
 
-
-class Completion(NamedTuple):
-    """One sequence of a pair."""
-
-    hidden: torch.Tensor  # [length, H]
-    labels: torch.Tensor  # [length]
-    ref_logps: torch.Tensor  # [] fp32, their sum
+Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], labels [T], ref_logps []
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,13 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokens, hidden = capture.hidden.shape
     size = f"{tokens} tokens x {hidden} x {len(capture.weight)}, {capture.weight.dtype}"
     print(f"{capture.model}: {capture.pairs} pairs, {size}; reference {capture.reference}")
-    print(f"{Sharpness(**capture.sharpness)}\nwritten to {args.out}")
+    print(f"written to {args.out}")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("model", metavar="MODEL", help="path or id")
     add("--out", type=Path, required=True, metavar="PATH", help="the file to write")
@@ -92,23 +83,24 @@ def captured(args: argparse.Namespace) -> Capture:
     if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise DataError(f"{args.reference} cannot be the reference of {args.model}: another vocabulary")
 
-    chosen, rejected = [], []
-    found: Counter[str] = Counter()
+    chosen, rejected, found = [], [], Counter()
     with tqdm(total=args.tokens, desc="completion tokens") as bar:
         for pair in pairs:
-            encoded, report = encode_pairs([pair], policy.tokenizer, min(args.max_length, policy.max_length))
-            found.update({name: count for name, count in vars(report).items() if count})
+            encoded, counts = encode_pairs([pair], policy.tokenizer, min(args.max_length, policy.max_length))
+            found += counts
             if encoded:
-                both = completions(PreferenceSet(encoded, 1, args.device).batch([0]), policy, reference)
-                chosen.append(both[0])
-                rejected.append(both[1])
-                bar.update(len(both[0].labels) + len(both[1].labels))
+                batch = PreferenceSet(encoded, 1, args.device).batch([0])
+                for side, completion in zip(
+                    (chosen, rejected), completions(batch, policy, reference), strict=True
+                ):
+                    side.append(completion)
+                    bar.update(len(completion[1]))
             if bar.n >= args.tokens:
                 break
     if not chosen:
-        raise DataError(f"no pairs are left: {dict(found)} with --max-length {args.max_length}")
+        raise DataError(f"no pairs are left: {described(found)} with --max-length {args.max_length}")
     if bar.n < args.tokens:
-        print(f"The data has {bar.n} completion tokens, not {args.tokens}; pairs: {dict(found)}")
+        print(f"The data has {bar.n} completion tokens, not {args.tokens}; pairs: {described(found)}")
     return pack(chosen + rejected, policy, args)
 
 
@@ -120,28 +112,24 @@ def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Complet
     if reference is not policy:
         _, logits = reference.through_head(batch)
     ref_logps = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
-    parts = zip(hidden.split(lengths), labels.split(lengths), ref_logps.split(lengths), strict=True)
-    return [Completion(hidden, labels, logps.sum()) for hidden, labels, logps in parts]
+    sums = [logps.sum() for logps in ref_logps.split(lengths)]
+    return list(zip(hidden.split(lengths), labels.split(lengths), sums, strict=True))
 
 
 def pack(sequences: list[Completion], policy: Policy, args: argparse.Namespace) -> Capture:
-    hidden, labels = (torch.cat([getattr(one, name) for one in sequences]) for name in ("hidden", "labels"))
-    lengths = torch.tensor([0, *(len(sequence.labels) for sequence in sequences)])
-    weight, bias = policy.weight.detach(), None if policy.bias is None else policy.bias.detach()
-    transform = LogitTransform(**policy.logit_options)
-    _, _, sharpness = label_logps(hidden, weight, bias, transform, lambda rows, _: labels[rows])
+    hidden, labels, ref_logps = zip(*sequences, strict=True)
+    lengths = torch.tensor([0, *map(len, labels)])
     return Capture(
-        hidden=hidden.cpu(),
-        weight=weight.cpu(),
-        bias=None if bias is None else bias.cpu(),
-        labels=labels.cpu(),
+        hidden=torch.cat(hidden).cpu(),
+        weight=policy.weight.detach().cpu(),
+        bias=None if policy.bias is None else policy.bias.detach().cpu(),
+        labels=torch.cat(labels).cpu(),
         cu_seqlens=lengths.cumsum(0),
-        ref_logps=torch.stack([sequence.ref_logps for sequence in sequences]).cpu(),
+        ref_logps=torch.stack(ref_logps).cpu(),
         **policy.logit_options,
         model=public_name(args.model),
         reference=public_name(args.reference or args.model),
         data=args.data.name if args.data else "docstrings of Python's standard library",
-        sharpness=asdict(sharpness),
     )
 
 

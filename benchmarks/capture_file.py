@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, Sequences, Shape, Sharpness, label_logps, saturated
+from benchmarks.inputs import Batch, Sequences, Shape, Sharpness, Source, label_logps, saturated
 
 
 class CaptureError(ValueError):
@@ -34,7 +35,6 @@ class Capture:
     model: str
     reference: str  # the model that ref_logps are of
     data: str
-    sharpness: dict[str, Any]  # of the model on these tokens: the fields of `Sharpness`
 
     def save(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,39 +69,32 @@ class Capture:
 
     def first(self, pairs: int) -> Capture:
         """The first pairs alone."""
-        sequences = torch.arange(2 * self.pairs).view(2, -1)[:, :pairs].flatten()
-        token_ranges = [slice(*self.cu_seqlens[i : i + 2].tolist()) for i in sequences.tolist()]
-        lengths = self.cu_seqlens.diff()[sequences]
+        lengths = self.cu_seqlens.diff()
+        sequences = torch.arange(2 * self.pairs) % self.pairs < pairs
+        tokens = sequences.repeat_interleave(lengths)
         return replace(
             self,
-            hidden=torch.cat([self.hidden[tokens] for tokens in token_ranges]),
-            labels=torch.cat([self.labels[tokens] for tokens in token_ranges]),
-            cu_seqlens=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+            hidden=self.hidden[tokens],
+            labels=self.labels[tokens],
+            cu_seqlens=F.pad(lengths[sequences].cumsum(0), (1, 0)),
             ref_logps=self.ref_logps[sequences],
         )
 
 
 @dataclass(frozen=True)
-class CapturedInput:
-    """A `Source` of benchmark input: the first pairs of a capture, in a dtype, on a device."""
+class CapturedInput(Source):
+    """Benchmark input of the first pairs of a capture, in a dtype, on a device."""
 
     path: Path
-    shape: Shape
-    tokens: int
-    pairs: int
-    dtype: torch.dtype
-    device: str
-
-    def build(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        capture = Capture.load(self.path).first(self.pairs)
-        # Copies: pages of the mapped file would count as memory of the step that touches them first.
-        tensors = (capture.hidden, capture.weight, capture.bias)
-        return tuple(x if x is None else x.to(self.device, self.dtype, copy=True) for x in tensors)
 
     def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
         """The captured batch; the sharpness is that of the tensors in this dtype."""
-        hidden, weight, bias = self.build()
         capture, transform = Capture.load(self.path).first(self.pairs), self.shape.transform
+        # Copies: pages of the mapped file would count as memory of the step that touches them first.
+        hidden, weight, bias = (
+            x if x is None else x.to(self.device, self.dtype, copy=True)
+            for x in (capture.hidden, capture.weight, capture.bias)
+        )
         labels = capture.labels.to(self.device)
         _, logps, sharpness = label_logps(hidden, weight, bias, transform, lambda rows, _: labels[rows])
         sequences = Sequences(capture.cu_seqlens.to(self.device))

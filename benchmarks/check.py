@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from benchmarks.inputs import Batch
+from benchmarks.inputs import Batch, transformed
 
 # A peer fails when its error exceeds this multiple of the error of plain PyTorch in the same dtype. Two fp32
 # GEMMs differ by a factor of 2 (MKL and oneDNN, 512 terms); a wrong rounding or a lost term costs far more.
@@ -125,35 +125,37 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     """The step as eager PyTorch in `dtype` takes it: logits and their gradient are rounded to `dtype`, the
     softmax is fp32 (float64 for float64)."""
     wide = torch.promote_types(dtype, torch.float32)
-    hidden, labels, sequences, transform = batch.hidden, batch.labels, batch.sequences, batch.transform
-    weight, bias = (x if x is None else x.to(dtype) for x in (batch.weight, batch.bias))
+    hidden, labels, sequences = batch.hidden.detach(), batch.labels, batch.sequences
+    weight, bias = (x if x is None else x.detach().to(dtype) for x in (batch.weight, batch.bias))
 
-    def logits(tokens: torch.Tensor, vocab: torch.Tensor | slice = slice(None)) -> torch.Tensor:
-        b = None if bias is None else bias[vocab]
-        return transform(F.linear(hidden[tokens].to(dtype), weight[vocab], b).to(wide))
+    def logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return transformed(F.linear(hidden.to(dtype), weight, bias).to(wide), batch.transform)
 
-    def dlogits(z: torch.Tensor, tokens: torch.Tensor, vocab: torch.Tensor) -> torch.Tensor:
-        p = (z - lse[tokens, None]).exp()
-        dz = g[tokens, None] * ((labels[tokens, None] == vocab).to(wide) - p)
-        return (dz * transform.slope(z)).to(dtype)
+    def gradient(
+        z: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, entries: torch.Tensor
+    ) -> torch.Tensor:
+        p = (z.detach() - lse[tokens, None]).exp()
+        is_label = (labels[tokens, None] == entries).to(wide)
+        return torch.autograd.grad(z, x, g[tokens, None] * (is_label - p))[0]
 
     lse, target = torch.empty(2, len(labels), dtype=wide, device=labels.device)
-    everything, entries = (torch.arange(len(x), device=labels.device) for x in (labels, weight))
+    tokens, entries = (torch.arange(len(x), device=labels.device) for x in (labels, weight))
     description = f"reference in {str(dtype).removeprefix('torch.')}"
-    tiles = everything.split(max(1, LOGITS_AT_ONCE // len(weight)))
-    for tokens in tqdm(tiles, desc=description, leave=False, disable=None):
-        z = logits(tokens)
-        lse[tokens], target[tokens] = z.logsumexp(-1), z.gather(-1, labels[tokens, None])[:, 0]
+    chunks = tokens.split(max(1, LOGITS_AT_ONCE // len(weight)))
+    for chunk in tqdm(chunks, desc=description, leave=False, disable=None):
+        z = logits(hidden[chunk], weight, bias)
+        lse[chunk], target[chunk] = z.logsumexp(-1), z.gather(-1, labels[chunk, None])[:, 0]
 
     logps = sequences.sums(target - lse).requires_grad_()  # [2B]
     with torch.enable_grad():
         losses = batch.losses(logps)
         (slopes,) = torch.autograd.grad(losses.mean(), logps)
-    g = sequences.per_token(slopes)  # [N]
-
-    # CPUs may have no fast bf16 product of this form; in bf16, too, the sums are fp32.
-    dhidden = (dlogits(logits(rows), rows, entries).to(wide) @ weight.to(wide)).to(dtype)
-    dweight = None
-    if batch.weight.requires_grad:
-        dweight = dlogits(logits(everything, vocab), everything, vocab).T @ hidden.to(dtype)
+        g = sequences.per_token(slopes)  # [N]
+        some = hidden[rows].to(dtype).requires_grad_()
+        dhidden = gradient(logits(some, weight, bias), some, rows, entries)
+        dweight = None
+        if batch.weight.requires_grad:
+            some = weight[vocab].requires_grad_()
+            z = logits(hidden, some, None if bias is None else bias[vocab])
+            dweight = gradient(z, some, tokens, vocab)
     return Sampled(losses.detach(), dhidden, dweight)

@@ -1,4 +1,4 @@
-"""`make gpu`: GPU tests, throughput benchmark, tuning sweep, and the benchmark on the tuned table.
+"""`make gpu`: GPU tests, throughput benchmark, tuning sweep, and the benchmark of more sizes.
 
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results
 
@@ -9,7 +9,6 @@ and is written after each. The exit status is 1 where a step failed, 2 without a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib.util
 import json
@@ -30,6 +29,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import parser_of
+
 ROOT = Path(__file__).resolve().parents[1]
 NEEDED = ("hypothesis", "numpy", "pandas", "psutil", "pytest", "tqdm", "triton")
 GRACE_SECONDS = 15  # between interrupt and kill: pytest writes its report
@@ -47,9 +48,7 @@ class Step(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="for all steps (default: 8)")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
     parser.add_argument("--commit", metavar="ID", help="of a tree that was copied without .git")
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"make gpu needs {', '.join(missing)}: python -m pip install {' '.join(missing)}", file=sys.stderr
         )
         return 2
-    from benchmarks.report import environment
+    from benchmarks.report import environment, write_json
 
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
@@ -71,13 +70,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     about["commit"] = about["commit"] or options.commit
     report = {"device": about["device"], "environment": about, "steps": [], "reports": {}}
     path = options.out / (re.sub(r"[^a-z0-9]+", "-", about["device"].lower()).strip("-") + ".json")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         for step in steps(Path(folder)):
             try:
                 run_step(step, deadline, report)
             finally:
-                path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+                write_json(report, path)
     print(f"\n{about['device']}, written to {path}")
     for step in report["steps"]:
         print(f"  {step['name']}: {step['status']}, {step['seconds']:.0f} s")
@@ -85,7 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def steps(folder: Path) -> Iterator[Step]:
-    """Each is made when the one before it has ended."""
     memory = torch.cuda.get_device_properties(0).total_memory
     # A test holds up to 15 GiB. Those of 2^31 elements hold more and run one at a time.
     processes = max(1, min(6, (os.cpu_count() or 1) // 2, memory // (20 * 2**30)))
@@ -99,10 +96,9 @@ def steps(folder: Path) -> Iterator[Step]:
     table = folder / "tuning.json"
     tune = [sys.executable, "benchmarks/tune.py", "--seconds", "80", "--json", str(table)]
     yield Step("tuning", 95, tune, table)
-    options = ["--launch-table", str(table)] if table.exists() else []
-    options += ["--tokens", "8192", "1024", "256", "--head", "full", "frozen"]
-    peers = [name for name in peers if name != "compile"]  # takes long for each size
-    yield benchmark_step(folder, "tuned", 100, *options, "--only", *peers)
+    peers.remove("compile")  # takes long for each size
+    sizes = ["--tokens", "8192", "1024", "256", "--head", "full", "frozen"]
+    yield benchmark_step(folder, "sizes", 100, *sizes, "--only", *peers)
 
 
 def test_step(folder: Path, name: str, seconds: float, selected: str, processes: int) -> Step:

@@ -5,16 +5,18 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from benchmarks.objectives import BETA, OBJECTIVES, Objective
+from focalkern.records import LogitTransform
 
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
 CALIBRATION_ROWS = 128
@@ -27,21 +29,11 @@ SATURATED_U = 20.0  # dL/du = -sigmoid(-20) = -2e-9: next to no gradient
 UNTRAINED_STD = 0.02  # of the weights as transformers initialises them (`initializer_range`)
 
 
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to `hidden @ weight.T + bias`: a scale (Cohere, Granite), then a softcap (Gemma)."""
-
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits if self.logit_scale == 1 else self.logit_scale * logits
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def slope(self, transformed: torch.Tensor) -> torch.Tensor | float:
-        """Derivative of the transformed logits by those that went in."""
-        bend = 1.0 if self.softcap is None else 1 - (transformed / self.softcap) ** 2
-        return self.logit_scale * bend
+def transformed(logits: torch.Tensor, transform: LogitTransform) -> torch.Tensor:
+    """What a model makes of `hidden @ weight.T + bias`: a scale (Cohere, Granite), then a softcap (Gemma)."""
+    logits = logits if transform.logit_scale == 1 else transform.logit_scale * logits
+    cap = transform.softcap
+    return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @dataclass(frozen=True)
@@ -56,7 +48,7 @@ class Shape:
 
     @property
     def transform(self) -> LogitTransform:
-        return LogitTransform(self.softcap, self.logit_scale)
+        return LogitTransform(softcap=self.softcap, logit_scale=self.logit_scale)
 
 
 SHAPES = {
@@ -70,39 +62,25 @@ SHAPES = {
 }
 
 
-class Source(Protocol):
-    """Where hidden states and head come from: a `Recipe`, or a `CapturedInput`. Small, and pickled."""
-
-    @property
-    def shape(self) -> Shape: ...
-    @property
-    def tokens(self) -> int: ...
-    @property
-    def pairs(self) -> int: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    @property
-    def device(self) -> str: ...
-
-    def build(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Hidden states `[N, H]`, head `[V, H]` and its bias `[V]`: the same ones in every process."""
-
-    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
-        """What the peers receive, its first pairs saturated (next to no gradient), and how sharp it is."""
-
-    def about(self) -> dict[str, Any]:
-        """For the report: the kind of input under "kind", and what else it takes to make it again."""
-
-
 @dataclass(frozen=True)
-class Recipe:
-    """All that it takes to build the same hidden states and head again, bit for bit on the same device."""
+class Source:
+    """Where hidden states and head come from. Small, and pickled: every process builds the same tensors.
+
+    `batch(saturated_pairs)` gives what the peers receive, its first pairs saturated (next to no gradient),
+    and how sharp it is. `about()` gives the kind of input, and what else it takes to make it again.
+    """
 
     shape: Shape
     tokens: int
     pairs: int
     dtype: torch.dtype
     device: str
+
+
+@dataclass(frozen=True)
+class Recipe(Source):
+    """Generated input, bit for bit the same on the same device."""
+
     scale: float | None = 1.0  # None: random weights, of an untrained model
     seed: int = 0
 
@@ -166,14 +144,18 @@ class Sequences:
     @functools.cached_property
     def slots(self) -> torch.Tensor:  # [N]
         """Where each token lies in `[2B, longest]`."""
-        longest = max(self.lengths)
-        padded = torch.arange(len(self.lengths) * longest, device=self.cu_seqlens.device).view(-1, longest)
-        inside = torch.arange(longest, device=padded.device) < self.cu_seqlens.diff()[:, None]
-        return padded[inside]
+        position = torch.arange(max(self.lengths), device=self.cu_seqlens.device)
+        return (position < self.cu_seqlens.diff()[:, None]).flatten().nonzero()[:, 0]
+
+    def padded(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:  # [N, ...] -> [2B, longest, ...]
+        """No copy if all sequences are as long."""
+        size = len(self.lengths), max(self.lengths), *values.shape[1:]
+        if min(self.lengths) == max(self.lengths):
+            return values.view(size)
+        return values.new_full(size, fill).flatten(0, 1).index_copy(0, self.slots, values).view(size)
 
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:  # [N] -> [2B]
-        padded = per_token.new_zeros(len(self.lengths) * max(self.lengths))
-        return padded.index_copy(0, self.slots, per_token).view(len(self.lengths), -1).sum(-1)
+        return self.padded(per_token).sum(-1)
 
     def per_token(self, per_sequence: torch.Tensor) -> torch.Tensor:  # [2B] -> [N]
         return per_sequence.repeat_interleave(self.cu_seqlens.diff())
@@ -214,12 +196,6 @@ class Sharpness:
     entropy: float
     entries: float  # above 2^-12 per row
 
-    def __str__(self) -> str:
-        return (
-            f"NLL {self.nll:.2f}, entropy {self.entropy:.2f}, "
-            f"{self.entries:.0f} entries above 2^-12 per row (mean of {self.rows} rows)"
-        )
-
 
 @dataclass(frozen=True)
 class Case:
@@ -243,22 +219,19 @@ def calibrate(recipe: Recipe, entries: float) -> Recipe:
 
 @functools.cache
 def scale_for(shape: Shape, device: str, seed: int, entries: float) -> float:
-    """The scale of a recipe of this sharpness, by bisection; it depends on neither tokens nor dtype."""
+    """The scale of a recipe of this sharpness, by bisection: it depends on neither tokens nor dtype."""
     sample = Recipe(shape, CALIBRATION_ROWS, 1, torch.float32, device, seed=seed + 1)
     context, weight, _ = sample.build()
     evidence = (context - 1.0) @ weight.T  # [rows, V]
     frequency = weight.sum(dim=1)  # [V]
 
     def entries_at(scale: float) -> float:
-        z = shape.transform(torch.add(frequency, evidence, alpha=scale))
+        z = transformed(torch.add(frequency, evidence, alpha=scale), shape.transform)
         return (z > z.logsumexp(-1, keepdim=True) + math.log(PRESENT)).sum(-1).double().mean().item()
 
     # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
-    low, high = 3.0, 64.0
-    for _ in range(14):
-        middle = (low + high) / 2
-        low, high = (middle, high) if entries_at(middle) > entries else (low, middle)
-    return round(low, 3)
+    steps = bisect.bisect(range(3_000, 64_000), -entries, key=lambda scale: -entries_at(scale / 1000))
+    return (3_000 + steps) / 1000
 
 
 @torch.no_grad()
@@ -276,7 +249,7 @@ def label_logps(
     entries = torch.zeros((), dtype=torch.long, device=hidden.device)
     for start in range(0, len(hidden), ROWS_PER_CHUNK):
         rows = slice(start, start + ROWS_PER_CHUNK)
-        row_logps = transform(F.linear(hidden[rows], weight, bias).float()).log_softmax(-1)
+        row_logps = transformed(F.linear(hidden[rows], weight, bias).float(), transform).log_softmax(-1)
         probs = row_logps.exp()
         labels[rows] = labels_of(rows, probs)
         logps[rows] = row_logps.gather(-1, labels[rows, None])[:, 0]

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import psutil
 import torch
 
 T = TypeVar("T")
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True)
@@ -30,33 +30,8 @@ class Step:
     backward: Callable[[Any], Any] | None
 
 
-@dataclass(frozen=True)
-class Times:
-    """Seconds of each measured run, in the order in which they ran."""
-
-    samples: list[float]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.samples)
-
-    def as_ms(self) -> dict[str, Any]:
-        samples = [round(1e3 * sample, 4) for sample in self.samples]
-        return {
-            "median": statistics.median(samples),
-            "min": min(samples),
-            "max": max(samples),
-            "samples": samples,
-        }
-
-
-@dataclass(frozen=True)
-class StepTimes:
-    """`both` is timed as one stretch in the same runs, not added up afterwards."""
-
-    forward: Times
-    backward: Times
-    both: Times
+def reraise(name: str, error: Exception) -> None:
+    raise error
 
 
 def interleaved_times(
@@ -65,33 +40,43 @@ def interleaved_times(
     warmup: int,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
-    on_failure: Callable[[str, Exception], None] | None = None,
-) -> dict[str, StepTimes]:
+    on_failure: Callable[[str, Exception], None] = reraise,
+) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
+    In ms, as they stand in the JSON files. "both" is timed as one stretch in the same runs, not added up.
     `on_failure` is told of a step that raises, which then takes no further part.
     """
-    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
-        for name in list(samples):
+        for name in list(runs):
             try:
-                sample = time_once(steps[name], device)
+                run = time_once(steps[name], device)
             except Exception as error:
-                if on_failure is None:
-                    raise
-                del samples[name]
+                del runs[name]
                 on_failure(name, error)
                 continue
             if round_ >= warmup:
-                samples[name].append(sample)
+                runs[name].append(run)
             tick()
     return {
-        name: StepTimes(
-            forward=Times([forward for forward, _ in runs]),
-            backward=Times([both - forward for forward, both in runs]),
-            both=Times([both for _, both in runs]),
-        )
-        for name, runs in samples.items()
+        name: {
+            "forward_ms": in_ms(forward for forward, _ in found),
+            "backward_ms": in_ms(both - forward for forward, both in found),
+            "both_ms": in_ms(both for _, both in found),
+        }
+        for name, found in runs.items()
+    }
+
+
+def in_ms(seconds: Iterable[float]) -> dict[str, Any]:
+    """Median and range, and each run in the order in which they ran."""
+    samples = [round(1e3 * run, 4) for run in seconds]
+    return {
+        "median": statistics.median(samples),
+        "min": min(samples),
+        "max": max(samples),
+        "samples": samples,
     }
 
 
@@ -117,16 +102,11 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
     return forward, time.perf_counter() - began
 
 
-def release_cached(device: torch.device) -> None:
+def release_cached() -> None:
     """Give cached memory back to the GPU after a step ran out of it."""
-    if device.type == "cuda":
+    if torch.cuda.is_initialized():
         gc.collect()
         torch.cuda.empty_cache()
-
-
-def settle_exp() -> None:
-    """On CPUs, torch 2.13 can get the first multi-threaded exp of a process wrong: let it be this one."""
-    torch.exp(torch.randn(100))
 
 
 @dataclass(frozen=True)
@@ -148,36 +128,18 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        returned = tensor_bytes(call())
+        returned = sum(tensor.nbytes for tensor in call())
         torch.cuda.synchronize(device)
         return PeakMemory(max(0, torch.cuda.max_memory_allocated(device) - before - returned))
 
-    return_freed_memory()
     with contextlib.suppress(OSError):  # where it is not allowed, the old peak stands: an upper limit
         Path("/proc/self/clear_refs").write_text("5")
     before, peak_before = psutil.Process().memory_info().rss, peak_resident_bytes()
-    returned = tensor_bytes(call())
+    returned = sum(tensor.nbytes for tensor in call())
     peak = peak_resident_bytes()
     # The counters lag by some pages per core, hence the slack; without a reset the two may be far apart.
     upper_limit = peak <= peak_before and peak_before - before > 8 * 2**20
     return PeakMemory(max(0, peak - before - returned), upper_limit)
-
-
-def tensor_bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def return_freed_memory() -> None:
-    """Let glibc give free memory back to the system, now and whenever a tensor is freed.
-
-    Else it keeps blocks of up to 32 MiB in a heap, and the peak depends on how that came to be fragmented:
-    the same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
-            libc.mallopt(M_MMAP_THRESHOLD, 2**17)
-            libc.malloc_trim(0)
 
 
 def peak_resident_bytes() -> int:
@@ -191,9 +153,33 @@ def peak_resident_bytes() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed.
+
+    There glibc gives freed tensors back to the system. Else it keeps blocks of up to 32 MiB in a heap, and
+    the peak depends on how that came to be fragmented: the same step of eager PyTorch took 5.0 or 6.0 times
+    its logits, always 3.0 with this.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with (
+        mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)),
+        ProcessPoolExecutor(1, spawn) as pool,
+    ):
         return pool.submit(function, *arguments).result()
+
+
+@contextlib.contextmanager
+def memory_limit(device: str) -> Iterator[None]:
+    """Let an allocation beyond the free memory raise. Linux grants it, and kills the process later."""
+    if device != "cpu" or sys.platform != "linux":
+        yield
+        return
+    process = psutil.Process()
+    before, hard = process.rlimit(psutil.RLIMIT_DATA)
+    process.rlimit(psutil.RLIMIT_DATA, (process.memory_info().data + int(0.9 * available_bytes()), hard))
+    try:
+        yield
+    finally:
+        process.rlimit(psutil.RLIMIT_DATA, (before, hard))
 
 
 def available_bytes() -> int:

@@ -1,8 +1,4 @@
-"""The losses that the benchmark compares: one plain definition, the same for the peers and for float64.
-
-`peers.py` calls an `Objective` on the log-probs of those peers that give no more than these, `check.py` in
-float64 for the truth.
-"""
+"""The losses that the benchmark compares: one plain definition, for the peers' log-probs and for float64."""
 
 from __future__ import annotations
 
@@ -19,14 +15,7 @@ ROUNDING = 8 * torch.finfo(torch.float32).eps
 
 @dataclass(frozen=True)
 class Objective:
-    """A preference loss: the objective of `FusedFocalPOLoss` with the settings of one of its presets.
-
-    score   s = logps - ref_logps (logps alone: `reference_free`), by |s| if `length_normalize`
-    margin  M = beta * [(logps_w - ref_w) - (logps_l - ref_l)], as s by |s|;  M* = (M - mean) / std over
-            this batch (unbiased), a constant
-    logit   u = beta * (s_w - s_l) - margin - alpha * M*,  p = sigmoid(u)
-    loss    -p^gamma * log p
-    """
+    """A preference loss, by the arguments of `FusedFocalPOLoss` and by its formula."""
 
     name: str
     beta: float
@@ -56,10 +45,8 @@ class Objective:
         """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
         chosen, rejected = (logps - ref_logps).chunk(2)
         margin = self.beta * (chosen - rejected)
-        if len(margin) == 1:
-            return torch.zeros_like(margin)
         rounding = ROUNDING * self.beta * (logps.abs().max() + ref_logps.abs().max())
-        std = margin.std()
+        std = margin.std() if len(margin) > 1 else torch.zeros_like(rounding)
         return torch.where(std > rounding, (margin - margin.mean()) / std, 0.0)
 
 

@@ -1,7 +1,7 @@
 """The peers of the benchmark: each computes the loss of a `Batch` its own way.
 
-`throughput.py` calls a peer's loader once for each comparison. The loader imports the peer's package and
-returns the loss function. Both raise `Unavailable` with the reason where the peer cannot run.
+A peer's loader is called once for each comparison: it imports the peer's package and returns the loss
+function. Both raise `Unavailable` with the reason where the peer cannot run.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, LogitTransform
+from benchmarks.inputs import Batch, LogitTransform, transformed
 from benchmarks.objectives import Objective
+from focalkern import FusedFocalPOLoss
 
 LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
 QUACK_ROWS = 4096  # QuACK's default chunk
@@ -29,7 +30,6 @@ class PeerLoss:
     loss: torch.Tensor
     # Of the (token, vocabulary block) pairs, filled in by the backward; None of a peer that drops none.
     kept_share: torch.Tensor | None = None
-    note: str = ""  # what a reader of its times must know
 
 
 LossFn = Callable[[Batch], PeerLoss]
@@ -41,12 +41,10 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Peer:
-    """One way to compute the loss: its name in the table, how to get it, and the bytes that it holds."""
+    """One way to compute the loss: its name in the table, and how to get it."""
 
     name: str
     load: Callable[[str], LossFn]  # takes the device type
-    # Of (tokens, pairs, vocab), besides gradients: roughly, as measured on a CPU, rounded up.
-    held_bytes: Callable[[int, int, int], int] = lambda tokens, pairs, vocab: 0
     compiled: bool = False  # by torch.compile, whose own memory at the first call is not the peer's
 
 
@@ -63,7 +61,7 @@ def load_eager(device_type: str) -> LossFn:
     """TRL's way before its fused head: logits, upcast to fp32, gather minus logsumexp."""
 
     def loss(batch: Batch) -> PeerLoss:
-        logits = batch.transform(F.linear(batch.hidden, batch.weight, batch.bias).float())  # [N, V]
+        logits = transformed(F.linear(batch.hidden, batch.weight, batch.bias).float(), batch.transform)
         target = logits.gather(-1, batch.labels[:, None])[:, 0]
         lse = torch.cat([sequence.logsumexp(-1) for sequence in logits.split(batch.sequences.lengths)])
         return loss_of_tokens(batch, target - lse)
@@ -73,19 +71,12 @@ def load_eager(device_type: str) -> LossFn:
 
 def load_compiled(device_type: str) -> LossFn:
     """The log-probs of eager PyTorch through torch.compile in its default mode, for exactly the shapes of the
-    batch (`dynamic=False`): it fuses what follows the GEMM of the logits, and keeps them for the backward.
-    """
+    batch: it fuses what follows the GEMM of the logits, and keeps them for the backward."""
     require_compiler(device_type)
 
     @functools.partial(torch.compile, dynamic=False)
-    def token_logps(
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        labels: torch.Tensor,
-        transform: LogitTransform,
-    ) -> torch.Tensor:
-        logits = transform(F.linear(hidden, weight, bias).float())
+    def token_logps(hidden, weight, bias, labels, transform):
+        logits = transformed(F.linear(hidden, weight, bias).float(), transform)
         return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
 
     def loss(batch: Batch) -> PeerLoss:
@@ -100,15 +91,13 @@ def require_compiler(device_type: str) -> None:
 
     What was compiled for other batches is forgotten: after 8 recompilations torch would run eagerly.
     """
-    problem = compiler_problem(device_type)
-    if problem:
+    if problem := compiler_problem(device_type):
         raise Unavailable(f"torch.compile does not work here: {problem}")
     torch.compiler.reset()
 
 
 @functools.cache
 def compiler_problem(device_type: str) -> str:
-    """Why torch.compile does not work here, or nothing."""
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device_type))
     except Exception as error:  # what it raises depends on what is missing
@@ -148,37 +137,32 @@ def load_trl(device_type: str) -> LossFn:
 def load_liger(device_type: str) -> LossFn:
     """Liger's `LigerFusedLinearDPOLoss` and SimPO's: one pair at a time, gradients already in the forward.
 
-    With its own torch.compile, which its default is, or without where there is no compiler; a chunk is one
-    pair, its default too. Its DPO computes the reference log-probs itself, from the hidden states and head of
-    the reference model: a GEMM over all logits that no other peer has to do. Here it is given them, in the
-    place of these hidden states (`given_reference`). Sequences of different lengths are padded.
+    By default it is compiled, and a chunk is one pair. Its DPO computes the reference log-probs itself, from
+    hidden states and head of the reference model: a GEMM over all logits that no other peer has to do. Here
+    it is given them, in the place of these hidden states. Shorter sequences are padded.
     """
+    require_compiler(device_type)
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearSimPOLoss
         from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
     except ImportError as error:
         raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
     given_reference(LigerFusedLinearPreferenceBase)
-    problem = compiler_problem(device_type)
-    compiled, note = not problem, f"without torch.compile: {problem}" if problem else ""
-    if compiled:
-        torch.compiler.reset()
 
     def loss(batch: Batch) -> PeerLoss:
         require_plain_logits("Liger's head", batch.transform)
         objective = batch.objective
-        hidden, labels = padded(batch)
+        hidden, labels = batch.sequences.padded(batch.hidden), batch.sequences.padded(batch.labels, fill=-100)
+        reference = {}
         if objective.name == "dpo":
-            dpo = LigerFusedLinearDPOLoss(beta=objective.beta, compiled=compiled)
-            reference = batch.ref_logps[:, None].expand_as(labels)
-            value = dpo(batch.weight, hidden, labels, bias=batch.bias, ref_input=reference)[0]
-            return PeerLoss(value, note=note)
-        if objective.name == "simpo":
-            simpo = LigerFusedLinearSimPOLoss(
-                beta=objective.beta, gamma=objective.margin, compute_nll_loss=False, compiled=compiled
-            )
-            return PeerLoss(simpo(batch.weight, hidden, labels, bias=batch.bias)[0], note=note)
-        raise Unavailable(f"Liger has no {objective.name}")
+            head = LigerFusedLinearDPOLoss(beta=objective.beta)
+            reference["ref_input"] = batch.ref_logps[:, None].expand_as(labels)
+        elif objective.name == "simpo":
+            options = {"beta": objective.beta, "gamma": objective.margin, "compute_nll_loss": False}
+            head = LigerFusedLinearSimPOLoss(**options)
+        else:
+            raise Unavailable(f"Liger has no {objective.name}")
+        return PeerLoss(head(batch.weight, hidden, labels, bias=batch.bias, **reference)[0])
 
     return loss
 
@@ -199,18 +183,6 @@ def given_reference(base: Any) -> None:
         return chosen, rejected, None, None, 0.0
 
     base.chunk_forward = staticmethod(chunk_forward)
-
-
-def padded(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:  # [2B, T, H], [2B, T]
-    """Hidden states and labels with -100 at the end of the shorter sequences; no copy if all are as long."""
-    lengths, slots = batch.sequences.lengths, batch.sequences.slots
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return batch.hidden.view(len(lengths), longest, -1), batch.labels.view(len(lengths), longest)
-    hidden = batch.hidden.new_zeros(len(lengths) * longest, batch.hidden.shape[1])
-    labels = batch.labels.new_full((len(lengths) * longest,), -100)
-    hidden, labels = hidden.index_copy(0, slots, batch.hidden), labels.index_copy(0, slots, batch.labels)
-    return hidden.view(len(lengths), longest, -1), labels.view(len(lengths), longest)
 
 
 def load_cce(device_type: str, impl: str) -> LossFn:
@@ -234,15 +206,10 @@ def load_cce(device_type: str, impl: str) -> LossFn:
         if batch.bias is not None:
             raise Unavailable("CCE has no bias")
         require_plain_logits("CCE", LogitTransform(logit_scale=batch.transform.logit_scale))
-        nll = linear_cross_entropy(
-            batch.hidden,
-            batch.weight,
-            batch.labels,
-            softcap=batch.transform.softcap,
-            reduction="none",
-            impl=impl,
+        options = {"softcap": batch.transform.softcap, "reduction": "none", "impl": impl}
+        return loss_of_tokens(
+            batch, -linear_cross_entropy(batch.hidden, batch.weight, batch.labels, **options)
         )
-        return loss_of_tokens(batch, -nll)
 
     return loss
 
@@ -256,18 +223,12 @@ def load_torch_lce(device_type: str, rows: int | None) -> LossFn:
     """
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"PyTorch {torch.__version__} has no chunked linear_cross_entropy (2.13 has)")
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+    options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)}
 
     def loss(batch: Batch) -> PeerLoss:
         require_plain_logits("linear_cross_entropy", batch.transform)
-        nll = F.linear_cross_entropy(
-            batch.hidden,
-            batch.weight,
-            batch.labels,
-            linear_bias=batch.bias,
-            reduction="none",
-            options=options,
-        )
+        given = (batch.hidden, batch.weight, batch.labels)
+        nll = F.linear_cross_entropy(*given, linear_bias=batch.bias, **options)
         return loss_of_tokens(batch, -nll.float())
 
     return loss
@@ -319,15 +280,13 @@ def load_focalkern(device_type: str, backend: str, backward: str, tau: float | s
     """This library."""
     if backend == "triton" and device_type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
-    try:
-        import focalkern
-    except ImportError as error:
-        raise Unavailable(f"cannot be imported: {error}") from error
 
     @functools.cache
-    def configured(objective: Objective, transform: LogitTransform) -> focalkern.FusedFocalPOLoss:
-        head: dict[str, Any] = {"softcap": transform.softcap, "logit_scale": transform.logit_scale}
-        return focalkern_loss(objective, **head, backward=backward, tau=tau, backend=backend).to(device_type)
+    def configured(objective: Objective, transform: LogitTransform) -> FusedFocalPOLoss:
+        options = {name: value for name, value in vars(objective).items() if name != "name"}
+        # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
+        options |= {"ema_momentum": 0.0, "backend": backend, "backward": backward, "tau": tau}
+        return FusedFocalPOLoss(**options, **transform._asdict()).to(device_type)
 
     def loss(batch: Batch) -> PeerLoss:
         ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
@@ -345,56 +304,25 @@ def load_focalkern(device_type: str, backend: str, backward: str, tau: float | s
     return loss
 
 
-def focalkern_loss(objective: Objective, **head: Any) -> Any:
-    """The preset of `FusedFocalPOLoss` that is this objective."""
-    from focalkern import FusedFocalPOLoss
-
-    if objective.name == "dpo":
-        return FusedFocalPOLoss.dpo(objective.beta, **head)
-    if objective.name == "focalpo":
-        return FusedFocalPOLoss(beta=objective.beta, gamma=objective.gamma, **head)
-    if objective.name == "simpo":
-        return FusedFocalPOLoss.simpo(objective.beta, objective.margin, **head)
-    # Without momentum, the running mean and deviation of the margins are those of the batch.
-    return FusedFocalPOLoss.alpha_dpo(
-        objective.beta, objective.margin, objective.alpha, ema_momentum=0.0, **head
-    )
-
-
 def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
     """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
 
-    def focalkern(backend: str, backward: str) -> Callable[[str], LossFn]:
-        return lambda device_type: load_focalkern(device_type, backend, backward, tau)
-
-    def logits(tokens: int, pairs: int, vocab: int) -> int:
-        return 16 * tokens * vocab
-
-    def logits_of_a_pair(tokens: int, pairs: int, vocab: int) -> int:
-        return 16 * tokens // pairs * vocab
-
-    def logits_of_rows(tokens: int, pairs: int, vocab: int) -> int:
-        return 16 * min(tokens, LCE_ROWS) * vocab
-
-    def trl_chunk(tokens: int, pairs: int, vocab: int) -> int:
-        return 36 * min(tokens, 4096) * min(vocab, 32768)
-
-    def load(function: Callable[..., LossFn], option: Any) -> Callable[[str], LossFn]:
-        return lambda device_type: function(device_type, option)
+    def load(function: Callable[..., LossFn], *options: Any) -> Callable[[str], LossFn]:
+        return lambda device_type: function(device_type, *options)
 
     return {
-        "triton": Peer("focalkern (triton)", focalkern("triton", "certified")),
-        "triton-exact": Peer("focalkern (triton, exact)", focalkern("triton", "exact")),
-        "torch": Peer("focalkern (torch)", focalkern("torch", "certified")),
-        "torch-exact": Peer("focalkern (torch, exact)", focalkern("torch", "exact")),
-        "eager": Peer("eager PyTorch", load_eager, logits),
-        "compile": Peer("compiled PyTorch", load_compiled, logits, compiled=True),
-        "trl": Peer("TRL head", load_trl, trl_chunk),
-        "liger": Peer("Liger", load_liger, logits_of_a_pair, compiled=True),
+        "triton": Peer("focalkern (triton)", load(load_focalkern, "triton", "certified", tau)),
+        "triton-exact": Peer("focalkern (triton, exact)", load(load_focalkern, "triton", "exact", tau)),
+        "torch": Peer("focalkern (torch)", load(load_focalkern, "torch", "certified", tau)),
+        "torch-exact": Peer("focalkern (torch, exact)", load(load_focalkern, "torch", "exact", tau)),
+        "eager": Peer("eager PyTorch", load_eager),
+        "compile": Peer("compiled PyTorch", load_compiled, compiled=True),
+        "trl": Peer("TRL head", load_trl),
+        "liger": Peer("Liger", load_liger, compiled=True),
         "cce": Peer("CCE", load(load_cce, "cce")),
-        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), logits, compiled=True),
-        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None), logits_of_rows),
-        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS), logits_of_rows),
+        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), compiled=True),
+        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None)),
+        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS)),
         "quack": Peer("QuACK chunked", load(load_quack, False)),
         "quack-fused": Peer("QuACK fused", load(load_quack, True)),
     }

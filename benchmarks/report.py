@@ -9,23 +9,26 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import textwrap
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/figures")
@@ -82,6 +85,14 @@ def commit() -> str | None:
         return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def write_json(data: Json, path: Path) -> None:
+    """Whole, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".part")
+    unfinished.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
 
 
 # A comparison: as `throughput.py` writes it, and in a table
@@ -145,16 +156,13 @@ def terminal(comparison: Json) -> str:
     ]
     found, table = frame(comparison), []
     if len(found):
-        shown = pd.DataFrame({"fwd ms": found["forward"].map(number), "both ms": found["both"].map(number)})
-        shown["x focalkern"] = found["ratio"].map("{:.2f}".format, na_action="ignore")
-        shown["kept"] = found["kept"].map(percent)
-        shown["extra MiB"] = found["memory"]
-        shown["error"] = found["dhidden"].map(scientific)
-        table = [shown.set_axis(found["peer"], axis=0).rename_axis(None).fillna("").to_string()]
-    reasons: dict[str, list[str]] = {}
+        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "memory", "dhidden"]]
+        shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
+        table = [shown.rename_axis(None).to_string()]
+    reasons = defaultdict(list)
     for row in rows:
         if row["status"] != "ok" or row["note"]:
-            reasons.setdefault(": ".join(filter(None, (row["status"], row["note"]))), []).append(row["peer"])
+            reasons[": ".join(filter(None, (row["status"], row["note"])))].append(row["peer"])
     notes = [f"{', '.join(peers)}: {reason}" for reason, peers in reasons.items()]
     return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
 
@@ -169,20 +177,18 @@ def number(value: float) -> str:
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
 
 
-def percent(share: float | None) -> str:
-    return "" if pd.isna(share) else f"{100 * share:.3g} %"
+def percent(share: float) -> str:
+    return f"{100 * share:.3g} %"
 
 
-def scientific(value: float | str | None) -> str:
+def scientific(value: float | str) -> str:
     """Two digits; NaN and infinity are words in the files."""
-    if isinstance(value, str):
-        return value
-    return "" if value is None or pd.isna(value) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
+    return value if isinstance(value, str) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
 
 
 # Plots
 
-SWEEPS = {  # over what: the axis, and what stands on the other two
+SWEEPS = {  # over what: the axis, and the quantities of the two panels
     "tokens": ("tokens", {"both": "forward and backward, ms", "extra": "extra memory, MiB"}),
     "sharpness": (
         "softmax entries above 2^-12 per token",
@@ -194,12 +200,12 @@ MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
 
 def sweep(report: Json, over: str) -> list[list[Json]]:
     """Groups of comparisons that differ in nothing but the tokens or the sharpness, in that order."""
-    groups: dict[tuple[Any, ...], list[Json]] = {}
+    groups = defaultdict(list)
     for comparison in sorted(report["comparisons"], key=lambda each: (is_flat(each), place(each, over))):
         about = comparison["input"]
         other = (about["kind"], about.get("scale")) if over == "tokens" else comparison["tokens"]
         names = ("dtype", "loss", "frozen_head", "saturated_pairs")
-        groups.setdefault((*(comparison[name] for name in names), other), []).append(comparison)
+        groups[(*(comparison[name] for name in names), other)].append(comparison)
     return [group for group in groups.values() if len(group) > 1]
 
 
@@ -235,12 +241,10 @@ def draw(report: Json, over: str, path: Path) -> None:
         for panel, (column, label) in zip(row, quantities.items(), strict=True):
             for i, peer in enumerate(peers):  # the same colour and marker in every panel
                 points = lines[lines["peer"] == peer].dropna(subset=column)
-                width = 2.4 if peer.startswith("focalkern") else 1.2
+                style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
+                style["linewidth"] = 2.4 if peer.startswith("focalkern") else 1.2
                 if len(points):
-                    (handles[peer],) = panel.plot(
-                        points["x"], points[column].astype(float),
-                        color=f"C{i}", marker=MARKERS[i % len(MARKERS)], linewidth=width,
-                    )  # fmt: skip
+                    (handles[peer],) = panel.plot(points["x"], points[column].astype(float), **style)
             panel.set(title=title_of(group[0], over), xlabel=axis, ylabel=label)
             panel.set_xticks(range(len(ticks)), ticks)
             panel.grid(alpha=0.3)
@@ -249,9 +253,8 @@ def draw(report: Json, over: str, path: Path) -> None:
                 panel.yaxis.set_major_formatter("{x:,g}")
             else:
                 panel.set_ylim(bottom=0)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=4, fontsize="small", frameon=False
-    )
+    options = {"loc": "outside lower center", "ncols": 4, "fontsize": "small", "frameon": False}
+    figure.legend(handles.values(), handles, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"data": data_hash(report)})
 
@@ -325,14 +328,15 @@ class Results:
     def comparisons(self, *names: str) -> list[Json]:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
 
+    @property
     def gpus(self) -> list[Json]:
         """What `make gpu` wrote on each device."""
         return [file for file in self.files.values() if "reports" in file]
 
     def on_gpus(self) -> list[Json]:
         """The first comparison of each GPU, if focalkern was timed in it."""
-        reports = [found for gpu in self.gpus() for found in list(gpu["reports"].values())[:1]]
-        firsts = [found["comparisons"][0] for found in reports if found.get("comparisons")]
+        reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
+        firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
         return [each for each in firsts if not frame(each).index.intersection(OURS).empty]
 
     def sources(self, *names: str) -> str:
@@ -348,67 +352,64 @@ class Results:
 
 def markdown(columns: dict[str, Any]) -> str:
     """The first column to the left, the others to the right."""
-    table = pd.DataFrame(columns).fillna("")
+    table = pd.DataFrame(columns)
     lines = [list(table), ["---", *["---:"] * (len(table.columns) - 1)], *table.values.tolist()]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def by_input(name: str, comparisons: list[Json]) -> str:
     """A table of `BY_INPUT`."""
-    templates = BY_INPUT[name].items()
-    return markdown(
-        {title: [filled(each, template) for each in comparisons] for title, template in templates}
-    )
+    words = [words_of(comparison) for comparison in comparisons]
+    columns = BY_INPUT[name].items()
+    return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
 
 
-def filled(comparison: Json, template: str) -> str:
-    about, found = comparison["input"], frame(comparison)
-    fastest = found.drop(index=[ours_in(found), f"{ours_in(found)}-exact"], errors="ignore")["both"].idxmin()
+def words_of(comparison: Json) -> dict[str, str]:
+    """What stands for the names in braces of `BY_INPUT`."""
+    found = frame(comparison)
+    shown, ours = cells(found), ours_in(found)
+    fastest = found["both"].drop(index=[ours, f"{ours}-exact"], errors="ignore").idxmin()
+    entries = f"{comparison['input']['entries']:.0f}, {comparison['dtype']}"
     words = {
         "device": comparison["device"],
-        "fastest": f"{number(found.at[fastest, 'ratio'])}×, {found.at[fastest, 'peer']}",
-        "memories": f"{found.at[ours_in(found), 'memory']} : {found.at[fastest, 'memory']} MiB",
+        "fastest": f"{shown.at[fastest, 'ratio']}, {found.at[fastest, 'peer']}",
+        "memories": f"{found.at[ours, 'memory']} : {found.at[fastest, 'memory']} MiB",
         "size": size_of(comparison),
         "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
-        "entries": "random weights"
-        if is_flat(comparison)
-        else f"{about['entries']:.0f}, {comparison['dtype']}",
+        "entries": "random weights" if is_flat(comparison) else entries,
     }
-
-    def value(match: re.Match[str]) -> str:
-        if match[1] in words:
-            return words[match[1]]
-        peer, column = match[1].split()
-        peer = ours_in(found) if peer == "ours" else peer
-        missing = peer not in found.index or pd.isna(found.at[peer, column])
-        return "–" if missing else cells(found.loc[[peer]], column).iloc[0]
-
-    return re.sub("{(.*?)}", value, template)
+    peers = {**shown.T.to_dict(), "ours": shown.loc[ours]}
+    words |= {f"{name} {column}": cell for name, row in peers.items() for column, cell in row.items()}
+    return defaultdict(lambda: "–", words)
 
 
 def ours_in(found: pd.DataFrame) -> str:
     return next(name for name in OURS if name in found.index)
 
 
-def cells(found: pd.DataFrame, column: str) -> pd.Series:
-    """A column of `frame`, as pages show it."""
+def cells(found: pd.DataFrame) -> pd.DataFrame:
+    """A `frame`, as pages show it."""
     formats: dict[str, Callable[[Any], str]] = {
+        "forward": duration,
+        "backward": duration,
+        "both": duration,
         "ratio": lambda value: f"{number(value)}×",
         "kept": percent,
         "memory": "{} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
     }
-    return found[column].map(formats.get(column, duration), na_action="ignore")
+    shown = {name: found[name].map(shape, na_action="ignore") for name, shape in formats.items()}
+    return found.assign(**shown, range=found.apply(range_of, axis=1)).astype(object).fillna("–")
+
+
+def range_of(peer: pd.Series) -> str:
+    scale = 1000 if peer["both"] >= 1000 else 1
+    return f"({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
 
 
 def duration(ms: float) -> str:
     return f"{number(ms / 1000)} s" if ms >= 1000 else f"{number(ms)} ms"
-
-
-def with_range(peer: pd.Series) -> str:
-    scale = 1000 if peer["both"] >= 1000 else 1
-    return f"{duration(peer['both'])} ({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
 
 
 def summary(results: Results) -> str:
@@ -429,7 +430,7 @@ def summary(results: Results) -> str:
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "
         "estimates from the compiled code."
     )
-    return "\n\n".join([step, *(map(tests_of, results.gpus()) if results.gpus() else [no_gpu])])
+    return "\n\n".join([step, *(map(tests_of, results.gpus) if results.gpus else [no_gpu])])
 
 
 def tests_of(gpu: Json) -> str:
@@ -455,18 +456,17 @@ def peers_tables(results: Results) -> str:
     """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
     blocks = []
     for comparison in [*results.on_gpus(), *results.comparisons(LARGE, LARGE_FP32, SMALL)]:
-        found = frame(comparison)
+        found = cells(frame(comparison))
         table = {
             "method": found["peer"],
-            "forward": cells(found, "forward"),
-            "both (range)": found.apply(with_range, axis=1),
-            "extra memory": cells(found, "memory"),
-            "error of dhidden": cells(found, "dhidden"),
-            "over focalkern": cells(found, "ratio"),
+            "forward": found["forward"],
+            "both (range)": found["both"] + " " + found["range"],
+            "extra memory": found["memory"],
+            "error of dhidden": found["dhidden"],
+            "over focalkern": found["ratio"],
         }
-        kept = percent(found.at[ours_in(found), "kept"])
-        title = f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:"
-        blocks += [title, markdown(table)]
+        kept = found.at[ours_in(found), "kept"]
+        blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
     return "\n\n".join([*blocks, results.sources(LARGE, LARGE_FP32, SMALL)])
 
 
@@ -508,9 +508,7 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = parser_of(__doc__)
     parser.add_argument(
         "--check", action="store_true", help="change nothing; status 1 if anything is out of date"
     )

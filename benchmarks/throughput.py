@@ -10,12 +10,12 @@
 
 Each peer's loss and gradients are compared with float64 first; a wrong peer is not timed.
 
-    fwd, both       medians of runs that alternate between the peers. Compilation and tuning come before
-    x focalkern     the peer's time of both over that of focalkern: below 1, the peer is faster
-    kept            share of the (token, vocabulary block) pairs that the certified backward computed
-    extra MiB       peak memory beyond inputs and gradients; on a CPU in a process of its own, ≤ where only
-                    a limit could be told
-    error           relative L2 error of dhidden against float64
+    fwd, both      medians of runs that alternate between the peers. Compilation and tuning come before
+    x focalkern    the peer's time of both over that of focalkern: below 1, the peer is faster
+    kept           share of the (token, vocabulary block) pairs that the certified backward computed
+    extra          peak memory beyond inputs and gradients; on a CPU in a process of its own, ≤ where only a
+                   limit could be told
+    error          relative L2 error of dhidden against float64
 
 JSON has more: all runs, backward, errors of loss and dweight, time over the bare GEMM `hidden @ weight.T`.
 """
@@ -25,13 +25,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
+import itertools
 import math
 import shlex
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -40,64 +40,50 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import measure, parser_of
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import Gate
-from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Sharpness, Source, calibrate
-from benchmarks.measure import (
-    PeakMemory,
-    Step,
-    available_bytes,
-    in_fresh_process,
-    interleaved_times,
-    peak_extra_bytes,
-    release_cached,
-    return_freed_memory,
-    settle_exp,
-)
+from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Source, calibrate
+from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
-from benchmarks.peers import LossFn, Peer, Unavailable, all_peers, first_line, gradients_of
-from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped
+from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
+from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
+from focalkern.torch_logits import matmul
 
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
-QUICK_TOKENS = 512  # on a CPU
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
-GEMM_OUTPUT_BYTES = 2**31  # the bare GEMM writes into one buffer of at most this size
+GEMM = "bare GEMM"  # its name among the peers
+GEMM_TILE = 2048  # rows and vocabulary entries, on a CPU
+GEMM_OUTPUT_BYTES = 2**31  # at most, on CUDA
 
 Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in the JSON file
 
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    torch.set_num_threads(options.threads)
-    settle_exp()
     report = begin(options)
-    for case in cases(options):
-        comparison = compare(options, case)
-        print(terminal(comparison))
-        report["comparisons"].append(comparison)
-        write_json(report, options.json)
+    save = partial(write_json, report, options.json) if options.json else lambda: None
+    with measure.memory_limit(options.device):
+        for case in cases(options):
+            comparison = compare(options, case)
+            print(terminal(comparison))
+            report["comparisons"].append(comparison)
+            save()  # a run that is killed leaves its comparisons, with `finished` false
     report["finished"] = True
-    write_json(report, options.json)
+    save()
     written = [options.json] if options.json else []
     written += plots(report, options.plot) if options.plot else []
     for path in written:
         print(f"written to {path}")
-    ours = {*OURS, *(f"{name}-exact" for name in OURS)}
     rows = [row for comparison in report["comparisons"] for row in comparison["rows"]]
-    return 1 if any(row["status"] == "failed" and row["id"] in ours for row in rows) else 0
+    failed = {row["id"].removesuffix("-exact") for row in rows if row["status"] == "failed"}
+    return 1 if failed.intersection(OURS) else 0
 
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """Say where this runs, on a launch table of its own if there is one; the report so far."""
-    if options.launch_table:
-        from benchmarks.tune import load_table  # needs Triton
-
-        try:
-            load_table(options.launch_table)
-        except ValueError as error:
-            fail(f"--launch-table: {error}")
+    """Say where this runs; the report so far."""
     about = environment(options.device)
     device = f"{about['device']} ({options.device.upper()})"
     print(f"{device}, {about['threads']} threads, torch {about['versions']['torch']}")
@@ -107,31 +93,20 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     if options.quick:
         print("--quick leaves compiled peers and memory out; a full run has them.")
     about |= {"command": options.command, "repeats": options.repeats, "tau": options.tau}
-    about["launch_table"] = str(options.launch_table or "shipped")
-    return {**about, "finished": False, "comparisons": []}
-
-
-def write_json(report: dict[str, Any], path: Path | None) -> None:
-    """After each comparison: a run that is killed leaves its comparisons, with `finished` false."""
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".part")
-        unfinished.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-        unfinished.replace(path)
+    return {**about, "launch_table": "shipped", "finished": False, "comparisons": []}
 
 
 # Options
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
+    positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
+    entries = number(int, "a positive integer", 1, word=FLAT)
+    tau = number(float, "at least 0", 0, word="auto")
     peers = list(all_peers())
     add = parser.add_argument_group("size, by default 2048 x 512 x 32768, llama3-8b on CUDA").add_argument
-    add("--shape", choices=SHAPES, help="the LM head of a model")
-    add("--hidden", type=positive, metavar="H", help="hidden size, with --vocab instead of --shape")
-    add("--vocab", type=positive, metavar="V")
+    add("--shape", type=shape, help=f"H x V of the LM head, as 512x32768, or one of {', '.join(SHAPES)}")
     add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all; of a "
         "capture, the first pairs that have no more")  # fmt: skip
     add("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
@@ -142,20 +117,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
     add("--head", nargs="+", choices=HEADS, default=["full"], help="full: gradients of hidden and weight "
         "(default); frozen: of hidden alone, as for LoRA")  # fmt: skip
-    add("--sharpness", type=sharpness, nargs="+", metavar="K", help="softmax entries above 2^-12 per row "
+    add("--sharpness", type=entries, nargs="+", metavar="K", help="softmax entries above 2^-12 per row "
         f"(default: 50, a trained LM); {FLAT}: random weights")  # fmt: skip
     add("--capture", type=Path, metavar="PATH", help="hidden states and head of a model, from capture.py")
     add("--saturated", type=share, nargs="+", default=[0.0], metavar="SHARE",
         help="share of the pairs that are saturated, with next to no gradient (default: 0)")  # fmt: skip
-    add("--seed", type=int, default=0)
     add = parser.add_argument_group("run").add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--only", nargs="+", choices=peers, metavar="PEER", help=f"of {' '.join(peers)}")
-    add("--tau", type=threshold, default="auto", metavar="TAU", help="threshold of the certified backward")
+    add("--tau", type=tau, default="auto", help="threshold of the certified backward, or auto (default)")
     add("--repeats", type=positive, help="timed runs (default: 3 on a CPU, 20 on CUDA)")
-    add("--threads", type=positive, default=torch.get_num_threads(), help="CPU threads (default: all)")
     add("--no-memory", action="store_true", help="leave the memory out")
-    add("--launch-table", type=Path, metavar="PATH", help="of a tuning run, for the triton peers")
     add("--json", type=Path, metavar="PATH", help="write all numbers here, after each comparison")
     add("--plot", type=Path, metavar="DIR", help="draw the times over tokens and over sharpness")
     options = parser.parse_args(argv)
@@ -170,6 +142,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def number(kind: type, range_: str, least: float, below: float = math.inf, word: str = "") -> Callable:
+    """A type for argparse: a number in this range, or the word."""
+
+    def parsed(text: str) -> float | str:
+        if text != word and not least <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"expected {range_}{word and f' or {word}'}, got {text}")
+        return text if text == word else kind(text)
+
+    return parsed
+
+
+def shape(text: str) -> Shape:
+    return SHAPES.get(text) or Shape("explicit size", *map(number(int, "positive sizes", 1), text.split("x")))
+
+
 def fail(message: str) -> NoReturn:
     print(f"throughput.py: {message}", file=sys.stderr)
     raise SystemExit(2)
@@ -177,17 +164,8 @@ def fail(message: str) -> NoReturn:
 
 def settle_size(options: argparse.Namespace, on_cuda: bool) -> None:
     """Shape, tokens, pairs and sharpness of generated input."""
-    if (options.hidden is None) != (options.vocab is None):
-        fail("--hidden and --vocab go together")
-    if options.hidden and options.shape:
-        fail("give --shape or --hidden and --vocab, not both")
-    if options.hidden:
-        options.shape = Shape("explicit size", options.hidden, options.vocab)
-    elif options.shape or on_cuda:
-        options.shape = SHAPES[options.shape or "llama3-8b"]
-    else:
-        options.shape = CPU_SHAPE
-    usual = (2048 if options.quick else 8192) if on_cuda else (QUICK_TOKENS if options.quick else 2048)
+    options.shape = options.shape or (SHAPES["llama3-8b"] if on_cuda else CPU_SHAPE)
+    usual = (8192 if on_cuda else 2048) // (4 if options.quick else 1)
     options.sharpness, options.pairs = options.sharpness or [50], options.pairs or 4
     options.sizes = [(tokens, options.pairs) for tokens in options.tokens or [usual]]
     for tokens, pairs in options.sizes:
@@ -197,7 +175,7 @@ def settle_size(options: argparse.Namespace, on_cuda: bool) -> None:
 
 def settle_capture(options: argparse.Namespace) -> None:
     """Shape and sizes of the capture, or of as many of its first pairs as --tokens has room for."""
-    names = ("sharpness", "shape", "hidden", "vocab", "pairs", "quick")
+    names = ("sharpness", "shape", "pairs", "quick")
     given = [f"--{name}" for name in names if getattr(options, name)]
     if given:
         fail(f"--capture brings its own hidden states and pairs: leave out {' and '.join(given)}")
@@ -220,8 +198,6 @@ def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
         fail("--saturated: of one pair, none can be saturated beside another that is not")
     if any(options.saturated) and free:
         fail(f"--saturated is by the reference, which the score of {free[0]} does not have")
-    if options.launch_table and not (on_cuda and options.launch_table.is_file()):
-        fail(f"--launch-table {options.launch_table}: needs a file, and a CUDA device for the triton peers")
     if options.json and options.json.is_dir():
         fail(f"--json {options.json}: is a folder, expected a file")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -242,80 +218,40 @@ def has_bf16_products() -> bool:
     return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
-def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
-
-
-def sharpness(text: str) -> int | str:
-    return text if text == FLAT else positive(text)
-
-
-def share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text}")
-    return value
-
-
-def threshold(text: str) -> float | str:
-    value = text if text == "auto" else float(text)
-    if value != "auto" and not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected auto or a number of at least 0, got {text}")
-    return value
-
-
 # Comparisons
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every combination of what was asked for."""
-    for source in sources(options):
-        for share in options.saturated:
-            # In whole pairs: at least one where the share is not 0, and never all.
-            saturated = min(max(1, round(share * source.pairs)), source.pairs - 1) if share else 0
-            for head in options.head:
-                for loss in options.loss:
-                    yield Case(source, saturated, HEADS[head], loss)
+    wanted = itertools.product(sources(options), options.saturated, options.head, options.loss)
+    for source, share, head, loss in wanted:
+        # In whole pairs: at least one where the share is not 0, and never all.
+        saturated = min(max(1, round(share * source.pairs)), source.pairs - 1) if share else 0
+        yield Case(source, saturated, HEADS[head], loss)
 
 
 def sources(options: argparse.Namespace) -> Iterator[Source]:
-    for dtype in (DTYPES[name] for name in options.dtype):
-        for tokens, pairs in options.sizes:
-            size = options.shape, tokens, pairs, dtype, options.device
-            if options.capture is not None:
-                yield CapturedInput(options.capture, *size)
-                continue
-            recipe = Recipe(*size, seed=options.seed)
-            for entries in options.sharpness:
-                yield replace(recipe, scale=None) if entries == FLAT else calibrate(recipe, entries)
+    for dtype, (tokens, pairs) in itertools.product(options.dtype, options.sizes):
+        size = options.shape, tokens, pairs, DTYPES[dtype], options.device
+        if options.capture is not None:
+            yield CapturedInput(*size, options.capture)
+            continue
+        for entries in options.sharpness:
+            yield Recipe(*size, scale=None) if entries == FLAT else calibrate(Recipe(*size), entries)
 
 
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
-    rows, losses = load_peers(options, case)
-    gate = Gate(batch, options.seed)
+    rows, losses = load_peers(options)
+    gate = Gate(batch)
     for name in tqdm(losses, desc="errors", leave=False, disable=None):
-        with recorded(rows[name], batch.hidden.device):
+        with recorded(rows[name]):
             check_peer(rows[name], losses[name], batch, gate, options.tau if name in OURS else "auto")
     passed = {name: loss for name, loss in losses.items() if rows[name]["status"] == "ok"}
     gemm = measure_times(rows, passed, batch, options.repeats)
     if not options.no_memory:
-        measure_memory(rows, passed, batch, case, options)
-    return {
-        **described(case, sharpness),
-        "plain_pytorch_errors": finite(gate.plain.norms),
-        "plain_pytorch_scale_errors": finite(gate.plain.scale),
-        "error_bound": finite(gate.bound()),
-        "bare_gemm_ms": gemm,
-        "rows": list(rows.values()),
-    }
-
-
-def described(case: Case, sharpness: Sharpness) -> dict[str, Any]:
+        measure_memory(rows, passed, batch, case, options.tau)
     source = case.source
     return {
         "shape": asdict(source.shape),
@@ -327,6 +263,11 @@ def described(case: Case, sharpness: Sharpness) -> dict[str, Any]:
         "loss": case.loss,
         "input": {**source.about(), **asdict(sharpness)},
         "fp32_logits_bytes": 4 * source.tokens * source.shape.vocab,
+        "plain_pytorch_errors": finite(gate.plain.norms),
+        "plain_pytorch_scale_errors": finite(gate.plain.scale),
+        "error_bound": finite(gate.bound()),
+        "bare_gemm_ms": gemm,
+        "rows": list(rows.values()),
     }
 
 
@@ -335,51 +276,30 @@ def finite(values: dict[str, float]) -> dict[str, float | str]:
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
 
 
-def load_peers(options: argparse.Namespace, case: Case) -> tuple[Rows, dict[str, LossFn]]:
+def load_peers(options: argparse.Namespace) -> tuple[Rows, dict[str, LossFn]]:
     """A row for every peer, and the loss functions of those that can run."""
     rows, losses = {}, {}
     for name, peer in all_peers(options.tau).items():
         if name in options.only:
             rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
-            with recorded(rows[name], torch.device(options.device)):
+            with recorded(rows[name]):
                 losses[name] = peer.load(options.device)
-                require_memory(peer, case)
-    return rows, {name: loss for name, loss in losses.items() if rows[name]["status"] == "ok"}
+    return rows, losses
 
 
 @contextlib.contextmanager
-def recorded(row: dict[str, Any], device: torch.device) -> Iterator[None]:
+def recorded(row: dict[str, Any]) -> Iterator[None]:
     """A peer's exception goes into its row; the others are still to be measured."""
     try:
         yield
-    except Exception as error:
-        set_aside(row, error)
-    if row["status"] != "ok":
-        release_cached(device)
-
-
-def set_aside(row: dict[str, Any], error: Exception) -> None:
-    if isinstance(error, Unavailable):
+    except Unavailable as error:
         row |= {"status": "skipped", "note": str(error)}
-    elif isinstance(error, torch.OutOfMemoryError):
-        row |= {"status": "skipped", "note": "ran out of memory"}
-    else:
+    except Exception as error:
         row |= {"status": "failed", "note": first_line(error)}
-
-
-def require_memory(peer: Peer, case: Case) -> None:
-    """Refuse what would take the whole process with it on a CPU; on CUDA it raises an exception."""
-    source, shape = case.source, case.source.shape
-    if source.device == "cuda":
-        return
-    inputs = (source.tokens + shape.vocab) * shape.hidden  # gradients are of their size, some fp32 at first
-    needed = peer.held_bytes(source.tokens, source.pairs, shape.vocab) + inputs * (4 + source.dtype.itemsize)
-    # The process that measures the memory has inputs of its own.
-    needed += inputs * source.dtype.itemsize
-    available = available_bytes()
-    if needed > 0.9 * available:
-        gib = f"{needed / 2**30:.1f} GiB, {available / 2**30:.1f} GiB are available"
-        raise Unavailable(f"would need about {gib}")
+        if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+            row |= {"status": "skipped", "note": "ran out of memory"}
+    if row["status"] != "ok":
+        measure.release_cached()
 
 
 def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau: float | str) -> None:
@@ -387,7 +307,7 @@ def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau:
     out = loss(batch)
     gradients = list(torch.autograd.grad(out.loss, batch.differentiated()))
     found = gate.errors(out.loss.detach(), gradients)
-    row |= {"note": out.note, "errors": finite(found.norms), "scale_errors": finite(found.scale)}
+    row |= {"errors": finite(found.norms), "scale_errors": finite(found.scale)}
     if out.kept_share is not None:
         row["kept_share"] = out.kept_share.item()
     wrong = gate.verdict(found, 0.0 if tau == "auto" else float(tau))
@@ -395,14 +315,10 @@ def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau:
         row |= {"status": "failed", "note": wrong}
 
 
-# Times
-
-
 def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the peers, into their rows, and of the bare GEMM."""
     inputs, device = batch.differentiated(), batch.hidden.device
-    gemms = {f"bare GEMM: {name}": Step(run, None) for name, run in bare_gemms(batch).items()}
-    steps = dict(gemms)
+    steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()), None)}
     for name, loss in losses.items():
         steps[name] = Step(
             forward=lambda loss=loss: loss(batch).loss,
@@ -410,93 +326,62 @@ def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: 
         )
 
     def on_failure(name: str, error: Exception) -> None:
-        if name in gemms:
+        if name == GEMM:
             raise error
-        with recorded(rows[name], device):
+        with recorded(rows[name]):
             raise error
 
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
     with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
-    gemm = min((times[name].both for name in gemms), key=lambda found: found.median)
-    for name in times.keys() & losses.keys():
-        parts = {f"{part}_ms": getattr(times[name], part).as_ms() for part in ("forward", "backward", "both")}
-        rows[name] |= {**parts, "x_floor": times[name].both.median / gemm.median}
-    return gemm.as_ms()
+        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
+    gemm = times.pop(GEMM)["both_ms"]
+    for name, found in times.items():
+        rows[name] |= {**found, "x_floor": found["both_ms"]["median"] / gemm["median"]}
+    return gemm
 
 
-def bare_gemms(batch: Batch) -> dict[str, Callable[[], None]]:
-    """Ways to `hidden @ weight.T` and nothing else; the fastest is the floor of every head."""
-    hidden, weight = batch.hidden.detach(), batch.weight.detach()
-    rows = min(len(hidden), max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())))
-    buffer = torch.empty(rows, len(weight), dtype=weight.dtype, device=weight.device)
-    runs = {"into_buffer": lambda: exhaust(products_in(buffer, hidden, weight))}
-    # On a CPU, torch.mm takes fp32 to MKL, which is twice as slow as oneDNN on AMD.
-    has_onednn = weight.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if has_onednn and weight.dtype == torch.float32:
-        runs["onednn_tiles"] = lambda: exhaust(onednn_products(hidden, weight))
-    for warm_up in runs.values():
-        warm_up()
-    return runs
+def bare_gemm(hidden: torch.Tensor, weight: torch.Tensor) -> None:
+    """`hidden @ weight.T` and nothing else, tile by tile: the floor of every head."""
+    if hidden.is_cuda:
+        size = max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())), len(weight)
+    else:
+        size = GEMM_TILE, GEMM_TILE
+    for rows, entries in itertools.product(hidden.split(size[0]), weight.split(size[1])):
+        matmul(rows, entries)
 
 
-def products_in(buffer: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`hidden @ weight.T` of the rows that the buffer has room for, then of the next, in their place."""
-    for part in hidden.split(len(buffer)):
-        yield torch.mm(part, weight.T, out=buffer[: len(part)])
-
-
-def onednn_products(hidden: torch.Tensor, weight: torch.Tensor, size: int = 2048) -> Iterator[torch.Tensor]:
-    """Tiles of `hidden @ weight.T`, along the vocabulary first."""
-    for part in hidden.split(size):
-        for tile in weight.split(size):
-            yield torch.ops.mkldnn._linear_pointwise(part, tile, None, "none", [], "")
-
-
-def exhaust(products: Iterator[torch.Tensor]) -> None:
-    """Compute each, and hold none while the next is computed."""
-    deque(products, maxlen=0)
-
-
-# Memory
-
-
-def measure_memory(
-    rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Case, options: argparse.Namespace
-) -> None:
+def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Case, tau: float | str) -> None:
     """Memory of the peers that were timed, into their rows."""
     for name, loss in tqdm(losses.items(), desc="memory", leave=False, disable=None):
         row = rows[name]
         if row["status"] != "ok":
             continue
         try:
-            if options.device == "cuda":
-                memory = peak_extra_bytes(lambda loss=loss: gradients_of(loss, batch), batch.hidden.device)
+            if batch.hidden.is_cuda:
+                memory = measure.peak_extra_bytes(
+                    lambda loss=loss: gradients_of(loss, batch), batch.hidden.device
+                )
             else:
-                memory = in_fresh_process(cpu_memory, name, options.tau, case, options.threads)
+                memory = measure.in_fresh_process(cpu_memory, name, tau, case)
         except Exception as error:  # refused by the allocator, or the process was killed
             unknown = f"its memory could not be measured: {first_line(error)}"
             row["note"] = "; ".join(filter(None, (row["note"], unknown)))
-            release_cached(batch.hidden.device)
+            measure.release_cached()
         else:
             row |= {"extra_bytes": memory.extra, "extra_bytes_is_upper_limit": memory.upper_limit}
 
 
-def cpu_memory(name: str, tau: float | str, case: Case, threads: int) -> PeakMemory:
+def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    torch.set_num_threads(threads)
-    settle_exp()
-    return_freed_memory()
     peer = all_peers(tau)[name]
     loss = peer.load("cpu")
     batch, _ = case.batch()
     # Libraries and thread stacks come with the first step, whatever its size; compiled code is for this size.
     source = case.source
     small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
-    warm_up = batch if peer.compiled else replace(case, source=small).batch()[0]
-    gradients_of(loss, warm_up)
-    return peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
+    gradients_of(loss, batch if peer.compiled else replace(case, source=small).batch()[0])
+    return measure.peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A DPO step in TRL: as it is, under `focalkern.trl.patch()`, and with `FocalPOTrainer`, padded and packed.
 
-    python benchmarks/trl_step.py              # a tiny Llama with a vocabulary of 128256, some minutes
-    python benchmarks/trl_step.py --quick      # whether all of it runs
+    python benchmarks/trl_step.py --json result.json   # a tiny Llama, vocabulary of 128256: some minutes
+    python benchmarks/trl_step.py --quick              # whether all of it runs
 
 A step is `training_step` of a real trainer on docstrings of Python's standard library: forward of policy and
 reference, loss, metrics, backward. The optimizer's step is the same for all and left out. Loss and gradients
@@ -13,15 +13,14 @@ computes every position, on a GPU only those of completions.
 
 from __future__ import annotations
 
-import argparse
+import bisect
 import contextlib
-import json
 import math
 import sys
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -37,23 +36,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 from preference_data import Pair, docstring_pairs
-from quickstart_parts import at_least, train_tokenizer
+from quickstart_parts import train_tokenizer
 
+from benchmarks import parser_of
 from benchmarks.inputs import PRESENT
-from benchmarks.measure import (
-    PeakMemory,
-    Step,
-    in_fresh_process,
-    interleaved_times,
-    peak_extra_bytes,
-    settle_exp,
-)
-from benchmarks.report import MIB, environment, percent
+from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
+from benchmarks.report import MIB, environment, write_json
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 
 TRL, PATCHED = "TRL", "TRL under patch()"
 PADDED, PACKED = "FocalPOTrainer", "FocalPOTrainer, packed"
 NAMES = (TRL, PATCHED, PADDED, PACKED)
+CPU = torch.device("cpu")
 # Of loss and gradient, relative to TRL's in fp32: what fp32 may be off by, and what 16 bits may, in multiples
 # of TRL's own error.
 FP32_ERROR = 1e-4
@@ -68,9 +62,13 @@ class Setup:
     layers: int
     vocab: int
     pairs: int
-    dtype: str  # "bf16" is autocast over fp32 weights, as TRL trains by default
-    entries: int  # softmax entries above 2^-12 per token
+    dtype: str = "bf16"  # autocast over fp32 weights, as TRL trains by default
+    entries: int = 50  # softmax entries above 2^-12 per token
     scale: float = 1.0  # of the final norm
+
+
+SETUP, REPEATS = Setup(hidden=256, layers=2, vocab=128256, pairs=16), 5
+QUICK, QUICK_REPEATS = Setup(hidden=64, layers=1, vocab=8192, pairs=4), 2
 
 
 @dataclass
@@ -92,43 +90,22 @@ class Contestant:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = parse(argv)
+    parser = parser_of(__doc__)
+    parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write every number there")
+    parser.add_argument("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
+    options = parser.parse_args(argv)
     settle()
-    about = environment("cpu")
-    size = (options.hidden, options.layers, options.vocab, options.pairs)
-    setups = [Setup(*size, dtype, options.entries) for dtype in options.dtype]
-    comparisons = [compare(setup, options.repeats) for setup in setups]
+    setup, repeats = (QUICK, QUICK_REPEATS) if options.quick else (SETUP, REPEATS)
+    about = {**environment("cpu"), "repeats": repeats}
+    comparisons = [compare(replace(setup, dtype=dtype), repeats) for dtype in options.dtype]
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        found = {**about, "repeats": options.repeats, "comparisons": comparisons}
-        options.json.write_text(json.dumps(found, indent=2, allow_nan=False) + "\n")
+        write_json({**about, "comparisons": comparisons}, options.json)
         print(f"written to {options.json}")
     return 0 if all(row["agrees"] for found in comparisons for row in found["rows"].values()) else 1
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    add = partial(parser.add_argument, help="default: %(default)s")
-    add("--hidden", type=at_least(1), default=256, metavar="H")
-    add("--layers", type=at_least(1), default=2, metavar="L")
-    add("--vocab", type=at_least(1), default=128256, metavar="V")
-    add("--pairs", type=at_least(1), default=16, metavar="B")
-    add("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
-    add("--entries", type=at_least(1), default=50, metavar="K", help="above 2^-12; default: %(default)s")
-    add("--repeats", type=at_least(1), default=5, metavar="R", help="rounds; default: %(default)s")
-    add("--json", type=Path, metavar="PATH", help="write every number there")
-    add("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
-    options = parser.parse_args(argv)
-    if options.quick:
-        options.hidden, options.layers, options.vocab = 64, 1, 8192
-        options.pairs, options.repeats = 4, 2
-    return options
-
-
 def settle() -> None:
-    settle_exp()
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -157,14 +134,14 @@ def timed(setup: Setup, repeats: int) -> dict[str, Any]:
                 contestant.gradients()
             bar.update()
 
-        times = interleaved_times(steps, torch.device("cpu"), 1, repeats, tick)
+        times = interleaved_times(steps, CPU, 1, repeats, tick)
     batch = contestants[TRL].inputs
     tokens = int(batch["attention_mask"].sum())
     allowed = {what: max(FP32_ERROR, ERROR_FACTOR * error) for what, error in errors[TRL].items()}
     rows = {
         name: {
-            "ms": times[name].both.as_ms(),
-            "tokens_per_s": tokens / times[name].both.median,
+            "ms": times[name]["both_ms"],
+            "tokens_per_s": 1000 * tokens / times[name]["both_ms"]["median"],
             "kept_share": kept_share(contestant),
             **errors[name],
             "agrees": all(error <= allowed[what] for what, error in errors[name].items()),
@@ -191,27 +168,17 @@ def show(found: dict[str, Any]) -> None:
         f"vocabulary {setup['vocab']};\n{setup['pairs']} pairs, {found['tokens']} tokens, "
         f"{found['completion_tokens']} of completions, {found['padded_positions']} positions when padded"
     )
-    table = {
-        name: {
-            "ms": f"{row['ms']['median']:.0f}",
-            "x TRL": f"{rows[TRL]['ms']['median'] / row['ms']['median']:.2f}",
-            "tokens/s": f"{row['tokens_per_s']:,.0f}",
-            "MiB": f"{'<= ' if row['extra_is_upper_limit'] else ''}{row['extra_mib']:,.0f}",
-            "kept": percent(row["kept_share"]),
-            "error": f"{row['gradient_error']:.1e}" + ("" if row["agrees"] else " too much"),
-        }
-        for name, row in rows.items()
-    }
-    print(pd.DataFrame.from_dict(table, orient="index").to_string())
-    print("ms: medians; MiB: extra memory; kept: share of the backward; error: of the gradient\n")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    table.insert(0, "x TRL", rows[TRL]["ms"]["median"] / table["ms"].map(lambda times: times["median"]))
+    print(table.drop(columns="ms").to_string(float_format="{:.3g}".format))
+    print(
+        "x TRL: by medians; extra_mib: memory beyond model and gradients; errors: relative to TRL in fp32\n"
+    )
 
 
 def build(name: str, setup: Setup, folder: str) -> Contestant:
     """One of the four, with models of its own, and the first batch of the data."""
     pairs, tokenizer = text(setup.pairs)
-    data = datasets.Dataset.from_list(
-        [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
-    )
     options = {
         "output_dir": folder,
         "report_to": "none",
@@ -222,8 +189,9 @@ def build(name: str, setup: Setup, folder: str) -> Contestant:
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
+    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    given = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer}
     models = (llama(setup), llama(setup, perturbation=0.05))
-    given = {"train_dataset": data, "processing_class": tokenizer}
     if name in (TRL, PATCHED):
         with patch() if name == PATCHED else contextlib.nullcontext():
             trainer = DPOTrainer(*models, args=DPOConfig(**options), **given)
@@ -267,28 +235,26 @@ def scale_for(setup: Setup) -> float:
     pairs, tokenizer = text(setup.pairs)
     ids = tokenizer(str(pairs[0].prompt) + str(pairs[0].chosen), return_tensors="pt").input_ids
     logits = llama(setup)(ids[:, :128]).logits[0]
+
+    def entries_at(scale: float) -> float:
+        return ((scale * logits).log_softmax(-1) > math.log(PRESENT)).sum(-1).double().mean().item()
+
     # Where it is nearly flat there is none; then more and more, and from here on fewer.
-    low, high = 16.0, 4096.0
-    for _ in range(20):
-        middle = math.sqrt(low * high)
-        logps = (middle * logits).log_softmax(-1)
-        entries = (logps > math.log(PRESENT)).sum(-1).double().mean().item()
-        low, high = (middle, high) if entries > setup.entries else (low, middle)
-    return round(low, 3)
+    hundredths = range(16_00, 4096_00)
+    return bisect.bisect(hundredths, -setup.entries, key=lambda x: -entries_at(x / 100)) / 100 + 16
 
 
 def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str, dict[str, float]]:
     """Of loss and gradient (norms over all parameters), relative to those of `truth`."""
     true_loss, true_gradients = truth.step().item(), truth.gradients()
-    size = sum(gradient.square().sum().item() for gradient in true_gradients)
+    size = torch.nn.utils.get_total_norm(true_gradients)
     found = {}
     for name, contestant in contestants.items():
         loss, gradients = contestant.step().item(), contestant.gradients()
-        pairs = zip(gradients, true_gradients, strict=True)
-        error = sum((mine - true).square().sum().item() for mine, true in pairs)
+        errors = [mine - true for mine, true in zip(gradients, true_gradients, strict=True)]
         found[name] = {
             "loss_error": abs(loss - true_loss) / abs(true_loss),
-            "gradient_error": math.sqrt(error / size),
+            "gradient_error": (torch.nn.utils.get_total_norm(errors) / size).item(),
         }
     return found
 
@@ -308,7 +274,7 @@ def memory_of(name: str, setup: Setup) -> PeakMemory:
         contestant.inputs = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
         step()
         contestant.inputs = batch
-        return peak_extra_bytes(step, torch.device("cpu"))
+        return peak_extra_bytes(step, CPU)
 
 
 if __name__ == "__main__":

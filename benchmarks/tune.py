@@ -1,27 +1,29 @@
 """Tuning sweep of the launch table on the GPU of this machine; `gpu.py` runs it.
 
     python benchmarks/tune.py --seconds 90 --json tuned.json
-    python benchmarks/throughput.py --launch-table tuned.json
 
-A candidate takes the place of the shipped entry in a call of `linear_logps` on LM-like input. Its results
-must agree with the shipped entry's and repeat bit for bit; then its kernel is timed. Several processes
-compile candidates into Triton's cache, without the GPU. One process measures them; if a candidate ends it,
-another one starts.
+The table has the entries that are clearly faster than those of `csrc_triton/launch.py`. A candidate takes the
+place of the shipped entry in a call of `linear_logps` on LM-like input. Its results must agree with the
+shipped entry's and repeat bit for bit; then its kernel is timed. Several processes compile candidates into
+Triton's cache, without the GPU. One process measures them; if a candidate ends it, another one starts.
 """
 
 from __future__ import annotations
 
-import argparse
+import concurrent.futures
 import contextlib
 import functools
 import itertools
-import json
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,11 +34,12 @@ import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks import parser_of
 from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Recipe, Shape, calibrate
 from benchmarks.peers import first_line
-from benchmarks.report import DTYPES
-from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config, replace_entries
+from benchmarks.report import DTYPES, write_json
+from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config
 from csrc_triton.linear_logps import linear_logps_fwd_kernel
 from focalkern import linear_logps, triton_launch
 from focalkern.records import OUTPUTS
@@ -96,9 +99,7 @@ class Setting:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=90.0, help="for the whole sweep (default: 90)")
     parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="the table")
     options = parser.parse_args(argv)
@@ -106,8 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"tune.py needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
-    setting = Setting(triton_launch.arch_of(device), properties["max_shared_mem"])
+    shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    setting = Setting(triton_launch.arch_of(device), shared_bytes)
     rows = sweep(setting, in_order(setting), options.json, options.seconds)
     print(f"{len(rows)} candidates measured; faster than shipped:")
     for name, entry in chosen(rows, setting).items():
@@ -115,35 +116,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0 if any(row["status"] == "ok" for row in rows.values()) else 1
 
 
-def load_table(path: Path) -> None:
-    """Take the entries of a tuning run, or those in a report of `gpu.py`, instead of the shipped ones.
-
-    Raises ValueError where the file is no such table, or one for another architecture than this device's.
-    """
-    present = triton_launch.arch_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        found = found.get("tuning", found)
-        entries = {name: Launch(**fields) for name, fields in found["entries"].items()}
-        for number in itertools.chain(*(astuple(entry)[:5] for entry in entries.values())):
-            if type(number) is not int or number < 1:
-                raise ValueError(f"expected a positive integer, got {number!r}")
-        if found["arch"] == present:
-            replace_entries(present, found["element_bits"], entries)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no launch table: {first_line(error)}") from error
-    if found["arch"] != present:
-        raise ValueError(f"{path} has launch entries for {found['arch']}; the device here is {present}")
-
-
 # Candidates
 
 
 def in_order(setting: Setting) -> list[Job]:
     """All shipped entries, then the nearest candidate for each, and so on."""
-    of_each = {name: candidates(name, setting) for name in TUNED}
-    rounds = range(max(map(len, of_each.values())))
-    return [(name, found[i]) for i in rounds for name, found in of_each.items() if i < len(found)]
+    of_each = ([(name, entry) for entry in candidates(name, setting)] for name in TUNED)
+    return [job for jobs in itertools.zip_longest(*of_each) for job in jobs if job]
 
 
 def candidates(name: str, setting: Setting) -> list[Launch]:
@@ -175,23 +154,27 @@ def kernel_of(name: str) -> str:
     return f"linear_logps_{base(name)}_kernel"
 
 
-@contextlib.contextmanager
-def installed(name: str, entry: Launch) -> Iterator[None]:
+def installed(name: str, entry: Launch) -> AbstractContextManager[Any]:
     """This entry in the place of the shipped one."""
 
     def config(wanted: str, arch: str, element_bits: int) -> Launch:
         return entry if wanted == name else launch_config(wanted, arch, element_bits)
 
-    with mock.patch.object(triton_launch, "launch_config", config):
-        yield
+    return mock.patch.object(triton_launch, "launch_config", config)
 
 
 def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
     """Compile it into Triton's cache on disk; the job, and why that failed if it did."""
     name, entry = job
-    sizes = {"hidden_size": setting.hidden, "vocab_size": setting.vocab, "n": setting.tokens_for(name)}
-    options = {"softcap": TUNED[name].get("softcap"), "outputs": "outputs" in TUNED[name]}
-    launch = functools.partial(launch_head, DTYPES[setting.dtype], **options, **sizes)
+    launch = functools.partial(
+        launch_head,
+        DTYPES[setting.dtype],
+        softcap=TUNED[name].get("softcap"),
+        outputs="outputs" in TUNED[name],
+        hidden_size=setting.hidden,
+        vocab_size=setting.vocab,
+        n=setting.tokens_for(name),
+    )
     try:
         # Triton prints the whole of a kernel that ptxas refuses.
         with installed(name, entry), contextlib.redirect_stdout(None):
@@ -217,13 +200,13 @@ def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
             return {"status": "wrong", "note": "differs from run to run"}
         return {"status": "ok", "ms": milliseconds(launches)}
     except Exception as error:  # whatever a candidate raises, the others are still to be measured
-        note = first_line(error)
+        row = {"status": "failed", "note": first_line(error)}
     try:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return {"status": "failed", "note": note}
     except RuntimeError:  # after an illegal access every call raises
-        return {"status": "lost", "note": note}
+        row["status"] = "lost"
+    return row
 
 
 def launched(setting: Setting, name: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable]]:
@@ -289,42 +272,33 @@ def milliseconds(launches: list[Callable]) -> float:
     return 1e3 * (time.perf_counter() - began)
 
 
-def serve(setting: Setting, connection: Any) -> None:
-    while True:
-        connection.send(measure(setting, *connection.recv()))
-
-
 class Measurer:
     """The process that measures: it starts with the first candidate, and anew after one that ended it."""
 
-    def __init__(self, setting: Setting, body: Callable[..., None] = serve) -> None:
-        self.setting, self.body, self.process = setting, body, None
+    pool: ProcessPoolExecutor | None = None
 
-    def measure(self, job: Job) -> dict[str, Any]:
+    def measure(self, setting: Setting, job: Job) -> dict[str, Any]:
         seconds = CANDIDATE_SECONDS
-        if self.process is None:
+        if self.pool is None:
             seconds += START_SECONDS
-            self.connection, theirs = SPAWN.Pipe()
-            self.process = SPAWN.Process(target=self.body, args=(self.setting, theirs), daemon=True)
-            self.process.start()
-            theirs.close()  # so that the end of the process closes the pipe
-        row = {"status": "lost", "note": f"no answer in {seconds} s"}
+            self.pool = ProcessPoolExecutor(1, mp_context=SPAWN)
+            self.pid = self.pool.submit(os.getpid).result()
         try:
-            self.connection.send(job)
-            if self.connection.poll(seconds):
-                row = self.connection.recv()
-        except (EOFError, OSError):
-            row["note"] = "ended the process"
+            row = self.pool.submit(measure, setting, *job).result(seconds)
+        except concurrent.futures.TimeoutError:
+            row = {"status": "lost", "note": f"no answer in {seconds} s"}
+        except BrokenProcessPool:
+            row = {"status": "lost", "note": "ended the process"}
         if row["status"] == "lost":
             self.close()
         return row
 
     def close(self) -> None:
-        if self.process is not None:
-            self.process.kill()
-            self.process.join()
-            self.connection.close()
-            self.process = None
+        if self.pool is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            self.pool.shutdown()
+            self.pool = None
 
 
 # The sweep
@@ -334,14 +308,14 @@ def sweep(setting: Setting, jobs: list[Job], path: Path, seconds: float) -> Rows
     """Measure, as it is compiled, what there is time for; then the best again, beside the shipped entries."""
     deadline = time.monotonic() + seconds
     rows: Rows = {}
-    with contextlib.closing(Measurer(setting)) as measurer:
+    with contextlib.closing(Measurer()) as measurer:
         for job, error in compiled(setting, jobs, deadline - CONFIRM_SHARE * seconds):
-            rows[job] = {"status": "failed", "note": error} if error else measurer.measure(job)
+            rows[job] = {"status": "failed", "note": error} if error else measurer.measure(setting, job)
             write(rows, setting, path)
         for name, entry in chosen(rows, setting).items():
             for job in ((name, setting.shipped(name)), (name, entry)):
                 if time.monotonic() < deadline:
-                    rows[job] = measurer.measure(job)
+                    rows[job] = measurer.measure(setting, job)
                     write(rows, setting, path)
     return rows
 
@@ -358,12 +332,11 @@ def compiled(setting: Setting, jobs: list[Job], deadline: float) -> Iterator[tup
 
 def chosen(rows: Rows, setting: Setting) -> dict[str, Launch]:
     """The fastest candidates, for entries where one is clearly faster than the shipped one."""
+    ms = {job: row["ms"] for job, row in rows.items() if row["status"] == "ok"}
     found = {}
-    for name in TUNED:
-        ms = {entry: row["ms"] for (of, entry), row in rows.items() if of == name and row["status"] == "ok"}
-        fastest = min(ms, key=ms.__getitem__, default=None)
-        if fastest is not None and ms[fastest] <= GAIN * ms.get(setting.shipped(name), 0.0):
-            found[name] = fastest
+    for name, entry in sorted(ms, key=ms.__getitem__, reverse=True):
+        if ms[name, entry] <= GAIN * ms.get((name, setting.shipped(name)), 0.0):
+            found[name] = entry
     return found
 
 
@@ -375,7 +348,7 @@ def write(rows: Rows, setting: Setting, path: Path) -> None:
         "entries": {name: asdict(replace(entry, source="measured")) for name, entry in best.items()},
         "candidates": [{"name": name, **asdict(entry), **row} for (name, entry), row in rows.items()],
     }
-    path.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_json(table, path)
 
 
 if __name__ == "__main__":

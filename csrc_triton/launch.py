@@ -9,7 +9,6 @@ entries hold for Triton 3.6 to 3.9 (`make test-tritons`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -163,14 +162,6 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
 }
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
 _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
-
-
-def replace_entries(arch: str, element_bits: int, entries: Mapping[str, Launch]) -> None:
-    """Take these entries instead of the shipped ones in this process: what a tuning run found."""
-    unknown = sorted(set(entries) - set(KERNELS))
-    if unknown:
-        raise ValueError(f"entries: expected kernels of the launch table, got {unknown}")
-    LAUNCH_TABLE[_nearest(arch)][element_bits] = LAUNCH_TABLE[_nearest(arch)][element_bits] | entries
 
 
 def launch_config(kernel: str, arch: str, element_bits: int) -> Launch:

@@ -24,6 +24,7 @@ from matplotlib.patches import Patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.capture_file import Capture, CaptureError
+from benchmarks.inputs import transformed
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.logps.selection import Selection, select_pairs
 from focalkern.options import automatic_tau
@@ -114,7 +115,7 @@ def block_statistics(capture: Capture) -> BlockStatistics:
     for start in range(0, len(capture.weight), VOCAB_CHUNK):
         chunk = slice(start, start + VOCAB_CHUNK)
         bias = None if capture.bias is None else capture.bias[chunk].float()
-        z = capture.shape.transform(F.linear(hidden, capture.weight[chunk].float(), bias))
+        z = transformed(F.linear(hidden, capture.weight[chunk].float(), bias), capture.shape.transform)
         row = ((labels >= start) & (labels < start + z.shape[1])).nonzero()[:, 0]
         target_z[row] = z[row, labels[row] - start]
         z[row, labels[row] - start] = -math.inf

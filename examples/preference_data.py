@@ -1,7 +1,7 @@
 """Preference pairs from text to batches: what the examples and benchmarks train on.
 
 `docstring_pairs` and `read_pairs` give `Pair`s of text, and `split_pairs` holds some of them out.
-`encode_pairs` turns them into token ids and reports on them; a `PreferenceSet` makes batches.
+`encode_pairs` turns them into token ids and counts what they are; a `PreferenceSet` makes batches.
 """
 
 from __future__ import annotations
@@ -225,8 +225,10 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
     return train, [pair for pair in pairs if pair.group in drawn]
 
 
-def encode_pairs(pairs: Iterable[Pair], tokenizer: Any, max_length: int) -> tuple[list[TokenIds], DataReport]:
-    """Token ids of the pairs that can be trained on, and a report on all of them.
+def encode_pairs(
+    pairs: Iterable[Pair], tokenizer: Any, max_length: int
+) -> tuple[list[TokenIds], Counter[str]]:
+    """Token ids of the pairs that can be trained on, and how many of all are what.
 
     Raises:
         DataError: the tokenizer has no EOS, no chat template for a conversation, or one that refuses it.
@@ -266,46 +268,35 @@ def encode_conversation(pair: Pair, messages: list[Message], tokenizer: Any, **o
     return encoding["input_ids"]
 
 
-@dataclass
-class DataReport:
-    """What `check_pairs` found, in pairs."""
-
-    kept: int = 0
-    too_long: int = 0  # dropped, like the next two
-    identical: int = 0  # chosen and rejected have the same tokens
-    empty: int = 0  # a completion has no token before EOS
-    doubled_bos: int = 0  # kept without the second BOS
-    without_eos: int = 0  # kept, but a completion does not teach where to stop
-
-    def __str__(self) -> str:
-        counts = {name: count for name, count in vars(self).items() if count or name == "kept"}
-        return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
-
-
 def check_pairs(
     pairs: Iterable[TokenIds], bos: int | None, eos: int, max_length: int
-) -> tuple[list[TokenIds], DataReport]:
-    """The pairs that can be trained on, and a report on all of them.
+) -> tuple[list[TokenIds], Counter[str]]:
+    """The pairs that can be trained on, and how many of all are what; `described` puts it into words.
 
     Long pairs are dropped whole. Cut short, a pair would be another one than the one that was judged.
     """
-    kept, report = [], DataReport()
+    kept, found = [], Counter(kept=0)
     for pair in pairs:
         prompt, chosen, rejected = pair["prompt_ids"], pair["chosen_ids"], pair["rejected_ids"]
         if prompt[:2] == [bos, bos]:  # the tokenizer's, and one in the text
             prompt = prompt[1:]
-            report.doubled_bos += 1
+            found["doubled bos"] += 1  # kept without the second
         if not (set(chosen) - {eos} and set(rejected) - {eos}):
-            report.empty += 1
+            found["empty"] += 1  # a completion has no token before EOS; dropped, like the next two
         elif chosen == rejected:
-            report.identical += 1
+            found["identical"] += 1
         elif len(prompt) + max(len(chosen), len(rejected)) > max_length:
-            report.too_long += 1
+            found["too long"] += 1
         else:
-            report.kept += 1
-            report.without_eos += not (eos in chosen and eos in rejected)
+            found["kept"] += 1
+            # A completion does not teach where to stop.
+            found["without eos"] += not (eos in chosen and eos in rejected)
             kept.append({**pair, "prompt_ids": prompt})
-    return kept, report
+    return kept, found
+
+
+def described(found: Counter[str]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in found.items() if count or what == "kept")
 
 
 # --------------------------------------------------------------------------------------------------- batches

@@ -15,22 +15,9 @@ import math
 import sys
 from collections.abc import Sequence
 
+import quickstart_parts as parts
 import torch
 from preference_data import DataError, PreferenceSet, docstring_pairs, read_pairs, split_pairs
-from quickstart_parts import (
-    Policy,
-    Run,
-    adamw,
-    encode,
-    load_policy,
-    pair_metrics,
-    parse_arguments,
-    report,
-    show_example,
-    small_policy,
-    supervised_fine_tuning,
-    train_tokenizer,
-)
 from tqdm import tqdm
 
 from focalkern import FocalPOOutput, FusedFocalPOLoss
@@ -40,7 +27,7 @@ EVALUATIONS = 8  # on the held-out pairs, over the course of a training
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    args = parts.parse_arguments(arguments)
     try:
         policy, train, held_out = prepare(args)
     except (DataError, OSError) as error:
@@ -52,26 +39,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         policy.model.load_state_dict(start)
         loss_fn = FusedFocalPOLoss(beta=args.beta, gamma=gamma, **policy.logit_options)
         runs.append(train_preferences(f"{name} (γ={gamma:g})", loss_fn, policy, train, held_out, args))
-    report(runs, policy, args)
+    parts.report(runs, policy, args)
 
 
-def prepare(args: argparse.Namespace) -> tuple[Policy, PreferenceSet, PreferenceSet]:
+def prepare(args: argparse.Namespace) -> tuple[parts.Policy, PreferenceSet, PreferenceSet]:
     """The model to start from, and the training and the held-out pairs with their reference log-probs."""
     torch.manual_seed(args.seed)
     pairs = read_pairs(args.data) if args.data else docstring_pairs(args.seed)
     train_pairs, held_out_pairs = split_pairs(pairs, min(HELD_OUT, math.ceil(len(pairs) / 6)), args.seed)
-    show_example(train_pairs[0], len(pairs))
+    parts.show_example(train_pairs[0], len(pairs))
     if args.model:
-        policy = load_policy(args.model, args.device)
+        policy = parts.load_policy(args.model, args.device)
     else:
-        policy = small_policy(train_tokenizer(train_pairs), args)
-    train = encode("training", train_pairs, policy, args)
-    held_out = encode("held-out", held_out_pairs, policy, args)
+        policy = parts.small_policy(parts.train_tokenizer(train_pairs), args)
+    train = parts.encode("training", train_pairs, policy, args)
+    held_out = parts.encode("held-out", held_out_pairs, policy, args)
     policy.through_head(train.batch([0]))  # refuses a model whose logits are not those of the loss
     args.out.mkdir(parents=True, exist_ok=True)
 
     if not args.model:
-        supervised_fine_tuning(policy, train, args.seed)
+        parts.supervised_fine_tuning(policy, train, args.seed)
     # The reference is the model as it is now. Its log-probs, taken once, replace a second model.
     train.ref_logps = policy.sequence_logps(train)
     held_out.ref_logps = policy.sequence_logps(held_out)
@@ -81,15 +68,15 @@ def prepare(args: argparse.Namespace) -> tuple[Policy, PreferenceSet, Preference
 def train_preferences(
     name: str,
     loss_fn: FusedFocalPOLoss,
-    policy: Policy,
+    policy: parts.Policy,
     train: PreferenceSet,
     held_out: PreferenceSet,
     args: argparse.Namespace,
-) -> Run:
+) -> parts.Run:
     steps = args.steps or train.steps_per_pass
     evaluate_at = {round(steps * share / EVALUATIONS) for share in range(1, EVALUATIONS + 1)}
-    optimizer, scheduler = adamw(policy.model, args.lr, steps)
-    run = Run(name, held_out={0: evaluate(policy, loss_fn, held_out)})
+    optimizer, scheduler = parts.adamw(policy.model, args.lr, steps)
+    run = parts.Run(name, held_out={0: evaluate(policy, loss_fn, held_out)})
     for step, indices in enumerate(bar := tqdm(train.shuffled(steps, args.seed), name, steps), start=1):
         out = preference_loss(policy, loss_fn, train, indices)
         optimizer.zero_grad()
@@ -106,12 +93,13 @@ def train_preferences(
 
 
 @torch.no_grad()
-def evaluate(policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet) -> dict[str, torch.Tensor]:
-    return pair_metrics([preference_loss(policy, loss_fn, data, indices) for indices in data.by_length()])
+def evaluate(policy: parts.Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet) -> dict[str, torch.Tensor]:
+    outs = [preference_loss(policy, loss_fn, data, indices) for indices in data.by_length()]
+    return parts.pair_metrics(outs)
 
 
 def preference_loss(
-    policy: Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
+    policy: parts.Policy, loss_fn: FusedFocalPOLoss, data: PreferenceSet, indices: list[int]
 ) -> FocalPOOutput:
     """Loss of some of the pairs: from hidden states and head, where a plain loss would start from logits."""
     batch = data.batch(indices)

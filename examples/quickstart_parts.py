@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from preference_data import IGNORE_INDEX, Batch, DataError, Pair, PreferenceSet, encode_pairs
+from preference_data import IGNORE_INDEX, Batch, DataError, Pair, PreferenceSet, described, encode_pairs
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
@@ -197,10 +197,12 @@ def train_tokenizer(pairs: Sequence[Pair]) -> PreTrainedTokenizerBase:
 
 def encode(name: str, pairs: Sequence[Pair], policy: Policy, args: argparse.Namespace) -> PreferenceSet:
     max_length = min(args.max_length, policy.max_length)
-    encoded, report = encode_pairs(pairs, policy.tokenizer, max_length)
+    encoded, found = encode_pairs(pairs, policy.tokenizer, max_length)
     if not encoded:
-        raise DataError(f"no {name} pairs are left: {report} (more than {max_length} tokens are too long)")
-    print(f"{name} pairs: {report}")
+        raise DataError(
+            f"no {name} pairs are left: {described(found)} (more than {max_length} tokens are too long)"
+        )
+    print(f"{name} pairs: {described(found)}")
     return PreferenceSet(encoded, args.batch_size, args.device)
 
 

@@ -1,7 +1,7 @@
 """The definition in plain PyTorch: holds the `[tokens, vocab]` logits, leaves the gradient to autograd.
 
-Slow and short on purpose. Every test compares with it, in float64 where it can. Nothing in the library calls
-it.
+Slow and short on purpose. Every test compares with it, in float64 where it can, and so does `focalkern check`
+on a user's model. Nothing else in the library calls it.
 """
 
 from __future__ import annotations

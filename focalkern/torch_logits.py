@@ -59,10 +59,10 @@ def targets_in(column: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Te
     return row, column[row]
 
 
-def in_blocks(z: torch.Tensor) -> torch.Tensor:  # [n, c] -> [n, blocks, 128]
-    """Columns as vocabulary blocks, the last one filled up with −inf."""
+def in_blocks(z: torch.Tensor, padding: float = -torch.inf) -> torch.Tensor:  # [n, c] -> [n, blocks, 128]
+    """Columns as vocabulary blocks, the last one filled up."""
     if z.shape[1] % VOCAB_BLOCK:
-        z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=-torch.inf)
+        z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=padding)
     return z.view(z.shape[0], -1, VOCAB_BLOCK)
 
 
@@ -77,6 +77,8 @@ def _onednn_linear_works() -> bool:
     return bool((y == 6).all())
 
 
+# Private to torch. Without these instructions a bf16 product is emulated, at less than fp32's speed.
+HAS_BF16_PRODUCTS = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 _HAS_ONEDNN_LINEAR = _onednn_linear_works()
 
 

@@ -333,8 +333,8 @@ def spread_out(batch: Batch) -> Batch:
 
 def kept_everywhere(events: list) -> torch.Tensor:  # [n, V] bool
     """Which logits the backwards of all ranks computed, as they recorded it."""
-    (_, (selection, _)) = events[0]
-    keep = selection.keep.repeat_interleave(128, 1)
+    (_, (keep, _)) = events[0]
+    keep = keep.repeat_interleave(128, 1)
     own = torch.zeros(keep.shape[0], V, dtype=torch.int64)
     rows = own_rows()
     own[:, rows] = keep[:, : rows.stop - rows.start].long()

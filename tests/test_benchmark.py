@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import subprocess
 import sys
 from pathlib import Path
@@ -15,30 +14,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import check, report
 from benchmarks.check import Gate
-from benchmarks.inputs import (
-    BETA,
-    PRESENT,
-    UNTRAINED_STD,
-    Batch,
-    LogitTransform,
-    Recipe,
-    Sequences,
-    Shape,
-    calibrate,
-)
+from benchmarks.inputs import BETA, PRESENT, Batch, LogitTransform, Recipe, Sequences, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
 from benchmarks.peers import all_peers
 
 CPU = torch.device("cpu")
-TRANSFORMS = [LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(softcap=5.0, logit_scale=0.5)]
+PLAIN, CAPPED, SCALED = (
+    LogitTransform(),
+    LogitTransform(softcap=5.0),
+    LogitTransform(softcap=5.0, logit_scale=0.5),
+)
 
 
-def tiny_batch(transform: LogitTransform, dtype: torch.dtype = torch.float32) -> Batch:
+def tiny_batch(
+    transform: LogitTransform = PLAIN, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> Batch:
     """Sequences of 1 to 30 tokens and a head with a bias, as a capture may have them."""
     shape = Shape("tiny", 24, 300, transform.softcap, transform.logit_scale)
     batch, _ = Recipe(shape, 48, 2, dtype, "cpu", scale=4.0).batch()
     batch.sequences = Sequences(torch.tensor([0, 12, 13, 18, 48]))
-    batch.bias = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if bias:
+        batch.bias = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
     return batch.requires_grad_(frozen_head=False)
 
 
@@ -48,7 +44,7 @@ def step(name: str, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return loss.detach(), list(torch.autograd.grad(loss, batch.differentiated()))
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("transform", [LogitTransform(), CAPPED, SCALED])
 def test_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
     monkeypatch.setattr(check, "LOGITS_AT_ONCE", 20 * 300)  # 48 = 20 + 20 + 8
     batch = tiny_batch(transform, torch.float64)
@@ -70,27 +66,17 @@ def test_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
 
 WRONG = {
     "too long": lambda loss, gradients: (loss, [1.03 * gradient for gradient in gradients]),
-    "too short": lambda loss, gradients: (loss, [gradient / 1.03 for gradient in gradients]),
-    "dweight too long": lambda loss, gradients: (loss, [gradients[0], 1.03 * gradients[1]]),
+    "dweight too short": lambda loss, gradients: (loss, [gradients[0], gradients[1] / 1.03]),
     "loss too large": lambda loss, gradients: (1.05 * loss, gradients),
     "loss too small": lambda loss, gradients: (loss / 1.05, gradients),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "entries"),
-    [
-        ("torch", 16),
-        ("torch", 50),
-        ("torch", None),
-        ("torch-exact", 50),
-        ("eager", 16),
-        ("trl", 50),
-        ("liger", 50),
-    ],
+    ("name", "entries"), [("torch", 16), ("torch", None), ("torch-exact", 50), ("eager", 16), ("trl", 50)]
 )
 def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, entries):
-    pytest.importorskip({"trl": "trl", "liger": "liger_kernel"}.get(name, "torch"), reason="extra `bench`")
+    pytest.importorskip("trl" if name == "trl" else "torch", reason="extra `bench`")
     recipe = Recipe(Shape("small", 64, 4096), 256, 4, torch.bfloat16, "cpu", scale=None)
     batch, _ = (calibrate(recipe, entries) if entries else recipe).batch()
     gate = Gate(batch.requires_grad_(frozen_head=False))
@@ -105,25 +91,17 @@ def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_outside_the_sample_is_seen(value, monkeypatch):
     monkeypatch.setattr(check, "VOCAB_ROWS", 16)
-    batch = tiny_batch(LogitTransform())
+    batch = tiny_batch()
     gate = Gate(batch)
     loss, gradients = step("eager", batch)
-    assert gate.verdict(gate.errors(loss, gradients)) == ""
     outside = next(row for row in range(300) if row not in gate.vocab.tolist())
     gradients[1][outside, 3] = value
     assert gate.verdict(gate.errors(loss, gradients)) == "wrong: error of dweight beyond the bound"
 
 
-def test_sample_has_the_ends_and_the_rows_at_the_edges_of_tiles():
-    batch, _ = Recipe(Shape("tiny", 8, 2100), 2052, 2, torch.float32, "cpu", scale=4.0).batch()
-    rows, vocab = check.sampled_rows(batch, seed=0)
-    assert {0, 127, 128, 2047, 2048, 2051} <= set(rows.tolist()) and len(rows) < 80
-    assert {0, 127, 128, 2047, 2048, 2099} <= set(vocab.tolist()) and len(vocab) < 270
-
-
 def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():
-    gate = Gate(tiny_batch(LogitTransform()))
-    assert gate.bound(0.0) == gate.bound() and gate.bound()["dhidden"] < 1e-5
+    gate = Gate(tiny_batch())
+    assert gate.bound()["dhidden"] < 1e-5
     assert gate.bound(2.0**-13)["dhidden"] == check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps
     assert gate.bound(2.0**-13)["loss"] == gate.bound()["loss"]
 
@@ -142,22 +120,6 @@ def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
     assert sharpness.nll == pytest.approx(sharpness.entropy, rel=0.25)
 
 
-def test_untrained_input_has_small_logits_and_an_almost_flat_softmax():
-    recipe = Recipe(Shape("small", 256, 8192), 128, 2, torch.float32, "cpu", scale=None)
-    batch, sharpness = recipe.batch()
-    assert (batch.hidden @ batch.weight.T).std().item() == pytest.approx(UNTRAINED_STD * 256**0.5, rel=0.05)
-    assert sharpness.entropy > math.log(8192) - 0.1
-
-
-def test_input_is_the_same_for_the_same_seed_only():
-    recipe = Recipe(Shape("tiny", 24, 300), 48, 2, torch.bfloat16, "cpu", scale=4.0)
-    (first, _), (again, _) = recipe.batch(), recipe.batch()
-    other, _ = dataclasses.replace(recipe, seed=1).batch()
-    for name in ("hidden", "weight", "labels", "ref_logps"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
-        assert not torch.equal(getattr(first, name), getattr(other, name))
-
-
 def test_saturated_pairs_have_next_to_no_gradient():
     batch, _ = Recipe(Shape("tiny", 24, 300), 48, 4, torch.float32, "cpu", scale=4.0).batch(saturated_pairs=3)
     _, (dhidden,) = step("eager", batch.requires_grad_(frozen_head=True))
@@ -165,40 +127,25 @@ def test_saturated_pairs_have_next_to_no_gradient():
     assert (per_pair[:3] < 1e-6 * per_pair[3]).all()
 
 
-def test_sequences_are_summed_each_by_itself_and_padding_takes_no_part():
-    sequences = Sequences(torch.tensor([0, 2, 2, 3, 7]))
-    per_token = torch.arange(1.0, 8.0, requires_grad=True)
-    assert sequences.sums(per_token).tolist() == [3, 0, 3, 22]
-    (slope,) = torch.autograd.grad(sequences.sums(per_token) @ torch.tensor([1.0, 2.0, 3.0, 4.0]), per_token)
-    assert slope.tolist() == [1, 1, 3, 4, 4, 4, 4]
-
-
-def test_runs_alternate_between_the_steps_and_warm_up_is_left_out():
-    order = []
-    steps = {
-        name: Step(lambda name=name: order.append(name) or name, lambda name: order.append(f"d{name}"))
-        for name in ("a", "b")
-    }
-    steps["floor"] = Step(lambda: order.append("floor"), None)
-    times = interleaved_times(steps, CPU, warmup=1, repeats=3)
-    assert order == ["a", "da", "b", "db", "floor"] * 4
-    for found in times.values():
-        assert len(found.both.samples) == 3
-        for f, b, both in zip(found.forward.samples, found.backward.samples, found.both.samples, strict=True):
-            assert 0 <= f <= both and f + b == pytest.approx(both)
-
-
-def test_step_that_fails_takes_no_further_part():
+def test_runs_alternate_and_one_that_fails_takes_no_further_part():
     order, failures = [], []
 
-    def fail() -> None:
-        order.append("b")
-        raise RuntimeError("boom")
+    def run(name: str) -> str:
+        order.append(name)
+        if name == "c" and order.count("c") == 2:
+            raise RuntimeError("boom")
+        return name
 
-    steps = {"a": Step(lambda: order.append("a"), None), "b": Step(fail, None)}
-    times = interleaved_times(steps, CPU, 1, 2, on_failure=lambda *failure: failures.append(failure))
-    assert order == ["a", "b", "a", "a"] and list(times) == ["a"]
-    assert [(name, str(error)) for name, error in failures] == [("b", "boom")]
+    steps = {name: Step(lambda name=name: run(name), lambda name: order.append(f"d{name}")) for name in "ab"}
+    steps["c"] = Step(lambda: run("c"), None)
+    times = interleaved_times(steps, CPU, 1, 3, on_failure=lambda *failure: failures.append(failure))
+    assert order == [*["a", "da", "b", "db", "c"] * 2, *["a", "da", "b", "db"] * 2]
+    assert [(name, str(error)) for name, error in failures] == [("c", "boom")] and list(times) == ["a", "b"]
+    for found in times.values():
+        forward, backward, both = (found[f"{part}_ms"]["samples"] for part in ("forward", "backward", "both"))
+        assert len(both) == 3  # without the warm-up
+        for f, b, whole in zip(forward, backward, both, strict=True):
+            assert 0 <= f <= whole and f + b == pytest.approx(whole, abs=1e-3)
 
 
 def allocate(before: int, temporary: int, returned: int) -> PeakMemory:
@@ -231,14 +178,13 @@ def test_commit_is_marked_when_anything_but_results_has_changed(tmp_path, monkey
     assert report.commit() is None  # not a repository
     result, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "code.py"
     result.parent.mkdir(parents=True)
-    for file in (result, code):
-        file.write_text("1")
+    result.write_text("1")
+    code.write_text("1")
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message", "one")
+    result.write_text("2")
     clean = report.commit()
     assert len(clean) == 40
-    result.write_text("2")
-    assert report.commit() == clean
     code.write_text("2")
     assert report.commit() == f"{clean}-dirty"

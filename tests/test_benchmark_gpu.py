@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,10 +27,9 @@ from benchmarks import gpu, throughput, tune
 from benchmarks.gpu import Step
 from benchmarks.report import ROOT
 from benchmarks.tune import Setting
-from csrc_triton.launch import LAUNCH_TABLE, VOCAB_BLOCK, Launch, launch_config
+from csrc_triton.launch import LAUNCH_TABLE
 
 HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
-ENVIRONMENT = {"device": "NVIDIA H200", "commit": None}
 
 
 def python(code: str) -> list[str]:
@@ -56,8 +54,9 @@ def is_alive(pid: int) -> bool:
 @pytest.fixture
 def make_gpu(tmp_path, monkeypatch):
     """`gpu.main` on a machine that passes for one with a GPU, with other steps; its status and its report."""
+    about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("benchmarks.report.environment", lambda device_type: dict(ENVIRONMENT))
+    monkeypatch.setattr("benchmarks.report.environment", lambda device_type: dict(about))
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
@@ -72,22 +71,15 @@ def make_gpu(tmp_path, monkeypatch):
     signal.signal(signal.SIGTERM, before)
 
 
-def test_a_missing_package_is_named_in_one_line(make_gpu, monkeypatch, capsys):
+def test_what_is_missing_is_named_in_one_line(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "NEEDED", ("pytest", "no_such_package"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert gpu.main([]) == 2
-    assert capsys.readouterr().err == (
-        "make gpu needs no_such_package: python -m pip install no_such_package\n"
-    )
-
-
-@pytest.mark.parametrize("command", [["gpu.py"], ["tune.py", "--json", "table.json"]])
-def test_without_a_cuda_device_one_line_says_so(command):
-    if torch.cuda.is_available():
-        pytest.skip("there is a CUDA device")
-    done = run_script(sys.executable, f"benchmarks/{command[0]}", *command[1:])
-    assert done.returncode == 2 and done.stdout == ""
-    assert "needs a CUDA device" in done.stderr and done.stderr.count("\n") == 1
+    for is_available in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda found=is_available: found)
+        assert gpu.main([]) == 2
+    assert tune.main(["--json", "table.json"]) == 2
+    package, device, of_tune = capsys.readouterr().err.splitlines()
+    assert package == "make gpu needs no_such_package: python -m pip install no_such_package"
+    assert "needs a CUDA device" in device and "needs a CUDA device" in of_tune
 
 
 def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, make_gpu):
@@ -107,8 +99,7 @@ def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, mak
         arguments=("--commit", "abc"),
     )
     assert status == 1
-    statuses = {step["name"]: step["status"] for step in report["steps"]}
-    assert statuses == {
+    assert {step["name"]: step["status"] for step in report["steps"]} == {
         "good": "ok",
         "bad": "failed with exit status 3",
         "hanging": "cut after 8 s",
@@ -125,9 +116,7 @@ def test_a_step_is_cut_at_the_deadline_and_none_starts_after_it(tmp_path, make_g
     result = tmp_path / "result.json"
     result.write_text("{}")
     steps = [Step(name, 30, python("import time; time.sleep(30)"), result) for name in ("first", "second")]
-    began = time.monotonic()
     status, report = make_gpu(*steps, arguments=("--minutes", str(4 / 60)))
-    assert time.monotonic() - began < 8
     assert status == 1
     assert [step["status"] for step in report["steps"]] == ["cut after 3 s", gpu.NO_TIME]
     assert make_gpu(steps[1], arguments=("--minutes", "0"))[0] == 0
@@ -174,88 +163,29 @@ def test_every_step_calls_a_program_with_options_that_it_has(tmp_path, monkeypat
         patch.setattr(torch.cuda, "is_available", lambda: True)
         card = SimpleNamespace(total_memory=140 * 2**30)
         patch.setattr(torch.cuda, "get_device_properties", lambda device: card)
-        (tmp_path / "tuning.json").write_text("{}")
-        tests, huge, shipped, tuning, tuned = gpu.steps(tmp_path)
-        for step in (shipped, tuned):
+        steps = list(gpu.steps(tmp_path))
+        tests, _, shipped, tuning, sizes = steps
+        for step in (shipped, sizes):
             options = throughput.parse(step.command[2:])
             assert (options.device, options.json) == ("cuda", step.result)
-    assert tuned.command[tuned.command.index("--launch-table") + 1] == str(tuning.result)
-    assert sum(step.seconds for step in (tests, huge, shipped, tuning, tuned)) <= 60 * 8 - 15
+    assert sum(step.seconds for step in steps) <= 60 * 8 - 15
     assert tune.main(tuning.command[2:]) == 2  # it has the options, and asks for a GPU
-    assert "-n" in tests.command and "2_to_the_31" in (ROOT / "tests" / "test_gpu.py").read_text()
+    assert "2_to_the_31" in (ROOT / "tests" / "test_gpu.py").read_text()
     done = run_script(*tests.command, "--collect-only")
     assert done.returncode == 0 and "test_gpu.py" in done.stdout, done.stdout
 
 
-# The candidates
+# The sweep
 
 
 @pytest.mark.parametrize("arch", sorted(LAUNCH_TABLE))
-def test_candidates_begin_with_the_shipped_entry_and_are_tiles_that_the_kernels_take(arch):
+def test_candidates_begin_with_the_shipped_entry_and_the_nearest_compiles(arch):
     setting = Setting(arch, SHARED_LIMIT[arch])
-    for name in tune.TUNED:
-        found = tune.candidates(name, setting)
-        assert found[0] == setting.shipped(name) and len(found) == len(set(found)) > 10
-        assert all(tune.fits(entry, setting) for entry in found)
-        nearest = found[1]
-        assert (
-            sum(a != b for a, b in zip(asdict(nearest).values(), asdict(found[0]).values(), strict=True)) == 1
-        )
-        if name.startswith(("fwd", "bwd_dz")):
-            assert all(entry.block_n % VOCAB_BLOCK == 0 for entry in found)
-        if name.startswith("certified_dz"):
-            assert all(entry.block_n == VOCAB_BLOCK for entry in found)
-        if name.startswith("certified_dweight"):
-            assert all(entry.block_m == VOCAB_BLOCK for entry in found)
-        if name.startswith("certified_product"):
-            assert all(VOCAB_BLOCK % entry.block_k == 0 for entry in found)
     jobs = tune.in_order(setting)
-    assert [name for name, _ in jobs[:20]] == [*tune.TUNED, *tune.TUNED]
-    assert len(jobs) == len(set(jobs)) == sum(len(tune.candidates(name, setting)) for name in tune.TUNED)
-
-
-@pytest.mark.parametrize("name", ["fwd", "certified_dweight"])
-def test_the_nearest_candidate_compiles(name):
-    job = name, tune.candidates(name, HOPPER)[1]
-    assert tune.compile_candidate(HOPPER, job) == (job, "")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("name", tune.TUNED)
-def test_the_first_candidates_compile(arch, name):
-    setting = Setting(arch, SHARED_LIMIT[arch])
-    for entry in tune.candidates(name, setting)[:12]:
-        assert tune.compile_candidate(setting, (name, entry))[1] == ""
-
-
-# As a launch looks for it: on tensors with storage.
-FIND_IN_CACHE = """
-import json, sys, torch, triton
-from benchmarks import tune
-from csrc_triton.launch import Launch
-
-hits = []
-triton.knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
-empty = torch.empty
-torch.empty = lambda *args, **options: empty(*args, **options | {"device": "cpu"}).zero_()
-setting, entry = tune.Setting(**json.loads(sys.argv[1])), Launch(**json.loads(sys.argv[2]))
-assert tune.compile_candidate(setting, ("fwd", entry))[1] == ""
-print(json.dumps(hits))
-"""
-
-
-def test_compiling_elsewhere_fills_the_cache_that_the_launch_looks_into(tmp_path, monkeypatch):
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    setting = replace(HOPPER, tokens=256, hidden=256, vocab=4096)
-    job = "fwd", tune.candidates("fwd", setting)[1]
-    assert list(tune.compiled(setting, [job], time.monotonic() + 200)) == [(job, "")]
-    done = run_script(*python(FIND_IN_CACHE), *(json.dumps(asdict(x)) for x in (setting, job[1])))
-    assert json.loads(done.stdout.splitlines()[-1]) == [True], done.stderr
-
-
-# Measuring
+    assert jobs[:10] == [(name, setting.shipped(name)) for name in tune.TUNED]
+    assert [name for name, _ in jobs[10:20]] == list(tune.TUNED) and len(jobs) == len(set(jobs)) > 100
+    assert all(tune.fits(entry, setting) for _, entry in jobs)
+    assert arch not in ("sm_80", "sm_90") or tune.compile_candidate(setting, jobs[10]) == (jobs[10], "")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -267,125 +197,89 @@ def test_results_agree_within_rounding_and_a_lost_tile_shows_where_all_is_small(
         found = expected.clone()
         found[5, :16] = changed
         assert not tune.agree(found, expected)
-    assert tune.agree(torch.zeros(5), torch.zeros(5)) and not tune.agree(torch.ones(5), torch.zeros(5))
 
 
-def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(monkeypatch):
-    right = torch.ones(8, 64, dtype=torch.bfloat16)
-    other = right.clone()
-    other[5, 5] += 0.0078125
-    assert tune.agree(other, right)
+RIGHT = torch.ones(8, 64, dtype=torch.bfloat16)
+OTHER = RIGHT.clone()
+OTHER[5, 5] += 0.0078125  # agrees, and is not the same
+ILLEGAL = RuntimeError("an illegal memory access was encountered")
 
-    def status(*results: torch.Tensor | Exception) -> str:
-        left = iter(results)
 
-        def launched(setting, name, entry):
-            result = next(left)
-            if isinstance(result, Exception):
-                raise result
-            return [result], [lambda: None]
+@pytest.mark.parametrize(
+    ("results", "status"),
+    [
+        ([RIGHT, RIGHT, RIGHT.clone()], "ok"),
+        ([RIGHT, 0 * RIGHT, 0 * RIGHT], "wrong"),
+        ([RIGHT, OTHER, RIGHT], "wrong"),
+        ([RIGHT, RuntimeError("out of resources")], "failed"),
+        ([RIGHT, ILLEGAL], "lost"),
+    ],
+)
+def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results, status, monkeypatch):
+    left = iter(results)
 
-        monkeypatch.setattr(tune, "launched", launched)
-        return tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"]
+    def launched(setting, name, entry):
+        result = next(left)
+        if isinstance(result, Exception):
+            raise result
+        return [result], [lambda: None]
 
-    assert status(right, right, right.clone()) == "ok"
-    assert status(right, 0 * right, 0 * right) == "wrong"
-    assert status(right, other, right) == "wrong"
-    assert status(right, RuntimeError("out of resources")) == "failed"
+    def synchronize() -> None:
+        if results[-1] is ILLEGAL:
+            raise ILLEGAL
 
-    def broken() -> None:
-        raise RuntimeError("an illegal memory access was encountered")
-
+    monkeypatch.setattr(tune, "launched", launched)
+    monkeypatch.setattr(tune, "milliseconds", lambda launches: 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", broken)
-    assert status(right, RuntimeError("an illegal memory access was encountered")) == "lost"
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"] == status
 
 
-BODY = """
+FAKE = """
 import os, time
-def body(setting, connection):
-    while True:
-        name, entry = connection.recv()
-        if entry.num_stages == 6:
-            time.sleep(60)
-        if entry.num_stages == 7:
-            os._exit(7)
-        status = "lost" if entry.num_stages == 9 else "ok"
-        connection.send({"status": status, "ms": float(entry.num_stages), "pid": os.getpid()})
+def measure(setting, name, entry):
+    if entry.num_stages == 6:
+        time.sleep(60)
+    if entry.num_stages == 7:
+        os._exit(7)
+    status = "lost" if entry.num_stages == 9 else "ok"
+    return {"status": status, "ms": float(entry.num_stages), "pid": os.getpid()}
 """
 
 
 def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(tmp_path, monkeypatch):
-    (tmp_path / "measuring_body.py").write_text(BODY)
+    (tmp_path / "fake_measurer.py").write_text(FAKE)
     monkeypatch.syspath_prepend(tmp_path)
-    import measuring_body
+    import fake_measurer
 
+    monkeypatch.setattr(tune, "measure", fake_measurer.measure)
     monkeypatch.setattr(tune, "CANDIDATE_SECONDS", 2)
-    measurer = tune.Measurer(None, measuring_body.body)
+    measurer = tune.Measurer()
     entries = [replace(HOPPER.shipped("fwd"), num_stages=stages) for stages in (4, 6, 3, 7, 9, 8)]
-    rows = [measurer.measure(("fwd", entry)) for entry in entries]
+    rows = [measurer.measure(HOPPER, ("fwd", entry)) for entry in entries]
     measurer.close()
     assert [row["status"] for row in rows] == ["ok", "lost", "ok", "lost", "lost", "ok"]
     assert rows[1]["note"] == "no answer in 2 s" and rows[3]["note"] == "ended the process"
     assert not any(is_alive(row["pid"]) for row in rows if "pid" in row)
 
 
-# The table
+def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(tmp_path):
+    shipped, path = HOPPER.shipped("fwd"), tmp_path / "tuned.json"
 
+    def entries_of(*ms: float) -> dict:
+        """Of the table, given the times of the shipped entry and others; 0 for a result that is wrong."""
+        entries = [shipped, *(replace(shipped, num_stages=9 + i) for i in range(3))]
+        rows = {
+            ("fwd", entry): {"status": "ok", "ms": time} if time else {"status": "wrong"}
+            for entry, time in zip(entries, ms, strict=False)
+        }
+        tune.write(rows, HOPPER, path)
+        return json.loads(path.read_text())["entries"]
 
-def rows_of(**ms: float | None) -> tune.Rows:
-    """Times of the forward by number of stages; None for a result that is wrong."""
-    shipped = HOPPER.shipped("fwd")
-    return {
-        ("fwd", replace(shipped, num_stages=int(stages[1:]))): {"status": "ok", "ms": value}
-        if value
-        else {"status": "wrong"}
-        for stages, value in ms.items()
+    assert entries_of(10.0, 9.8, 0) == entries_of(0, 5.0) == {}
+    assert entries_of(10.0, 9.0, 8.0, 11.0) == {
+        "fwd": asdict(replace(shipped, num_stages=10, source="measured"))
     }
-
-
-def test_chosen_is_what_is_right_and_clearly_faster_than_the_shipped_entry():
-    assert HOPPER.shipped("fwd").num_stages == 3
-    assert tune.chosen(rows_of(_3=10.0, _4=9.8, _5=None), HOPPER) == {}
-    assert tune.chosen(rows_of(_4=5.0), HOPPER) == {}
-    found = tune.chosen(rows_of(_3=10.0, _4=9.0, _5=8.0, _2=11.0), HOPPER)
-    assert found == {"fwd": replace(HOPPER.shipped("fwd"), num_stages=5)}
-
-
-def test_the_table_of_a_sweep_takes_the_place_of_the_shipped_entries(tmp_path, monkeypatch):
-    monkeypatch.setitem(LAUNCH_TABLE, "sm_90", dict(LAUNCH_TABLE["sm_90"]))
-    path, others = tmp_path / "tuned.json", dict(LAUNCH_TABLE["sm_90"][16])
-    tune.write(rows_of(_3=10.0, _4=5.0), HOPPER, path)
-    with pytest.raises(ValueError, match="entries for sm_90; the device here is interpret"):
-        tune.load_table(path)
-    monkeypatch.setattr(tune.triton_launch, "arch_of", lambda device: "sm_90")
-    tune.load_table(path)
-    tuned = replace(HOPPER.shipped("bwd_dz"), num_stages=4, source="measured")
-    assert launch_config("fwd", "sm_90", 16) == tuned
-    assert LAUNCH_TABLE["sm_90"][16] == others | {"fwd": tuned}
-    path.write_text(json.dumps({"device": "NVIDIA H200", "tuning": json.loads(path.read_text())}))
-    tune.load_table(path)
-
-
-ENTRY = asdict(Launch(128, 256, 64, 8, 3))
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "{",
-        "[]",
-        '{"arch": "interpret", "entries": {}}',
-        json.dumps({"arch": "interpret", "element_bits": 16, "entries": {"fwd": {"block_m": 64}}}),
-        json.dumps({"arch": "interpret", "element_bits": 16, "entries": {"fwd": ENTRY | {"num_warps": 0}}}),
-        json.dumps({"arch": "interpret", "element_bits": 16, "entries": {"fwd": ENTRY | {"block_m": "64"}}}),
-    ],
-)
-def test_a_file_that_is_no_table_is_refused_by_name(text, tmp_path):
-    path = tmp_path / "tuned.json"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"tuned.json is no launch table: \w+: "):
-        tune.load_table(path)
 
 
 # In a process of its own, whose kernels are decorated for the interpreter.

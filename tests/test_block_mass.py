@@ -41,7 +41,6 @@ def save_capture(path: Path, has_bias: bool, **transform) -> Capture:
         model="none",
         reference="none",
         data="random numbers",
-        sharpness={},
     )
     capture.save(path)
     return capture

@@ -58,9 +58,9 @@ def kept(monkeypatch):
     """The (completion token, block) pairs of the last certified backward."""
     found = []
 
-    def spy(selection, counts):
-        found.append(selection.keep)
-        return list_pairs(selection, counts)
+    def spy(keep, counts):
+        found.append(keep)
+        return list_pairs(keep, counts)
 
     list_pairs = focalkern.logps.function.list_pairs
     monkeypatch.setattr(focalkern.logps.function, "list_pairs", spy)

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from triton.compiler.errors import CompilationError
 
-from benchmarks.aot import compiled_launches, float32_matmul_precision, launch_head, launch_kl, meta
+from benchmarks.aot import compiled_launches, launch_head, launch_kl, meta
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern import triton_launch
 from focalkern.logps.triton_form import exact_backward
@@ -111,8 +111,12 @@ def check_kl(arch, dtype, precision="highest", **variant):
 
 
 def check(arch, run, expected, precision="highest"):
-    with float32_matmul_precision(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
         launches = compiled_launches(arch, run)
+    finally:
+        torch.set_float32_matmul_precision(before)
     assert {launch.name for launch in launches} == expected
     for launch in launches:
         print(f"{arch} {launch}: {launch.registers} registers, {launch.shared_bytes} bytes shared")
@@ -121,7 +125,7 @@ def check(arch, run, expected, precision="highest"):
         if launch.tile is not None:
             # wgmma takes tiles of 64 rows; smaller ones have the instruction of older architectures.
             instruction = "mma.sync" if launch.tile.m < 64 else TENSOR_CORE.get(arch, "mma.sync")
-            assert instruction in launch.ptx, f"{launch} does not use tensor cores"
+            assert instruction in launch.kernel.asm["ptx"], f"{launch} does not use tensor cores"
 
 
 def cases(variants: dict, of_fp16: set[str]) -> list[tuple[torch.dtype, str]]:

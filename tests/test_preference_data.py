@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from preference_data import (
     IGNORE_INDEX,
     DataError,
-    DataReport,
     Pair,
     PreferenceSet,
     check_pairs,
+    described,
     docstring_pairs,
     encode_pairs,
     exchange_neighbours,
@@ -70,7 +70,7 @@ class TestDocstringPairs:
     def test_chosen_and_rejected_have_the_same_tokens_in_another_order(self, stdlib_pairs):
         pairs = stdlib_pairs[::10]
         encoded, report = encode_pairs(pairs, train_tokenizer(pairs), max_length=10_000)
-        assert report == DataReport(kept=len(pairs))
+        assert report == Counter(kept=len(pairs))
         for pair in encoded:
             assert pair["chosen_ids"] != pair["rejected_ids"]
             assert Counter(pair["chosen_ids"]) == Counter(pair["rejected_ids"])
@@ -202,7 +202,7 @@ class TestEncode:
         chosen, rejected = ("It is blue.", "It is green.") if record is CHAT else (" blue.", " green.")
         texts = [tokenizer.decode(pair[key]) for key in ("prompt_ids", "chosen_ids", "rejected_ids")]
         assert texts == [f"<s>{prompt}", f"{chosen}</s>", f"{rejected}</s>"]
-        assert report == DataReport(kept=1, doubled_bos=record not in (PLAIN, CHAT))
+        assert report == Counter({"kept": 1, "doubled bos": record not in (PLAIN, CHAT)})
 
     def test_where_tokens_merge_across_the_boundary_both_completions_begin_before_it(self):
         tokenizer = train_tokenizer([as_pair({**PLAIN, "prompt": "The sky The skys"})])
@@ -230,22 +230,22 @@ class TestEncode:
         ("prompt", "chosen", "rejected", "found"),
         [
             ([0, 5], [6, 1], [7, 1], {"kept": 1}),
-            ([0, 5], [6, 8, 8, 1], [7, 1], {"too_long": 1}),
+            ([0, 5], [6, 8, 8, 1], [7, 1], {"too long": 1}),
             ([0, 5], [6, 1], [6, 1], {"identical": 1}),
             ([0, 5], [1], [6, 1], {"empty": 1}),
             ([0, 5], [6, 1], [], {"empty": 1}),
-            ([0, 0, 5, 5], [6, 1], [7, 1], {"kept": 1, "doubled_bos": 1}),
-            ([0, 5], [6], [7, 1], {"kept": 1, "without_eos": 1}),
+            ([0, 0, 5, 5], [6, 1], [7, 1], {"kept": 1, "doubled bos": 1}),
+            ([0, 5], [6], [7, 1], {"kept": 1, "without eos": 1}),
         ],
     )
     def test_the_report_counts_what_is_wrong_with_pairs(self, prompt, chosen, rejected, found):
         pair = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         kept, report = check_pairs([pair], bos=0, eos=1, max_length=5)
-        assert report == DataReport(**found)
-        assert kept == ([{**pair, "prompt_ids": prompt[-3:]}] if report.kept else [])
+        assert report == Counter(found)
+        assert kept == ([{**pair, "prompt_ids": prompt[-3:]}] if report["kept"] else [])
 
     def test_a_report_names_the_kept_and_each_problem(self):
-        assert str(DataReport(kept=4, too_long=2)) == "4 kept, 2 too long"
+        assert described(Counter({"kept": 4, "too long": 2, "empty": 0})) == "4 kept, 2 too long"
 
 
 class TestPreferenceSet:

@@ -147,7 +147,7 @@ def test_largest_error_is_that_of_the_worst_row():
     dropped = torch.where(selection.keep, 0.0, mass).sum(1)
     assert dropped.amax() > 0
     expected = (g.double().abs() * dropped).amax().item()
-    left_out = DroppedMass.of(selection, count_pairs(selection), g)
+    left_out = DroppedMass.of(selection, count_pairs(selection.keep), g)
     assert left_out.largest_error.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -182,8 +182,8 @@ def test_an_infinite_gradient_is_kept_whole():
 def test_lists_are_per_block_with_ascending_rows():
     block_lse, lse, one_minus_p, targets, g, _ = block_statistics(30, 1500, 6.0)
     selection = select_pairs(block_lse, lse, one_minus_p, targets, g, 1e-3)
-    counts = count_pairs(selection)
-    pairs = list_pairs(selection, counts)
+    counts = count_pairs(selection.keep)
+    pairs = list_pairs(selection.keep, counts)
     expected = [(b, t) for b in range(12) for t in range(30) if selection.keep[t, b]]
     assert list(zip(pairs.block.tolist(), pairs.row.tolist(), strict=True)) == expected
     assert counts.total == len(expected)
@@ -198,7 +198,7 @@ def test_selection_in_pieces_is_the_same(name, value, monkeypatch):
 
     def select():
         selection = select_pairs(*statistics, targets, g, 1e-3)
-        pairs = list_pairs(selection, count_pairs(selection))
+        pairs = list_pairs(selection.keep, count_pairs(selection.keep))
         return selection.keep, selection.dropped_mass, pairs.row, pairs.block
 
     whole = select()
@@ -208,7 +208,7 @@ def test_selection_in_pieces_is_the_same(name, value, monkeypatch):
 
 def test_no_token_is_a_share_of_one():
     selection = Selection(torch.empty(0, 3, dtype=torch.bool), torch.empty(0))
-    assert count_pairs(selection).share == 1.0
+    assert count_pairs(selection.keep).share == 1.0
 
 
 def test_automatic_threshold_follows_the_dtype():

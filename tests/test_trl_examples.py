@@ -45,18 +45,17 @@ def test_the_example_trains(tmp_path):
     assert {"model.safetensors", "progress.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-SIZE = "--hidden 32 --layers 1 --vocab 4500 --pairs 3 --dtype fp32 --entries 20"
-
-
 @pytest.fixture
-def in_this_process(monkeypatch):
-    """Memory is measured in a fresh one, which takes longer to start than all the rest."""
+def step_benchmark(monkeypatch):
+    """`trl_step.main --quick` on a smaller model, and memory in this process: a fresh one starts slowly."""
     monkeypatch.setattr(trl_step, "in_fresh_process", lambda function, *given: function(*given))
+    monkeypatch.setattr(trl_step, "QUICK", trl_step.Setup(32, 1, 4500, 3, entries=20))
+    return lambda *options: trl_step.main(["--quick", "--dtype", "fp32", *options])
 
 
-def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(in_this_process, tmp_path, capsys):
+def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(step_benchmark, tmp_path, capsys):
     path = tmp_path / "step.json"
-    assert trl_step.main([*SIZE.split(), "--repeats", "2", "--json", str(path)]) == 0
+    assert step_benchmark("--json", str(path)) == 0
     (found,) = json.loads(path.read_text())["comparisons"]
     assert list(found["rows"]) == list(trl_step.NAMES)
     assert found["tokens"] < found["padded_positions"]
@@ -68,7 +67,7 @@ def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(in_this_process, tm
     assert "FocalPOTrainer, packed" in capsys.readouterr().out
 
 
-def test_the_benchmark_says_where_gradients_differ(in_this_process, monkeypatch):
+def test_the_benchmark_says_where_gradients_differ(step_benchmark, monkeypatch):
     other_loss = partial(FocalPOConfig, modulation="focal")
     monkeypatch.setattr(trl_step, "FocalPOConfig", lambda gamma, **options: other_loss(gamma=1.0, **options))
-    assert trl_step.main([*SIZE.split(), "--repeats", "1"]) == 1
+    assert step_benchmark() == 1

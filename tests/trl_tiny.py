@@ -35,8 +35,8 @@ from focalkern.trl import FocalPOConfig, FocalPOTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import quickstart
 from preference_data import Pair
+from quickstart_parts import train_tokenizer
 
 disable_progress_bars()
 gc.freeze()  # every run of transformers collects garbage; over all that is loaded here it takes 0.2 s
@@ -64,7 +64,7 @@ GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping":
 
 
 def tokenizer_of(records: list[dict]) -> PreTrainedTokenizerBase:
-    return quickstart.train_tokenizer(
+    return train_tokenizer(
         [Pair(record["prompt"], record["chosen"], record["rejected"], "", "") for record in records]
     )
 

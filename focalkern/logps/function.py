@@ -132,10 +132,10 @@ def _select(
     assert saved.block_lse is not None
     rest_mass = saved.one_minus_p if saved.rest_mass is None else saved.rest_mass
     selection = select_pairs(saved.block_lse, saved.lse, rest_mass, forward.targets, g, tau, share)
-    counts = count_pairs(selection)
+    counts = count_pairs(selection.keep)
     if counts.share > EXACT_ABOVE_KEPT_SHARE:
         return None, DroppedMass.nothing(counts, g)
-    return list_pairs(selection, counts), DroppedMass.of(selection, counts, g)
+    return list_pairs(selection.keep, counts), DroppedMass.of(selection, counts, g)
 
 
 def row_values(head: Head, targets: torch.Tensor, call: LogpsCall) -> RowValues:

@@ -107,10 +107,10 @@ def _select_rows(
     return keep, torch.where(dropped_mass > 0, dropped_mass * correction, 0.0)
 
 
-def count_pairs(selection: Selection) -> KeptCounts:
+def count_pairs(keep: torch.Tensor) -> KeptCounts:  # [n, NB]
     """The only step of a certified backward that waits for the device."""
-    blocks = selection.keep.shape[1]
-    counts = torch.cat([selection.keep.sum(0), selection.keep.sum(1)])
+    blocks = keep.shape[1]
+    counts = torch.cat([keep.sum(0), keep.sum(1)])
     host = counts.cpu()
     return KeptCounts(
         per_block=counts[:blocks],
@@ -120,13 +120,13 @@ def count_pairs(selection: Selection) -> KeptCounts:
     )
 
 
-def list_pairs(selection: Selection, counts: KeptCounts) -> KeptPairs:
+def list_pairs(keep: torch.Tensor, counts: KeptCounts) -> KeptPairs:  # [n, NB]
     """The kept pairs as lists per block; their number being known, this does not wait for the device."""
-    n, blocks = selection.keep.shape
+    n, blocks = keep.shape
     at_once = max(_MAX_NONZERO // max(n, 1), 1)
     pairs = [
         nonzero(
-            selection.keep[:, start : start + at_once].t().reshape(-1),
+            keep[:, start : start + at_once].t().reshape(-1),
             int(counts.per_block_host[start : start + at_once].sum()),
         )
         + start * n

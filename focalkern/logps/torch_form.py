@@ -9,6 +9,7 @@ import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
+from focalkern.logps import torch_coarse, torch_coarse_backward
 from focalkern.logps.statistics import (
     ShardStatistics,
     empty_statistics,
@@ -45,6 +46,13 @@ def block_statistics(
     head: Head, targets: torch.Tensor, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> BlockStatistics:
     """The forward of a head, or of a vocabulary shard: then targets of other shards are negative."""
+    coarse = torch_coarse.suits(head, transform, outputs) and torch_coarse.block_statistics(head, targets)
+    return coarse or _dense_statistics(head, targets, transform, outputs)
+
+
+def _dense_statistics(
+    head: Head, targets: torch.Tensor, transform: LogitTransform, outputs: tuple[str, ...]
+) -> BlockStatistics:
     n, dtype = targets.numel(), compute_dtype(head.hidden)
     blocks = empty_statistics(n, head, outputs)
     blocks.target_z.fill_(-torch.inf)
@@ -118,6 +126,13 @@ def exact_backward(
     forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
 ) -> Gradients:
     """Recompute the logits of all rows by vocabulary chunks, form dz, and multiply it both ways."""
+    gradients = torch_coarse_backward.exact_backward(forward, grads, needs, reduction)
+    return gradients or _dense_backward(forward, grads, needs, reduction)
+
+
+def _dense_backward(
+    forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
+) -> Gradients:
     head, targets, transform, saved = forward
     logits = Logits(head, transform)
     gradients = ExactGradients(head, logits.hidden, needs, reduction)

@@ -226,7 +226,7 @@ def inspect_pairs(
         ("pairs", "cut", "doubled_bos", "without_eos", "empty", "identical", "unpredicted"), 0
     )
     first_pair = ""
-    for prompt, *completions in _token_ids(dataset):
+    for prompt, *completions in token_ids(dataset):
         (start, chosen), (other_start, rejected) = (
             _cut(prompt, ids, max_length, truncation_mode) for ids in completions
         )
@@ -258,7 +258,7 @@ def inspect_pairs(
     )
 
 
-def _token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
+def token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
     """Prompt, chosen and rejected, row by row."""
     # Columns of Arrow: the rows of a dataset take longer.
     for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(_BATCH_ROWS):

@@ -178,7 +178,7 @@ def _fused_forward(
     if not (fused.is_tried or _would_unmerge(model)):
         _try_model(model, fused, targets, shift, *args, **kwargs)
         fused.is_tried = True
-    backbone = _backbone(model)(*args, **kwargs)
+    backbone = backbone_of(model)(*args, **kwargs)
 
     head, hidden = model.get_output_embeddings(), backbone.last_hidden_state
     tokens, mean_logits_everywhere = module_logps(head, hidden, targets, shift, fused.in_fp32, fused.options)
@@ -322,11 +322,11 @@ def check_head(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     resolve_head(head)
     check_variants(head, list(getattr(head, "lora_variant", {})))
-    if _backbone(model) is model:
+    if backbone_of(model) is model:
         raise TypeError(f"{name} must have a base_model whose last hidden state its head takes")
 
 
-def _backbone(model: PreTrainedModel) -> nn.Module:
+def backbone_of(model: PreTrainedModel) -> nn.Module:
     """The model below the head; the model itself where there is none."""
     if model.base_model is not model:
         return model.base_model
@@ -432,14 +432,14 @@ def _own_and_head_logits(
         return (hidden, *inputs[1:])
 
     hooks = [
-        _backbone(model).register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
+        backbone_of(model).register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state)),
         head.register_forward_pre_hook(pick, prepend=True),  # before a layout makes a DTensor of it
         head.register_forward_pre_hook(lambda module, _: weights.append(resolve_head(module).linear.weight)),
     ]
     try:
         logits = fused.own_forward(model, *args, **kwargs).logits
         if not states:  # it has called a part of its backbone
-            _backbone(model)(*args, **kwargs)
+            backbone_of(model)(*args, **kwargs)
     except Exception as error:
         raise _NotRun(
             f"{type(model).__name__} must give logits of its own, with which its fused head is compared; it"

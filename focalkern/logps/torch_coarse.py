@@ -1,0 +1,188 @@
+"""The forward on CPUs with bf16 instructions: a coarse product for all, an exact one where the mass is.
+
+Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
+10 is off by up to 0.03. oneDNN applies a function to the fp32 sums before it rounds. With a shift S above all
+logits,
+
+    y = σ(z − S) = exp(z − S) up to a factor of 1 + exp(z − S),
+
+off by at most 2^-8 of itself, whatever its size, in the time of the product alone. The sum of y over a
+vocabulary block is the block's mass. Blocks with more than `_TAU` of a row's mass, and the label's, are then
+computed in fp32. The roundings of the others are independent of each other: their error is 3e-7 of the row's
+mass, root mean square, and 1.1e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from csrc_triton.launch import VOCAB_BLOCK
+from focalkern.checks import warn_once
+from focalkern.logps.selection import count_pairs, list_pairs
+from focalkern.logps.torch_pairs import Group, PairLogits
+from focalkern.records import BlockStatistics, Head, LogitTransform
+from focalkern.torch_logits import (
+    HAS_BF16_PRODUCTS,
+    TILE_ROWS,
+    Product,
+    in_blocks,
+    nonfinite_to_nan,
+    vocab_chunks,
+)
+
+# The dropped mass comes from sums of y: 2^-15 keeps it exact to 1e-6.
+_TAU = 2.0**-15
+# Where more pairs than this take fp32, one fp32 product of all is faster; the estimate of the share is high.
+_MAX_SHARE, _MAX_ESTIMATE = 0.3, 0.45
+_SAMPLED_BLOCKS = 4
+# How far the logsumexp of a row may be below S: nearer, y is not exp(z − S); further, small y are 0 in bf16.
+NEAREST, FURTHEST = 5.0, 64.0
+_MARGIN = 16.0
+# By how much the logarithms of a block's coarse and exact mass may differ: roundings, and exp(−NEAREST).
+_MAX_DIFFERENCE = 2.0**-6
+# Below this many multiplications the calls cost more than the product.
+_MIN_SIZE = 2**31
+_WORKSPACE_BYTES = 64 * 2**20
+
+
+def coarse_exp(hidden: torch.Tensor, weight: torch.Tensor, shift: float) -> torch.Tensor:
+    """y = σ(hidden @ weightᵀ − shift) in bf16, rounded once."""
+    bias = weight.new_full((len(weight),), -shift)
+    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "sigmoid", [], "")
+
+
+def _is_accurate() -> bool:
+    # The operator is private to torch, and the accuracy of its logistic function nowhere stated.
+    z = -torch.arange(1.0, 81.0)[:, None].bfloat16()
+    try:
+        y = coarse_exp(z, torch.ones(1, 1, dtype=torch.bfloat16), shift=5.0)
+    except (AttributeError, RuntimeError, TypeError):
+        return False
+    return bool((y.double() / (z.double() - 5.0).sigmoid() - 1).abs().amax() <= 2.0**-8)
+
+
+_is_trusted = HAS_BF16_PRODUCTS and _is_accurate()
+
+
+def suits(head: Head, transform: LogitTransform, outputs: tuple[str, ...] = ()) -> bool:
+    """Whether coarse products can take the place of most of the fp32 ones."""
+    hidden = head.hidden
+    has_plain_logits = transform.softcap is None and transform.logit_scale == transform.temperature
+    return (
+        _is_trusted
+        and hidden.device.type == "cpu"
+        and hidden.dtype == torch.bfloat16
+        and hidden.numel() * head.vocab_size >= _MIN_SIZE
+        and head.vocab_size >= _SAMPLED_BLOCKS * VOCAB_BLOCK
+        and head.bias is None
+        and has_plain_logits
+        and not outputs
+    )
+
+
+def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | None:
+    """The forward of a head that suits, or of a vocabulary shard; None where the dense one is to be taken."""
+    global _is_trusted
+    shift, estimate = _sample(head, targets)
+    if not estimate <= _MAX_ESTIMATE:
+        return None
+    masses = _coarse_masses(head, shift)
+    total = masses[:-1].sum(1)
+    distance = -total.log()
+    # Of what is not finite, the dense forward tells the row.
+    if not (distance.amin() >= NEAREST and distance.amax() <= FURTHEST):
+        return None
+
+    keep = masses[:-1] > _TAU * total[:, None]
+    row = (targets >= 0).nonzero().squeeze(1)
+    keep[row, targets[row] // VOCAB_BLOCK] = True
+    counts = count_pairs(keep)
+    if counts.share > _MAX_SHARE:
+        return None
+    logits = PairLogits(head, targets, list_pairs(keep, counts), _WORKSPACE_BYTES)
+    exact = _ExactBlocks(logits, block_lse=masses.log_().add_(shift))
+    logits.for_each_group(exact.of_half)
+    if not exact.differences.amax() <= _MAX_DIFFERENCE:
+        _is_trusted = False
+        warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
+        return None
+    return BlockStatistics(target_z=exact.target_z[:-1], lse=exact.block_lse[:-1])
+
+
+def _sample(head: Head, targets: torch.Tensor) -> tuple[float, float]:
+    """S, and an estimate of the share of pairs that take fp32: from logits of labels and of a few blocks."""
+    blocks = head.vocab_size // VOCAB_BLOCK
+    first = torch.arange(_SAMPLED_BLOCKS) * blocks // _SAMPLED_BLOCKS * VOCAB_BLOCK
+    v = (first[:, None] + torch.arange(VOCAB_BLOCK)).flatten()
+    sampled = [weight[v].float() for _, weight in head.products]
+    highest, kept = -math.inf, 0
+    for rows in _row_tiles(len(targets)):
+        hidden, target = [h[rows].float() for h, _ in head.products], targets[rows]
+        z = Product(hidden, is_fp32=False)(sampled, None)
+        block_lse = z.unflatten(1, (-1, VOCAB_BLOCK)).logsumexp(-1)
+        lse = block_lse.logsumexp(-1) + math.log(blocks / _SAMPLED_BLOCKS)
+        of_label = [weight.index_select(0, target.clamp(min=0)) for _, weight in head.products]
+        target_z = torch.stack([(h * w).sum(1) for h, w in zip(hidden, of_label, strict=True)]).sum(0)
+        lse = torch.where(target >= 0, torch.maximum(lse, target_z), lse)
+        highest = max(highest, lse.amax().item())
+        kept += int((block_lse - lse[:, None] > math.log(_TAU)).sum())
+    return as_bias(highest + _MARGIN), kept / (len(targets) * _SAMPLED_BLOCKS)
+
+
+def as_bias(shift: float) -> float:
+    """Rounded to bf16, in which the product takes it."""
+    return torch.tensor(shift, dtype=torch.bfloat16).item()
+
+
+def _coarse_masses(head: Head, shift: float) -> torch.Tensor:  # [n + 1, NB]
+    """Σ exp(z − S) of each block, label and all, and a row that pads; NaN where inputs are not finite."""
+    n = len(head.hidden)
+    masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
+    poison = torch.zeros(())
+    for rows in _row_tiles(n):
+        hidden = joined([h[rows] for h, _ in head.products])
+        for start, end in vocab_chunks(head.vocab_size, len(hidden)):
+            weight = joined([w[start:end] for _, w in head.products])
+            if rows.start == 0:
+                poison = poison + nonfinite_to_nan(weight)
+            y = in_blocks(coarse_exp(hidden, weight, shift), padding=0.0)
+            at = slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
+            masses[rows, at] = y.sum(-1, dtype=torch.float32)
+        masses[rows] += nonfinite_to_nan(hidden, dim=1)[:, None]
+    return masses.add_(poison)
+
+
+def joined(operands: list[torch.Tensor]) -> torch.Tensor:
+    """The operands of a head's products as those of one."""
+    return operands[0] if len(operands) == 1 else torch.cat(operands, 1)
+
+
+def _row_tiles(n: int) -> list[slice]:
+    return [slice(start, min(start + TILE_ROWS, n)) for start in range(0, n, TILE_ROWS)]
+
+
+class _ExactBlocks:
+    """Exact statistics of the kept pairs, in place of the coarse ones; with the row that pads."""
+
+    def __init__(self, logits: PairLogits, block_lse: torch.Tensor) -> None:
+        self.logits, self.block_lse = logits, block_lse
+        self.target_z = block_lse.new_full((len(block_lse),), -torch.inf)
+        self.differences = block_lse.new_zeros(2)  # the largest in each half of the pairs
+
+    def of_half(self, half: int) -> Callable[[Group], None]:
+        def replace(group: Group) -> None:
+            z = self.logits.logits(group)
+            row, column = self.logits.labels(group)
+            self.target_z[group.row[row]] = z[row, column]
+            z[row, column] = -torch.inf
+            lse, at = z.logsumexp(1), (group.row, group.first_v // VOCAB_BLOCK)
+            difference = lse - self.block_lse[at]
+            difference[row] = 0.0  # the coarse mass has the label
+            difference.masked_fill_(group.row == len(self.block_lse) - 1, 0.0)
+            self.differences[half] = torch.maximum(self.differences[half], difference.abs().amax())
+            self.block_lse[at] = lse
+
+        return replace

@@ -1,0 +1,117 @@
+"""The backward on CPUs with bf16 instructions: small probabilities by bf16 products, large ones one by one.
+
+Gradients have the 8 bits of bf16. A coarse product (see `torch_coarse`) gives p to 2^-8 of itself, and the
+products of dz = −g·p with hidden and weight round their results to bf16. Neither shows as long as no large
+entry takes part: the roundings of many small ones cancel. Entries with p > `_LARGE` and labels
+are left out of dz, and added to the gradients in fp32, from dot products of their own. Errors of dhidden and
+dweight are then those of fp32 products, to 1 % (2048 × 512 × 32768 and 2048 × 512 × 128256, 2026-11).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from focalkern.distributed import AsyncReduction
+from focalkern.logps import torch_coarse
+from focalkern.logps.torch_coarse import FURTHEST, NEAREST, as_bias, coarse_exp, joined
+from focalkern.logps.torch_pairs import Group, extended
+from focalkern.products import HeadGradients
+from focalkern.records import Forward, Gradients, Needs, RowGradients
+from focalkern.torch_logits import targets_in, vocab_chunks
+
+_LARGE = 2.0**-5
+# Numbers of hidden or weight that are gathered at once for single entries.
+_GATHERED = 2**22
+
+
+class CoarseDz:
+    """dz of a backward without its large entries, and these."""
+
+    def __init__(self, forward: Forward, g: torch.Tensor, shift: float) -> None:
+        self.forward, self.g, self.shift = forward, g, shift
+        saved = forward.saved
+        self.factor = extended(-g * (shift - saved.lse).exp(), 0.0)[:, None]
+        self.limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)[:, None]
+        self.targets = extended(forward.targets, -1)
+        # Row and vocabulary entry of large ones that are no labels; two threads append to it.
+        self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    @classmethod
+    def of(cls, forward: Forward, grads: RowGradients) -> CoarseDz | None:
+        """None where the head does not suit, or the rows' logits lie too far apart."""
+        if grads.entropy is not None or not torch_coarse.suits(forward.head, forward.transform):
+            return None
+        lowest, highest = forward.saved.lse.aminmax()
+        shift = as_bias(highest.item() + NEAREST)
+        return cls(forward, grads.logps, shift) if shift - lowest < FURTHEST else None
+
+    def of_group(self, group: Group) -> torch.Tensor:  # [k, 128]
+        hidden, weights = group.split(joined(group.hidden)), zip(*group.weights(), strict=True)
+        y = [coarse_exp(h, joined([*w]), self.shift) for h, w in zip(hidden, weights, strict=True)]
+        return self.without_large(torch.cat(y), group.row, group.first_v)
+
+    def without_large(
+        self,
+        y: torch.Tensor,  # [k, c] exp(z − S)
+        row: torch.Tensor,  # [k]
+        first_v: torch.Tensor,  # [k] or []: the entry of the first column
+    ) -> torch.Tensor:  # [k, c] −g·p in bf16
+        p = y.float()
+        label_at, label_column = targets_in(self.targets[row] - first_v, p.shape[1])
+        p[label_at, label_column] = 0.0
+        at, column = (p > self.limit[row]).nonzero(as_tuple=True)
+        p[at, column] = 0.0
+        self.large.append((row[at], column + first_v.expand_as(row)[at]))
+        return p.mul_(self.factor[row]).bfloat16()
+
+    def add_large(self, gradients: HeadGradients) -> None:
+        """Add the entries that were left out, in fp32."""
+        head, targets, _, saved = self.forward
+        label_row = ((targets >= 0) & (self.g != 0)).nonzero().squeeze(1)
+        row = torch.cat([label_row, *(row for row, _ in self.large)])
+        entry = torch.cat([targets[label_row], *(entry for _, entry in self.large)])
+        # A row of dweight may take many entries: they are added up in fp32.
+        distinct, place = entry.unique(return_inverse=True)
+        of_weight = [None if x is None else x[distinct].float() for x in gradients.dweight]
+
+        step = max(_GATHERED // head.hidden.shape[1], 1)
+        for start in range(0, len(row), step):
+            at, v = row[start : start + step], entry[start : start + step]
+            hidden = [h[at].float() for h, _ in head.products]
+            weight = [w[v].float() for _, w in head.products]
+            z = torch.stack([(h * w).sum(1) for h, w in zip(hidden, weight, strict=True)]).sum(0)
+            rest = torch.where(v == targets[at], -saved.one_minus_p[at], (z - saved.lse[at]).exp())
+            dz = (-self.g[at] * rest)[:, None]
+            for i, (h, w) in enumerate(zip(hidden, weight, strict=True)):
+                if (dhidden := gradients.dhidden[i]) is not None:
+                    dhidden.index_add_(0, at, w.mul_(dz))
+                if (total := of_weight[i]) is not None:
+                    total.index_add_(0, place[start : start + step], h.mul_(dz))
+        for dweight, total in zip(gradients.dweight, of_weight, strict=True):
+            if dweight is not None and total is not None:
+                dweight[distinct] = total.to(dweight.dtype)
+
+
+def exact_backward(
+    forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
+) -> Gradients | None:
+    """All pairs, by vocabulary chunks; None where the head does not suit."""
+    coarse = CoarseDz.of(forward, grads)
+    if coarse is None:
+        return None
+    head, n = forward.head, len(grads.logps)
+    gradients = HeadGradients(head, needs, reduction, torch.float32)
+    hidden, row = joined([h for h, _ in head.products]), torch.arange(n)
+    for start, end in vocab_chunks(head.vocab_size, n):
+        weights = [weight[start:end] for _, weight in head.products]
+        y = coarse_exp(hidden, joined(weights), coarse.shift)
+        dz = coarse.without_large(y, row, torch.tensor(start))
+        for dhidden, weight in zip(gradients.dhidden, weights, strict=True):
+            if dhidden is not None:
+                dhidden += dz @ weight
+        for dweight, (h, _) in zip(gradients.dweight, head.products, strict=True):
+            if dweight is not None:
+                torch.mm(dz.t(), h, out=dweight[start:end])
+    coarse.add_large(gradients)
+    gradients.start_reduction()
+    return gradients.result()

@@ -1,0 +1,169 @@
+"""The bf16 products that take the place of fp32 ones on CPUs: against float64, and against the fp32 products.
+
+Small problems are made to suit. Where a CPU has no bf16 instructions, torch emulates them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import Problem, outcome, sharp_problem
+from tolerance import relative_error
+
+import focalkern.logps.function
+from focalkern.logps import torch_coarse, torch_coarse_backward
+from focalkern.logps.torch_form import block_statistics
+from focalkern.records import Head, LogitTransform
+
+BF16 = torch.bfloat16
+PROBLEMS = {
+    "plain": {},
+    "a narrow last block": {"vocab_size": 1290},
+    "several tiles of rows": {"tokens": 150},
+    "low-rank update": {"rank": 5},
+}
+
+
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch):
+    """Turns coarse products on and off; they begin on."""
+    if not torch_coarse._is_accurate():
+        pytest.skip("this CPU's bf16 products are not the rounded ones: the library does not take them")
+
+    def turn(on: bool) -> None:
+        monkeypatch.setattr(torch_coarse, "_is_trusted", on)
+
+    monkeypatch.setattr(torch_coarse, "_MIN_SIZE", 0)
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.9)
+    monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", 1.0)
+    monkeypatch.setattr(torch_coarse, "TILE_ROWS", 64)
+    turn(True)
+    return turn
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many coarse products there were."""
+    made, product = [], torch_coarse.coarse_exp
+
+    def counted(*operands):
+        made.append(operands)
+        return product(*operands)
+
+    for module in (torch_coarse, torch_coarse_backward):
+        monkeypatch.setattr(module, "coarse_exp", counted)
+    return made
+
+
+def measure(problem: Problem, **options):
+    leaves = problem.leaves(
+        trained=options.pop("trained", ("hidden", "weight", "update_hidden", "update_weight"))
+    )
+    result = problem.run("torch", leaves, **options)
+    return result, outcome(problem, result, leaves)
+
+
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+@pytest.mark.parametrize("options", PROBLEMS.values(), ids=PROBLEMS.keys())
+def test_values_and_gradients_are_as_accurate_as_by_fp32_products(options, backward, coarse, calls):
+    problem = sharp_problem(dtype=BF16, **options)
+    _, found = measure(problem, backward=backward)
+    assert len(calls) >= 2, "a forward and a backward by coarse products"
+    coarse(False)
+    _, by_fp32 = measure(problem, backward=backward)
+    leaves = problem.leaves(torch.float64)
+    exact = outcome(problem, problem.plain(leaves), leaves)
+    assert (found["logps"].double() - exact["logps"]).abs().max() < 1e-5 * problem.largest_logit()
+    for name in found.keys() - {"logps"}:
+        of_fp32 = relative_error(by_fp32[name], exact[name])
+        assert relative_error(found[name], exact[name]) <= 1.05 * of_fp32 + 1e-5, name
+
+
+def test_the_dropped_mass_is_exact(monkeypatch):
+    kept, list_pairs = [], focalkern.logps.function.list_pairs
+    monkeypatch.setattr(
+        focalkern.logps.function,
+        "list_pairs",
+        lambda keep, counts: kept.append(keep) or list_pairs(keep, counts),
+    )
+    problem = sharp_problem(200, vocab_size=4096, dtype=BF16, sharpness=12.0)
+    result, _ = measure(problem, tau=2.0**-11)
+    p = problem.logits().softmax(-1).view(-1, 32, 128).sum(-1)
+    dropped = torch.where(kept[-1], 0.0, p).sum(1)
+    assert dropped.max() > 1e-3
+    # Rows of small gradient drop much: there the rounding of fp32 logits shows.
+    rounding = dropped * problem.largest_logit() * 2.0**-23
+    assert ((result.dropped_mass[problem.keep] - dropped).abs() <= 1e-6 + rounding).all()
+
+
+def test_every_block_has_its_mass():
+    """Of coarse blocks, to the rounding of bf16; of the others, and of labels, to that of fp32."""
+    problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
+    hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
+    elsewhere = torch.where(torch.arange(len(labels)) % 3 == 0, -128, labels)  # in another vocabulary shard
+    found = block_statistics(Head(hidden, problem.weight), elsewhere, LogitTransform(), ())
+    z = problem.logits()
+    here = (elsewhere >= 0).nonzero().squeeze(1)
+    target_z = torch.full_like(z[:, 0], -torch.inf)
+    target_z[here] = z[here, labels[here]]
+    z[here, labels[here]] = -torch.inf
+    lse = z.view(len(labels), 32, 128).logsumexp(-1)
+    torch.testing.assert_close(found.target_z.double(), target_z, rtol=1e-6, atol=1e-5)
+    large = lse > lse.logsumexp(1, keepdim=True) + math.log(2 * torch_coarse._TAU)
+    large[here, labels[here] // 128] = True
+    assert 0 < large.double().mean() < 1
+    assert (found.lse - lse)[large].abs().max() < 1e-4
+    assert (found.lse - lse)[~large].abs().max() < 2.0**-7
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+def test_only_the_gradients_that_are_needed(backward, trained):
+    problem = sharp_problem(dtype=BF16)
+    both, alone = (
+        measure(problem, backward=backward, trained=names)[1] for names in (("hidden", "weight"), (trained,))
+    )
+    assert torch.equal(alone[trained], both[trained])
+
+
+@pytest.mark.parametrize("name", ["hidden", "weight"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_comes_out_as_nan(name, value):
+    problem = sharp_problem(dtype=BF16)
+    getattr(problem, name).view(-1)[7] = value
+    result, found = measure(problem)
+    assert result.logps[problem.keep][0].isnan()
+    assert found["hidden"].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"softcap": 60.0}, {"temperature": 0.7}, {"has_bias": True}, {"dtype": torch.float16}],
+    ids=str,
+)
+def test_other_heads_take_fp32_products(options, calls):
+    measure(sharp_problem(**{"dtype": BF16, **options}))
+    assert not calls
+
+
+def test_logits_too_far_apart_take_fp32_products(coarse):
+    problem = sharp_problem(dtype=BF16)
+    problem.hidden[problem.keep.nonzero()[0].tolist()[0]] *= 16
+    _, found = measure(problem)
+    coarse(False)
+    _, by_fp32 = measure(problem)
+    assert torch.equal(found["logps"], by_fp32["logps"])
+
+
+def test_a_product_that_is_off_is_not_trusted_again(coarse, monkeypatch):
+    product = torch_coarse.coarse_exp
+    problem = sharp_problem(dtype=BF16)
+    monkeypatch.setattr(torch_coarse, "coarse_exp", lambda *operands: product(*operands) * 1.05)
+    torch_coarse.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="less accurate than bf16"):
+        _, found = measure(problem)
+    assert not torch_coarse._is_trusted
+    _, by_fp32 = measure(problem)
+    assert torch.equal(found["logps"], by_fp32["logps"])
