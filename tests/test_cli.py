@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -133,7 +134,16 @@ class Killed(Exception):
     pass
 
 
-class KillsAtStep3(ProgressPlot):
+class Recorder(ProgressPlot):
+    """Writes down the steps that a process begins."""
+
+    steps: ClassVar[list[int]] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+
+
+class KillsAtStep3(Recorder):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 3:
             raise Killed
@@ -154,7 +164,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(small, tmp_path, mo
         context.setattr(train, "ProgressPlot", KillsAtStep3)
         cli.main(["train", *options(small, killed, **STATEFUL)])
     assert not (killed / "model.safetensors").exists()
+    monkeypatch.setattr(train, "ProgressPlot", Recorder)
     assert cli.main(["train", *options(small, killed, **STATEFUL)]) == 0
+    assert Recorder.steps == [0, 1, 2, 2, 3]
     # The last entry but one is the mean loss since the start of the process.
     ours, theirs = ([entry for entry in losses(x) if len(entry) > 1] for x in (killed, whole))
     assert ours == theirs

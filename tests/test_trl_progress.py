@@ -72,14 +72,22 @@ def test_kept_share_and_flipped_pairs_are_drawn_where_they_say_something():
     }
 
 
-def test_nothing_is_drawn_of_nothing_or_by_other_ranks(tmp_path):
-    progress.draw([{"step": 1, "train_runtime": 2.0}], tmp_path / "x.png")
-    args = FocalPOConfig(str(tmp_path), use_cpu=True, bf16=False)
-    from transformers import TrainerControl, TrainerState
+def test_it_draws_at_every_logging_step_and_at_the_end_on_the_main_process_alone(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(progress, "draw", lambda history, path: drawn.append((len(history), path)))
+    given = {"callbacks": [ProgressPlot()]}
+    trainer = focal_trainer(tmp_path, seeded(llama), options=given, reference_free=True)
+    trainer.train()
+    path = tmp_path / progress.NAME
+    assert drawn == [(1, path), (2, path), (3, path), (4, path)]  # the last with the time it took
+    trainer.state.is_world_process_zero = False
+    trainer.log({"loss": 1.0})
+    assert len(drawn) == 4
 
-    state = TrainerState(is_world_process_zero=False, log_history=[{"step": 1, "loss": 0.5}])
-    ProgressPlot().on_log(args, state, TrainerControl())
-    assert not [*tmp_path.glob("*.png")]
+
+def test_nothing_is_drawn_of_nothing(tmp_path):
+    progress.draw([{"step": 1, "train_runtime": 2.0}], tmp_path / progress.NAME)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch):

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
 from focalkern.cli import models
@@ -57,14 +57,6 @@ class Job:
                 " --dataset_test_split; --eval_strategy no trains without held-out pairs"
             )
         return dataset[train], dataset[test] if evaluates else None
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """As the trainer loads it."""
-        return AutoTokenizer.from_pretrained(
-            self.model_name,
-            revision=self.model.model_revision,
-            trust_remote_code=self.config.trust_remote_code,
-        )
 
     def model_config(self) -> PretrainedConfig:
         """Without weights, and for the recipes' models without a network or an account."""

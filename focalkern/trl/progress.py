@@ -43,6 +43,17 @@ class ProgressPlot(TrainerCallback):
             raise ImportError('ProgressPlot needs matplotlib: pip install "matplotlib>=3.9"') from error
 
     def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if "loss" in (logs or {}):  # what an evaluation logs is drawn with the next step
+            self.on_train_end(args, state, control)
+
+    def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero and args.output_dir:
