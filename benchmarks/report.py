@@ -273,10 +273,11 @@ def plots(report: Json, folder: Path) -> Iterator[Path]:
 
 # Pages
 
-STEP, SHARPNESS, TOKENS = "cpu-trl-step-128256", "cpu-sharpness-bf16", "cpu-tokens-bf16"
+STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
 TAU, SATURATED = "cpu-fp32-tau-0.000122", "cpu-saturated-bf16"
-LARGE, LARGE_FP32, SMALL = "cpu-4096x512x128256-bf16", "cpu-4096x512x128256-fp32", "cpu-2048x512x32768"
-PLOTS = {"measured-sharpness.png": (SHARPNESS, "sharpness"), "measured-tokens.png": (TOKENS, "tokens")}
+LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
+SMALL = "cpu-2048x512x32768"
+PLOTS = {"measured-sharpness.png": (SHARPNESS, "sharpness")}
 # Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
 # `frame` for that peer, `{ours ...}` one for focalkern.
 BY_INPUT = {
@@ -441,7 +442,7 @@ def tests_of(gpu: Json) -> str:
 
 def results_table(results: Results) -> str:
     """Four rows: GPUs first."""
-    cpu = [*results.comparisons(LARGE, LARGE_FP32), *reversed(results.comparisons(SMALL))]
+    cpu = results.comparisons(LLAMA, LARGE, SMALL)
     kept = [row.get("kept_share") for each in cpu for row in each["rows"] if row["id"] in OURS]
     shares = " and ".join(percent(share) for share in kept if share and share < 1)
     said = (
@@ -455,7 +456,7 @@ def results_table(results: Results) -> str:
 def peers_tables(results: Results) -> str:
     """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
     blocks = []
-    for comparison in [*results.on_gpus(), *results.comparisons(LARGE, LARGE_FP32, SMALL)]:
+    for comparison in [*results.on_gpus(), *results.comparisons(LLAMA, LARGE, SMALL)]:
         found = cells(frame(comparison))
         table = {
             "method": found["peer"],
@@ -467,7 +468,7 @@ def peers_tables(results: Results) -> str:
         }
         kept = found.at[ours_in(found), "kept"]
         blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
-    return "\n\n".join([*blocks, results.sources(LARGE, LARGE_FP32, SMALL)])
+    return "\n\n".join([*blocks, results.sources(LLAMA, LARGE, SMALL)])
 
 
 def step_table(results: Results) -> str:
