@@ -157,6 +157,52 @@ def test_logits_too_far_apart_take_fp32_products(coarse):
     assert torch.equal(found["logps"], by_fp32["logps"])
 
 
+@pytest.mark.parametrize("offset", [-9984.0, 9984.0])
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward, offset, coarse):
+    """S takes their place in bf16, which rounds it to a multiple of 64."""
+    problem = sharp_problem(dtype=BF16, sharpness=4.0)
+    problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
+    leaves = problem.leaves(torch.float64)
+    exact = outcome(problem, problem.plain(leaves), leaves)
+    errors = []
+    for on in (True, False):
+        coarse(on)
+        _, found = measure(problem, backward=backward)
+        # The offset's own column is a sum of all dz, which is 0.
+        errors.append(relative_error(found["hidden"][:, 1:], exact["hidden"][:, 1:]))
+    assert errors[0] <= 1.05 * errors[1] + 1e-5
+
+
+def test_the_order_of_the_threads_does_not_show(monkeypatch):
+    add_large, found = torch_coarse_backward.CoarseDz.add_large, []
+
+    def in_order(coarse, gradients):
+        assert len(coarse.large) > 1
+        if found:
+            coarse.large.reverse()
+        add_large(coarse, gradients)
+        found.append(gradients.dhidden[0].clone())
+
+    monkeypatch.setattr(torch_coarse_backward.CoarseDz, "add_large", in_order)
+    problem = sharp_problem(300, vocab_size=4096, dtype=BF16, sharpness=9.0)
+    for _ in range(2):
+        measure(problem)
+    assert torch.equal(*found)
+
+
+def test_a_forward_in_inference_mode_by_two_threads(calls):
+    problem, threads = sharp_problem(dtype=BF16), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        expected = problem.run("torch").logps
+        with torch.inference_mode():
+            assert torch.equal(problem.run("torch").logps, expected)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(calls) >= 2
+
+
 def test_a_product_that_is_off_is_not_trusted_again(coarse, monkeypatch):
     product = torch_coarse.coarse_exp
     problem = sharp_problem(dtype=BF16)

@@ -92,7 +92,7 @@ class PairGradients:
         """Add what these pairs give; `is_native`: dweight by products in the dtype of the inputs."""
 
         def of_half(half: int) -> Callable[[Group], None]:
-            sums = [_BlockSum(gradient, self.is_written) for gradient in self.of_weights]
+            sums = [_BlockSum(gradient) for gradient in self.of_weights]
 
             def add_group(group: Group) -> None:
                 dz = dz_of(group)
@@ -134,10 +134,10 @@ class PairGradients:
 
 
 class _BlockSum:
-    """Sums over the parts of each block, written to a gradient with the last, or added to what is written."""
+    """Sums over the parts of each block, written to a gradient with the last."""
 
-    def __init__(self, gradient: torch.Tensor | None, is_written: torch.Tensor) -> None:
-        self.gradient, self.is_written = gradient, is_written
+    def __init__(self, gradient: torch.Tensor | None) -> None:
+        self.gradient = gradient
         self.total = torch.zeros(())
 
     def add(self, parts: list[Part], values: Iterable[torch.Tensor]) -> None:
@@ -146,8 +146,6 @@ class _BlockSum:
         for part, value in zip(parts, values, strict=True):
             self.total = value if part.is_first else self.total.to(dtype) + value
             if part.is_last:
-                if self.is_written[part.block.start // VOCAB_BLOCK]:
-                    self.total = self.total.to(dtype) + self.gradient[part.block]
                 self.gradient[part.block] = self.total
 
 

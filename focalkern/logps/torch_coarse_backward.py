@@ -42,8 +42,10 @@ class CoarseDz:
         if grads.entropy is not None or not torch_coarse.suits(forward.head, forward.transform):
             return None
         lowest, highest = forward.saved.lse.aminmax()
+        # Above 2^9 the rounding of S is large: S may come out below the logits.
         shift = as_bias(highest.item() + NEAREST)
-        return cls(forward, grads.logps, shift) if shift - lowest < FURTHEST else None
+        is_near = highest + NEAREST / 2 <= shift <= lowest + FURTHEST
+        return cls(forward, grads.logps, shift) if is_near else None
 
     def of_group(self, group: Group) -> torch.Tensor:  # [k, 128]
         hidden, weights = group.split(joined(group.hidden)), zip(*group.weights(), strict=True)
@@ -70,6 +72,9 @@ class CoarseDz:
         label_row = ((targets >= 0) & (self.g != 0)).nonzero().squeeze(1)
         row = torch.cat([label_row, *(row for row, _ in self.large)])
         entry = torch.cat([targets[label_row], *(entry for _, entry in self.large)])
+        # Two threads found them: sums must not depend on which came first.
+        entry, order = entry.sort(stable=True)
+        row = row[order]
         # A row of dweight may take many entries: they are added up in fp32.
         distinct, place = entry.unique(return_inverse=True)
         of_weight = [None if x is None else x[distinct].float() for x in gradients.dweight]

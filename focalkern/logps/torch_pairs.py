@@ -112,9 +112,11 @@ class PairLogits:
                 work(*half)
             return
 
+        is_inference = torch.is_inference_mode_enabled()  # a thread begins without
+
         def run(half: int, parts: list[Part]) -> None:
             torch.set_num_threads(threads // len(halves))
-            with torch.no_grad():
+            with torch.inference_mode(is_inference), torch.no_grad():
                 work(half, parts)
 
         try:
