@@ -164,6 +164,7 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not_been(small, tmp_path, mo
         context.setattr(train, "ProgressPlot", KillsAtStep3)
         cli.main(["train", *options(small, killed, **STATEFUL)])
     assert not (killed / "model.safetensors").exists()
+    (killed / "checkpoint-3").mkdir()  # whose writing was interrupted
     monkeypatch.setattr(train, "ProgressPlot", Recorder)
     assert cli.main(["train", *options(small, killed, **STATEFUL)]) == 0
     assert Recorder.steps == [0, 1, 2, 2, 3]
@@ -269,6 +270,7 @@ GIVEN = ["--model_name_or_path", "x", "--dataset_name", "x"]
         ([*GIVEN, "--report_to", "nobody"], "report_to names nobody, which is not installed"),
         ([*GIVEN, "--resume_from_checkpoint", "x"], "resume_from_checkpoint must be a folder, or true; x is"),
         ([*GIVEN, "--dataset_name", "nowhere"], "dataset_name 'nowhere' cannot be loaded"),
+        ([*GIVEN, "--dataset_name", "nowhere.jsonl"], "dataset_name 'nowhere.jsonl' cannot be loaded"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_said_in_a_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -294,6 +296,21 @@ def test_what_is_wrong_with_a_recipe_is_said_in_a_line(text, message, tmp_path):
     with pytest.raises(SystemExit, match="focalkern: ") as ended:
         cli.main(["train", str(tmp_path / "recipe.yaml"), "--use_cpu", "--bf16", "false"])
     assert message in str(ended.value)
+
+
+def test_a_recipe_resumes_by_true(small, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    for value in ("true", "false"):
+        recipe.write_text(f"resume_from_checkpoint: {value}", encoding="utf-8")
+        job = job_of(recipe, *options(small, tmp_path / "out"))
+        assert train._checkpoint(job.config) is None
+        assert ("the run starts anew" in capsys.readouterr().out) == (value == "true")
+
+
+def test_a_stream_of_a_file(tmp_path):
+    data = write_jsonl(tmp_path / "pairs.jsonl", models.pairs()[:8])
+    found, _ = job_of("--model_name_or_path", "x", "--dataset_name", data, "--dataset_streaming").data()
+    assert isinstance(found, datasets.IterableDataset)
 
 
 def test_a_missing_split_is_named(small, tmp_path):

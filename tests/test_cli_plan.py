@@ -374,17 +374,27 @@ def test_nothing_fits(cached, capsys):
     assert "take more GPUs, or larger ones" in capsys.readouterr().out
 
 
+def test_all_engines_are_tried_on_two_gpus(tmp_path):
+    planned = budget_of(random_model(**SIZES), tmp_path, gpus=2)
+    changes = [change for change, _ in planned.alternatives(Engine.of("ddp"))]
+    tried = [change.split()[1] for change in changes if "peft" not in change]
+    assert tried == list(budget.ENGINES)
+
+
 REFUSED = {
     "--engine zero9": "--engine must be one of",
     "--gpu-memory 1GB": "must be more than 2GB, such as 40GB; got '1GB'",
     "--gpus 0": "--gpus must be at least 1; got 0",
+    "--mfu 0": "--mfu: must be a number above 0; got '0'",
+    "--pairs many": "--pairs: must be a number above 0; got 'many'",
+    "--engine ddp --gpus 1 --gpu-memory 999 --plot nowhere/x.png": "--plot nowhere/x.png cannot be drawn: ",
     "--optim adafactor": "a plan knows no optim='adafactor'",
     "--load_in_4bit true": "a plan knows no load_in_4bit=True",
 }
 
 
 @pytest.mark.parametrize("options", REFUSED)
-def test_what_a_plan_does_not_know_is_said(options, capsys):
+def test_what_a_plan_does_not_know_is_said(options, cached, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(options)
     assert REFUSED[options] in f"{stopped.value}{capsys.readouterr().err}"

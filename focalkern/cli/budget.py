@@ -347,7 +347,8 @@ class Budget:
     def alternatives(self, engine: Engine) -> Iterator[tuple[str, float]]:
         """Options with which it fits, and the peak with them."""
         args = self.args
-        engines = [engine, *(Engine.of(name) for name in ENGINES if name != engine.name)][: self.gpus]
+        others = (Engine.of(name) for name in ENGINES if name != engine.name)
+        engines = [engine, *others] if self.gpus > 1 else [engine]
         for each in engines:
             pairs = min(self.most_pairs(each), self.pairs)
             if pairs == self.pairs:

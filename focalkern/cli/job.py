@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
+from datasets.exceptions import DatasetsError
 from transformers import PretrainedConfig
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
 
@@ -147,13 +148,14 @@ def _load(script: ScriptArguments, cache_dir: str | None) -> DatasetDict:
     for file in [path] if path.is_file() else sorted(path.glob("*.jsonl")):
         if file.suffix == ".jsonl":
             _check_lines(file)
-    if name.endswith((".jsonl", ".json")):
-        return load_dataset("json", data_files={script.dataset_train_split: name}, cache_dir=cache_dir)
     options = {"streaming": script.dataset_streaming, "cache_dir": cache_dir}
     try:
+        if name.endswith((".jsonl", ".json")):
+            return load_dataset("json", data_files={script.dataset_train_split: name}, **options)
         return load_dataset(name, script.dataset_config, **options)
-    except (OSError, ValueError) as error:  # no such folder or id, no account for it, no network
-        fail(f"dataset_name {name!r} cannot be loaded: {error}")
+    # No such file, folder or id, no account for it, no network; lines that differ in their fields.
+    except (OSError, ValueError, DatasetsError) as error:
+        fail(f"dataset_name {name!r} cannot be loaded: {error.__cause__ or error}")
 
 
 def _check_lines(file: Path) -> None:

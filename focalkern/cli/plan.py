@@ -22,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gpus", type=int, default=8, help="default 8")
     add("--gpu-memory", type=_size, default=40 * GIB, metavar="SIZE", help="of one GPU, default 40GB")
     add("--engine", help=engines)
-    add("--pairs", type=float, default=60_000, help="of the training data, default 60000")
-    add("--tokens-per-pair", type=float, default=1200, help="default 1200; `focalkern check` counts them")
-    add("--tflops", type=float, default=312, help="peak of a GPU in bf16, default 312 (A100)")
-    add("--mfu", type=float, default=0.4, help="share of the peak that is reached, default 0.4")
+    add("--pairs", type=_positive, default=60_000, help="of the training data, default 60000")
+    add("--tokens-per-pair", type=_positive, default=1200, help="default 1200; `focalkern check` counts them")
+    add("--tflops", type=_positive, default=312, help="peak of a GPU in bf16, default 312 (A100)")
+    add("--mfu", type=_positive, default=0.4, help="share of the peak that is reached, default 0.4")
     add("--plot", type=Path, metavar="FILE", help="draw the memory as bars")
     add("--row", action="store_true", help="print one row of a table of recipes")
 
@@ -38,6 +38,16 @@ def _size(text: str) -> float:
     if size <= RESERVED:
         raise argparse.ArgumentTypeError(f"must be more than 2GB, such as 40GB; got {text!r}")
     return size
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
 
 
 def overrides(arguments: argparse.Namespace) -> list[str]:
@@ -55,14 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers renames gradient checkpointing
         _print(plan, engine, arguments)
+        if arguments.plot:
+            try:
+                draw(plan, engine, arguments.plot)
+            except (ImportError, OSError, ValueError) as error:
+                fail(f"--plot {arguments.plot} cannot be drawn: {error}")
         return 0 if plan.fits(engine) else 1
 
 
 def _print(plan: Budget, engine: Engine, arguments: argparse.Namespace) -> None:
     flops = plan.flops(arguments.pairs, arguments.tokens_per_pair)
     hours = flops / (arguments.gpus * arguments.tflops * 1e12 * arguments.mfu * 3600)
-    if arguments.plot:
-        draw(plan, engine, arguments.plot)
     if arguments.row:
         print(row(plan, engine, hours))
         return

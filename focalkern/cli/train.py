@@ -25,7 +25,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from focalkern.cli import models
 from focalkern.cli.job import Job, fail, on_this_machine
@@ -92,22 +93,32 @@ def train(job: Job) -> FocalPOTrainer:
 
 def _checkpoint(config: FocalPOConfig) -> str | None:
     """The folder to resume from. A run does not start among the checkpoints of another."""
-    asked, folder = config.resume_from_checkpoint, config.output_dir
-    last = get_last_checkpoint(folder) if Path(folder).is_dir() else None
-    if asked in (None, "false"):
+    asked, folder = config.resume_from_checkpoint, config.output_dir  # a recipe's true is a bool
+    last = _last_checkpoint(Path(folder))
+    if asked in (None, False, "false"):
         if last is not None:
             fail(
                 f"output_dir {folder} has checkpoints: --resume_from_checkpoint true goes on from {last};"
                 " give another --output_dir to start anew"
             )
         return None
-    if asked != "true":
+    if asked not in (True, "true"):
         if not Path(asked).is_dir():
             fail(f"resume_from_checkpoint must be a folder, or true; {asked} is none")
         return asked
     if last is None:
         PartialState().print(f"No checkpoint in {folder}: the run starts anew.")
     return last
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last that is whole: of a checkpoint the trainer's state is written last."""
+    steps = {
+        int(step): state.parent
+        for state in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")
+        if (step := state.parent.name.rpartition("-")[2]).isdecimal()
+    }
+    return str(steps[max(steps)]) if steps else None
 
 
 def make_small(job: Job, folder: Path) -> None:
@@ -120,6 +131,7 @@ def make_small(job: Job, folder: Path) -> None:
     job.script.dataset_name, job.script.dataset_config = str(folder / "data"), None
     job.script.dataset_train_split, job.script.dataset_test_split = "train", "test"
     job.cache_dir, job.config.output_dir = str(folder / "cache"), str(folder / "out")
+    job.config.resume_from_checkpoint = None
 
 
 @contextlib.contextmanager
