@@ -1,16 +1,16 @@
 """The forward on CPUs with bf16 instructions: a coarse product for all, an exact one where the mass is.
 
 Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
-10 is off by up to 0.03. oneDNN applies a function to the fp32 sums before it rounds. With a shift S above all
-logits,
+10 is off by up to 0.03. oneDNN applies a function to the fp32 sums before it rounds. With a shift S above
+all logits,
 
     y = σ(z − S) = exp(z − S) up to a factor of 1 + exp(z − S),
 
 off by at most 2^-8 of itself, whatever its size, in the time of the product alone. The sum of y over a
-vocabulary block is the block's mass. Blocks with more than `_TAU` of a row's mass, and the label's, are then
-computed in fp32. The roundings of the others are independent of each other: their error is 3e-7 of the row's
-mass, root mean square, and 1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11). Equal rows of
-weight round alike: with 1 % of the mass on them it is 3e-6.
+vocabulary block is the block's mass. Blocks with more than `_TAU` of a row's mass, and the label's, are
+then computed in fp32. The roundings of the others are independent of each other: their error is 3e-7 of the
+row's mass, root mean square, and 1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11).
+Equal rows of weight round alike: with 1 % of the mass on them it is 3e-6.
 """
 
 from __future__ import annotations

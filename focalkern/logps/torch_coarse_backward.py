@@ -3,10 +3,10 @@
 Gradients have the 8 bits of bf16. A coarse product (see `torch_coarse`) gives p to 2^-8 of itself, and the
 products of dz = −g·p with hidden and weight round their results to bf16. Neither shows as long as no large
 entry takes part: the roundings of many small ones cancel. Entries with p > `_LARGE` and labels are left out
-of dz, and added to the gradients in fp32, from dot products of their own. Errors of dhidden and dweight are then
-those of fp32 products, to 1 % (2048 × 512 × 32768 and 2048 × 512 × 128256, 2026-11). Rows of weight may share a
-direction, which cancels in dhidden: the error is 1.09 times as large where the mean row is as large as the standard
-deviation. That of bf16 logits is several times as large.
+of dz, and added to the gradients in fp32, from dot products of their own. Errors of dhidden and dweight are
+then those of fp32 products, to 1 % (2048 × 512 × 32768 and 2048 × 512 × 128256, 2026-11). Rows of weight
+may share a direction, which cancels in dhidden: where the mean row is as large as the standard deviation,
+the error is 1.09 times as large. That of bf16 logits is several times as large.
 """
 
 from __future__ import annotations
