@@ -321,6 +321,20 @@ def test_a_missing_split_is_named(small, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changes", "rows", "message"),
+    [
+        ({"model_name_or_path": "no/such/folder"}, models.pairs()[:8], "no/such/folder"),
+        ({}, [{"question": "a", "answer": "b"}] * 8, "chosen"),
+    ],
+    ids=["model", "columns"],
+)
+def test_what_makes_no_trainer_is_said_without_a_traceback(changes, rows, message, small, tmp_path):
+    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(SystemExit, match=f"focalkern: .*{message}"):
+        cli.main(["train", *options(small, tmp_path / "out", dataset_name=data, **changes)])
+
+
+@pytest.mark.parametrize(
     ("lines", "message"),
     [
         (b'{"prompt": "a", "chosen": "b", "rejected": "c"}\n\n{"prompt": "a",\n', "line 3: Expecting"),

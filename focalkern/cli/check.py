@@ -85,7 +85,7 @@ def check_job(job: Job) -> list[str]:
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer = _Trainer(**job.trainer_options(), train_dataset=data, eval_dataset=held_out)
-        except (ValueError, TypeError) as error:
+        except (OSError, ImportError, ValueError, TypeError) as error:
             return [str(error)]
         return check(trainer)
 

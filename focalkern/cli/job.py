@@ -75,7 +75,12 @@ class Job:
     def trainer(
         self, train: Dataset | IterableDataset, held_out: Dataset | IterableDataset | None, **options: Any
     ) -> FocalPOTrainer:
-        return FocalPOTrainer(**self.trainer_options(), train_dataset=train, eval_dataset=held_out, **options)
+        """Fails with a line where model, data or options do not make one."""
+        data = {"train_dataset": train, "eval_dataset": held_out}
+        try:
+            return FocalPOTrainer(**self.trainer_options(), **data, **options)
+        except (OSError, ImportError, ValueError, TypeError) as error:
+            fail(error)
 
 
 def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[str]) -> argparse.Namespace:
