@@ -323,7 +323,7 @@ def test_a_missing_split_is_named(small, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "rows", "message"),
     [
-        ({"model_name_or_path": "no/such/folder"}, models.pairs()[:8], "no/such/folder"),
+        ({"model_name_or_path": "./no/model"}, models.pairs()[:8], "no/model"),
         ({}, [{"question": "a", "answer": "b"}] * 8, "chosen"),
     ],
     ids=["model", "columns"],
