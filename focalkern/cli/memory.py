@@ -16,6 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, PretrainedConfig
 
+from focalkern.autograd import FirstOrderFunction
+
 _FLASH = "focalkern_counted"  # in place of FlashAttention, which does not take fake tensors
 
 
@@ -121,7 +123,7 @@ def on_meta(
         return get_peft_model(model, deepcopy(peft_config))
 
 
-class _FlashAttention(torch.autograd.Function):
+class _FlashAttention(FirstOrderFunction):
     """Allocates what FlashAttention does: the output and a logsumexp, then dq in fp32, dk and dv."""
 
     @staticmethod
