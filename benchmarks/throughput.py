@@ -27,6 +27,7 @@ import contextlib
 import importlib.util
 import itertools
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
+
+# Where other processes want the cores too, threads that spin at every barrier cost several times the work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from tqdm import tqdm

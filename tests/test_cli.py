@@ -118,7 +118,9 @@ def test_every_recipe_runs_dry_and_leaves_nothing_behind(path, tmp_path, monkeyp
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     assert cli.main(["train", str(path), "--dry-run", *QUIET]) == 0
-    (losses,) = re.findall(r"Losses: \[(.*), (.*)\]", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Dry run: a tiny model and built-in pairs")
+    (losses,) = re.findall(r"Losses: \[(.*), (.*)\]", printed)
     assert all(map(math.isfinite, map(float, losses)))
     assert not [*tmp_path.rglob("*/*"), *(tmp_path / "cache").glob("*")]
 
@@ -280,6 +282,18 @@ def test_what_is_wrong_with_a_command_is_said_in_a_line(arguments, message, tmp_
         cli.main(["train", *arguments, "--use_cpu", "--bf16", "false", "--output_dir", "out"])
     said = capsys.readouterr().err if ended.value.code == 2 else str(ended.value.code)
     assert message in said
+
+
+def test_a_recipe_by_its_name_is_told_where_it_is(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit, match=r"did you mean examples/recipes/llama3-8b-simpo\.yaml\?"):
+        cli.main(["train", "llama3-8b-simpo"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_without_a_gpu_the_options_of_a_cpu_are_named():
+    with pytest.raises(SystemExit, match="no CUDA device: --dry-run needs none; --use_cpu"):
+        cli.main(["train", *GIVEN, "--bf16", "true"])
 
 
 @pytest.mark.parametrize(

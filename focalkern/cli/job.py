@@ -113,6 +113,9 @@ def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[
             if value is None:
                 fail(f"{field} must be given, in a RECIPE or as --{field}")
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        if "use_cpu" in str(error):  # transformers' words for: bf16 and no GPU
+            fail("no CUDA device: --dry-run needs none; --use_cpu --bf16 false --attn_implementation sdpa"
+                 " --padding_free false trains on the CPU")  # fmt: skip
         fail(error)
     config.model_init_kwargs = {
         "revision": model.model_revision,
@@ -132,7 +135,9 @@ def on_this_machine(arguments: argparse.Namespace | None = None) -> list[str]:
 def _check_recipe(path: str, fields: set[str]) -> None:
     file = Path(path)
     if not file.is_file():
-        fail(f"{path} is not a file: RECIPE is a YAML file, such as those of examples/recipes")
+        near = sorted(str(found) for found in Path("examples/recipes").glob(f"*{file.stem}*.yaml"))
+        hint = f"did you mean {', '.join(near)}?" if near else "RECIPE is a YAML file, as in examples/recipes"
+        fail(f"{path} is not a file: {hint}")
     recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         fail(f"{path} must hold lines 'field: value'; got {type(recipe).__name__}")

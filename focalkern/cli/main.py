@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -38,6 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help=", ".join(COMMANDS))
     name = top.parse_args(given[:1]).command
     rest = given[1:]
+    # Of transformers, about an option of its own that TRL sets.
+    warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning)
     try:
         command = importlib.import_module(f"focalkern.cli.{name}")
         if {"-h", "--help"} & set(rest) or name == "env":

@@ -123,6 +123,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def make_small(job: Job, folder: Path) -> None:
     """Swap model and data of the job for small ones in `folder`, and write there alone."""
+    PartialState().print("Dry run: a tiny model and built-in pairs; those of the job are not read.")
     if PartialState().is_local_main_process:
         models.write_tiny(job.model_config(), folder)
     PartialState().wait_for_everyone()
