@@ -118,6 +118,7 @@ def report(plan: Budget, engine: Engine) -> str:
     host = ", ".join(f"{_gib(value)} {name}" for name, value in plan.host(engine).items())
     kept = f"; {args.save_total_limit} kept, and one being written" if args.save_total_limit else ""
     trained = "all" if plan.peft_config is None else f"{sizes.trained / 1e6:,.1f} million"
+    noun = "pair" if of_one == 1 else "pairs"
     return "\n".join(
         [
             f"{plan.name}: {sizes.total / 1e9:.2f} billion parameters, {trained} trained",
