@@ -423,8 +423,8 @@ def summary(results: Results) -> str:
         f"Measured on {file['device']}, {file['threads']} threads, V = {setup['vocab']}, {setup['dtype']}: "
         f"under `patch()` a DPO step of TRL's trainer needs {patched['extra_mib']:,.0f} MiB instead of "
         f"{trl['extra_mib']:,.0f} MiB on top of model and gradients, and is {number(speed)} times as fast. "
-        f"Expect less on a GPU: a factor of {rows:.2g} comes from rows that TRL's head computes on CPUs only. "
-        f"The model is tiny ({setup['layers']} layers of {setup['hidden']}): a 7B model gains less."
+        f"Expect less on a GPU: a factor of {rows:.2g} comes from rows that TRL's head computes on CPUs "
+        f"only. The model is tiny ({setup['layers']} layers of {setup['hidden']}): a 7B model gains less."
     )
     no_gpu = (
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "

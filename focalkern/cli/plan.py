@@ -122,7 +122,7 @@ def report(plan: Budget, engine: Engine) -> str:
     return "\n".join(
         [
             f"{plan.name}: {sizes.total / 1e9:.2f} billion parameters, {trained} trained",
-            f"{plan.gpus} × {plan.gpu_memory / GIB:g} GiB, {of_one} pair{'s' * (of_one != 1)} of {args.max_length} tokens each,"
+            f"{plan.gpus} × {plan.gpu_memory / GIB:g} GiB, {of_one} {noun} of {args.max_length} tokens each,"
             f" {steps} micro-steps: {plan.gpus * of_one * steps} pairs a step",
             "",
             *(
