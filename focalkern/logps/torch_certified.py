@@ -1,6 +1,6 @@
 """The certified backward in plain PyTorch: per vocabulary block, the rows that need it.
 
-Where bf16 products are fast, they compute the pairs with little mass, and only the others take fp32.
+Where bf16 products are fast, they compute the pairs but for large entries, which take fp32 one by one.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import torch
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
 from focalkern.logps.torch_coarse_backward import CoarseDz
-from focalkern.logps.torch_pairs import Group, PairLogits, Part, extended, vocab_range
+from focalkern.logps.torch_pairs import Group, PairLogits, Part, extended
 from focalkern.products import HeadGradients
-from focalkern.records import Forward, Gradients, Head, KeptPairs, Needs, RowGradients
+from focalkern.records import Forward, Gradients, KeptPairs, Needs, RowGradients
 from focalkern.torch_logits import (
     HAS_BF16_PRODUCTS,
     compute_dtype,
@@ -40,16 +40,16 @@ def certified_backward(
 ) -> Gradients:
     """dz of the kept pairs, group by group, and its products; rows of dweight that no pair needs are zero."""
     head, targets, _, _ = forward
-    gradients = PairGradients(head, needs, reduction)
     coarse = CoarseDz.of(forward, RowGradients(g))
-    if coarse is not None:
-        logits = PairLogits(head, targets, pairs, workspace_bytes)
-        gradients.add(logits, coarse.of_group, is_native=True)
-        return gradients.result(coarse.add_large)
-
     sums_in_blocks = head.hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
     logits = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
-    gradients.add(logits, _exact_dz(forward, g, logits), _has_native_product(head.hidden))
+    if coarse is not None:
+        gradients = _gradients_of_pairs(logits, coarse.of_group, needs, reduction, is_native=True)
+        coarse.add_large(gradients)
+    else:
+        is_native = _has_native_product(head.hidden)
+        gradients = _gradients_of_pairs(logits, _exact_dz(forward, g, logits), needs, reduction, is_native)
+    gradients.start_reduction()
     return gradients.result()
 
 
@@ -71,77 +71,72 @@ def _exact_dz(forward: Forward, g: torch.Tensor, logits: PairLogits) -> DzOfGrou
     return of_group
 
 
-class PairGradients:
-    """Gradients of a head, from pairs group by group."""
+def _gradients_of_pairs(
+    logits: PairLogits,
+    dz_of: DzOfGroup,
+    needs: Needs,
+    reduction: AsyncReduction | None,
+    is_native: bool,  # dweight by products in the dtype of the inputs
+) -> HeadGradients:
+    """What the pairs give, group by group; dhidden is yet to be reduced."""
+    head, n = logits.head, len(logits.head.hidden)
+    padded = head._replace(**dict(zip(("hidden", "update_hidden"), logits.hidden, strict=False)))
+    gradients = HeadGradients(padded, needs, reduction, compute_dtype(head.hidden))
+    # Each half of the pairs adds its blocks up by itself.
+    halves = [gradients.dhidden, [None if x is None else torch.zeros_like(x) for x in gradients.dhidden]]
 
-    def __init__(self, head: Head, needs: Needs, reduction: AsyncReduction | None) -> None:
-        self.n, self.vocab_size = len(head.hidden), head.vocab_size
-        padded = [extended(hidden, 0.0) for hidden, _ in head.products]
-        head = head._replace(**dict(zip(("hidden", "update_hidden"), padded, strict=False)))
-        self.gradients = HeadGradients(head, needs, reduction, compute_dtype(head.hidden))
-        # Each half of the pairs adds its blocks up by itself.
-        other = [None if x is None else torch.zeros_like(x) for x in self.gradients.dhidden]
-        self.dhidden = [self.gradients.dhidden, other]
-        self.is_written = torch.zeros(-(-head.vocab_size // VOCAB_BLOCK), dtype=torch.bool)  # of dweight
+    def of_half(half: int) -> Callable[[Group], None]:
+        sums_of_weight = [_BlockSum(gradient) for gradient in gradients.dweight]
+        sum_of_bias = _BlockSum(gradients.dbias)
 
-    @property
-    def of_weights(self) -> list[torch.Tensor | None]:
-        return [*self.gradients.dweight, self.gradients.dbias]
+        def add(group: Group) -> None:
+            dz = dz_of(group)
+            _add_dhidden(halves[half], group, dz)
+            if any(needs.of_weight):
+                _add_dweight(sums_of_weight, group if is_native else group.wide, dz)
+            sum_of_bias.add(group.parts, (part.sum(0) for part in group.split(dz)))
 
-    def add(self, logits: PairLogits, dz_of: DzOfGroup, is_native: bool) -> None:
-        """Add what these pairs give; `is_native`: dweight by products in the dtype of the inputs."""
+        return add
 
-        def of_half(half: int) -> Callable[[Group], None]:
-            sums = [_BlockSum(gradient) for gradient in self.of_weights]
+    logits.for_each_group(of_half)
+    gradients.dhidden = [
+        None if one is None or other is None else one.add_(other)[:n]
+        for one, other in zip(*halves, strict=True)
+    ]
+    written = {part.block.start for part in logits.parts}
+    for start in range(0, head.vocab_size, VOCAB_BLOCK):
+        for gradient in (*gradients.dweight, gradients.dbias):
+            if gradient is not None and start not in written:
+                gradient[start : start + VOCAB_BLOCK] = 0.0
+    return gradients
 
-            def add_group(group: Group) -> None:
-                dz = dz_of(group)
-                self.add_dhidden(self.dhidden[half], group, dz)
-                hidden = (group if is_native else group.wide).hidden
-                dz_parts = group.split(dz.to(hidden[0].dtype))
-                for block_sum, h in zip(sums, hidden, strict=False):
-                    if block_sum.gradient is not None:
-                        operands = zip(dz_parts, group.split(h), strict=True)
-                        block_sum.add(group.parts, (_product(dz.t(), h.t()) for dz, h in operands))
-                if sums[-1].gradient is not None:
-                    sums[-1].add(group.parts, (dz.sum(0) for dz in group.split(dz)))
 
-            return add_group
+def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: torch.Tensor) -> None:
+    weights_of = (group if dz.dtype == group.hidden[0].dtype else group.wide).weights()
+    for total, weights in zip(totals, weights_of, strict=True):
+        if total is None:
+            continue
+        for row, dz_part, weight in zip(*map(group.split, (group.row, dz)), weights, strict=True):
+            total.index_add_(0, row, _product(dz_part, weight.t()).to(total.dtype))
 
-        logits.for_each_group(of_half)
-        self.is_written[[part.block.start // VOCAB_BLOCK for part in logits.parts]] = True
 
-    def add_dhidden(self, dhidden: list[torch.Tensor | None], group: Group, dz: torch.Tensor) -> None:
-        weights_of = (group if dz.dtype == group.hidden[0].dtype else group.wide).weights()
-        for total, weights in zip(dhidden, weights_of, strict=True):
-            if total is None:
-                continue
-            for row, dz_part, weight in zip(*map(group.split, (group.row, dz)), weights, strict=True):
-                total.index_add_(0, row, _product(dz_part, weight.t()).to(total.dtype))
-
-    def result(self, add_rest: Callable[[HeadGradients], None] = lambda _: None) -> Gradients:
-        self.gradients.dhidden = [
-            None if one is None or other is None else one.add_(other)[: self.n]
-            for one, other in zip(*self.dhidden, strict=True)
-        ]
-        for i_block in (~self.is_written).nonzero().flatten().tolist():
-            for gradient in self.of_weights:
-                if gradient is not None:
-                    gradient[vocab_range(i_block, self.vocab_size)] = 0.0
-        add_rest(self.gradients)
-        self.gradients.start_reduction()
-        return self.gradients.result()
+def _add_dweight(sums: list[_BlockSum], group: Group, dz: torch.Tensor) -> None:
+    dz_parts = group.split(dz.to(group.hidden[0].dtype))
+    for block_sum, hidden in zip(sums, group.hidden, strict=True):
+        operands = zip(dz_parts, group.split(hidden), strict=True)
+        block_sum.add(group.parts, (_product(part.t(), h.t()) for part, h in operands))
 
 
 class _BlockSum:
-    """Sums over the parts of each block, written to a gradient with the last."""
+    """Sums over the parts of each block, written to a gradient with the last; nothing where there is none."""
 
     def __init__(self, gradient: torch.Tensor | None) -> None:
         self.gradient = gradient
         self.total = torch.zeros(())
 
     def add(self, parts: list[Part], values: Iterable[torch.Tensor]) -> None:
-        assert self.gradient is not None
+        if self.gradient is None:
+            return
         dtype = compute_dtype(self.gradient)
         for part, value in zip(parts, values, strict=True):
             self.total = value if part.is_first else self.total.to(dtype) + value

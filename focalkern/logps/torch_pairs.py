@@ -185,7 +185,7 @@ def _padded_rows(pairs: KeptPairs, n: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _parts(pairs: KeptPairs, vocab_size: int, group_rows: int) -> Iterator[Part]:
     start = 0
     for i_block, size in enumerate(_padded_counts(pairs).tolist()):
-        block = vocab_range(i_block, vocab_size)
+        block = slice(i_block * VOCAB_BLOCK, min((i_block + 1) * VOCAB_BLOCK, vocab_size))
         for first in range(0, size, group_rows):
             last = min(first + group_rows, size)
             yield Part(slice(start + first, start + last), block, first == 0, last == size)
@@ -207,7 +207,3 @@ def _groups(parts: list[Part], group_rows: int) -> Iterator[list[Part]]:
         group.append(part)
     if group:
         yield group
-
-
-def vocab_range(i_block: int, vocab_size: int) -> slice:
-    return slice(i_block * VOCAB_BLOCK, min((i_block + 1) * VOCAB_BLOCK, vocab_size))
