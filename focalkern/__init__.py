@@ -11,6 +11,7 @@ from focalkern.model_logits import logit_options
 from focalkern.pairs.focalpo import FocalPOOutput, FusedFocalPOLoss
 from focalkern.pairs.pair_loss import FusedPairLoss, PairLossOutput, Pairs, check_pair_loss
 from focalkern.schedules import CosineGamma, ExponentialGamma, GammaSchedule, LinearGamma
+from focalkern.shared_prompts import SharedPrompts, share_prompts, shared_attention_mask
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "LowRankUpdate",
     "PairLossOutput",
     "Pairs",
+    "SharedPrompts",
     "VocabShard",
     "check_pair_loss",
     "diagnostics",
@@ -37,4 +39,6 @@ __all__ = [
     "methods",
     "recipes",
     "reference",
+    "share_prompts",
+    "shared_attention_mask",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import warnings
@@ -31,8 +32,10 @@ from trl_tiny import (
     SIZES,
     TOKENIZER,
     VOCAB,
+    WINDOW,
     focal_trainer,
     llama,
+    mixtral,
     near,
     seeded,
     settings,
@@ -40,8 +43,8 @@ from trl_tiny import (
 )
 
 from focalkern import CosineGamma, ExponentialGamma, LinearGamma
-from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator
-from focalkern.trl.trainer import PACKABLE
+from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator, SharedPromptCollator
+from focalkern.trl.packing import PACKABLE, sequences_are_apart
 
 OWN_FIELDS = [f for f in dataclasses.fields(FocalPOConfig) if f.name not in DPOConfig.__dataclass_fields__]
 
@@ -83,7 +86,15 @@ def test_every_option_reaches_the_loss(tmp_path):
     found = {"ema_momentum": statistics.momentum, "ema_bias_correction": statistics.bias_correction}
     assert {name: found.get(name, getattr(loss_fn, name, None)) for name in options} == options
     # None is left out: what the configuration adds to DPOConfig, but for the schedule.
-    other = {"loss_type", "padding_free", "gamma_beta_ratio", "gamma_schedule", "gamma_max", "gamma_min"}
+    other = {
+        "loss_type",
+        "padding_free",
+        "share_prompt",
+        "gamma_beta_ratio",
+        "gamma_schedule",
+        "gamma_max",
+        "gamma_min",
+    }
     other |= {"gamma_rate", "gamma_schedule_steps"}
     assert {f.name for f in OWN_FIELDS} - other <= options.keys() | alone.keys()
     loss_fn = config(tmp_path, alpha=0.1, **alone).focal_loss()
@@ -321,12 +332,34 @@ def afmoe():
     return AfmoeForCausalLM(AfmoeConfig(vocab_size=VOCAB, hidden_size=16, **sizes))
 
 
+def flash():
+    """As a model loaded with FlashAttention: it need not be installed to be refused."""
+    model = llama()
+    model.config._attn_implementation_internal = "flash_attention_2"
+    return model
+
+
+def flex():
+    model = llama()
+    model.set_attn_implementation("flex_attention")
+    return model
+
+
+def other_windows():
+    """A configuration that names a window, which the layers do not have."""
+    model = llama()
+    model.config.sliding_window = WINDOW
+    return model
+
+
 def bloom():
     return BloomForCausalLM(BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2))
 
 
 SIMPO = {"reference_free": True, "length_normalize": True, "gamma": 0.0}
 PACKED = {"padding_free": True}
+SHARED = {"share_prompt": True}
+METRICS = {"compute_metrics": lambda: lambda _: {}}
 LINEAR = {"gamma_schedule": "linear"}
 PAIR = [llama, lambda: near(llama())]
 REFUSED_BY_THE_TRAINER = {
@@ -347,13 +380,23 @@ REFUSED_BY_THE_TRAINER = {
     "DoRA": ("lm_head", [llama], {}, {"peft_config": lambda: DORA}),
     "IA3": ("lm_head", [llama], {}, {"peft_config": lambda: IA3}),
     "packed, collator": ("data_collator", PAIR, PACKED, {"data_collator": PackedPreferenceCollator}),
-    "packed, metrics": ("compute_metrics", PAIR, PACKED, {"compute_metrics": lambda: lambda _: {}}),
+    "packed, metrics": ("compute_metrics", PAIR, PACKED, METRICS),
     "packed, multiple": ("pad_to_multiple_of", PAIR, {**PACKED, "pad_to_multiple_of": 8}, {}),
     "packed, prompt learning": ("prompt learning", [llama], PACKED, {"peft_config": lambda: PROMPT}),
     "packed, prompt learning of the user": ("prompt learning", [prompted], {**PACKED, **SIMPO}, {}),
     "packed, stateful": ("padding_free", [mamba, mamba], PACKED, {}),
     "packed, masks without positions": ("padding_free", [afmoe, afmoe], PACKED, {}),
     "packed, no masks": ("padding_free", [bloom, bloom], PACKED, {}),
+    "shared, collator": ("data_collator", PAIR, SHARED, {"data_collator": SharedPromptCollator}),
+    "shared, metrics": ("compute_metrics must not be .* share_prompt", PAIR, SHARED, METRICS),
+    "shared, prompt learning": ("prompt learning", [llama], SHARED, {"peft_config": lambda: PROMPT}),
+    "shared, stateful": ("share_prompt must be False with Mamba", [mamba, mamba], SHARED, {}),
+    "shared, no masks": ("share_prompt", [bloom, bloom], SHARED, {}),
+    "shared, loss of the router": ("router_aux_loss_coef", [mixtral, mixtral], SHARED, {}),
+    "shared, flash": ("attn_implementation .* 'flash_attention_2'", [flash, llama], SHARED, {}),
+    "shared, flash of the reference": ("attn_implementation", [llama, flash], SHARED, {}),
+    "shared, flex on a CPU": ("attn_implementation must be 'sdpa'", [flex, llama], SHARED, {}),
+    "shared, window of unused layers": ("share_prompt", [other_windows, llama], SHARED, {}),
     "no data": ("train_dataset", PAIR, LINEAR, {"train_dataset": lambda: None}),
     "packed, no data": ("train_dataset", PAIR, PACKED, {"train_dataset": lambda: None}),
 }
@@ -369,11 +412,12 @@ def test_what_cannot_be_trained_is_refused_by_name(case, tmp_path):
     assert args.padding_free == changes.get("padding_free", False)
 
 
+@pytest.mark.parametrize("layout", [PACKED, SHARED], ids=["packed", "shared"])
 @pytest.mark.parametrize("make", [mamba, bloom])
-def test_what_cannot_be_packed_is_refused_also_where_it_cannot_be_tried(make, tmp_path, monkeypatch):
-    monkeypatch.setattr("focalkern.trl.trainer.is_whole", lambda model: False)
-    with pytest.raises(ValueError, match="padding_free"):
-        focal_trainer(tmp_path, seeded(make), seeded(make), padding_free=True)
+def test_what_cannot_be_packed_is_refused_also_where_it_cannot_be_tried(make, layout, tmp_path, monkeypatch):
+    monkeypatch.setattr("focalkern.trl.packing.is_whole", lambda model: False)
+    with pytest.raises(ValueError, match=next(iter(layout))):
+        focal_trainer(tmp_path, seeded(make), seeded(make), **layout)
 
 
 @pytest.fixture(scope="module")
@@ -388,9 +432,11 @@ def test_what_is_packed_untried_passes_where_it_can_be_tried(name, packing_train
     sizes["num_experts_per_tok"] = 2
     config = AutoConfig.for_model(name, **sizes, bos_token_id=0, eos_token_id=1)
     model = AutoModelForCausalLM.from_config(config)
-    assert packing_trainer._sequences_are_apart(model)
-    monkeypatch.setattr("focalkern.trl.trainer.is_whole", lambda model: False)
-    assert packing_trainer._sequences_are_apart(model)
+    logits_of = functools.partial(packing_trainer._logits, model)
+    for collator in (PackedPreferenceCollator(), SharedPromptCollator(), SharedPromptCollator(one_row=False)):
+        assert sequences_are_apart(model, collator, logits_of)
+    monkeypatch.setattr("focalkern.trl.packing.is_whole", lambda model: False)
+    assert sequences_are_apart(model, collator, logits_of)
 
 
 def test_the_reference_is_tried_too(tmp_path):
@@ -406,16 +452,18 @@ def test_a_refused_packing_leaves_no_log_probs_in_the_cache(tmp_path, monkeypatc
     assert not computed
 
 
-def test_packing_is_tried_without_the_checkpoints_and_the_dropout_of_training(tmp_path):
+@pytest.mark.parametrize("layout", [PACKED, SHARED], ids=["packed", "shared"])
+def test_packing_is_tried_without_the_checkpoints_and_the_dropout_of_training(layout, tmp_path):
     model = seeded(llama).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
-    assert focal_trainer(tmp_path, model, seeded(llama), padding_free=True).padding_free
+    assert focal_trainer(tmp_path, model, seeded(llama), **layout).padding_free == (layout is PACKED)
     assert model.training
 
 
-def test_the_logits_of_packed_rows_are_not_handed_out(tmp_path):
-    trainer = focal_trainer(tmp_path, *models(), padding_free=True)
-    with pytest.raises(ValueError, match="padding_free must be False for predict"):
+@pytest.mark.parametrize("layout", [PACKED, SHARED], ids=["packed", "shared"])
+def test_the_logits_of_packed_rows_are_not_handed_out(layout, tmp_path):
+    trainer = focal_trainer(tmp_path, *models(), **layout)
+    with pytest.raises(ValueError, match=f"{next(iter(layout))} must be False for predict"):
         trainer.predict(trainer.train_dataset)
 
 

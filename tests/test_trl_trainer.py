@@ -182,33 +182,34 @@ def both_runs(folder, model_name: str, targets: list[str] | None, objective: dic
     return ours, plain
 
 
+LAYOUTS = {"padded": {}, "packed": {"padding_free": True}, "shared": {"share_prompt": True}}
 CASES = [
-    # model, padding_free, adapter, precompute_ref_log_probs, objective
-    ("llama", False, "full", False, "FocalPO"),
-    ("llama", True, "body", True, "cosine"),
-    ("llama", True, "full", False, "alpha-DPO"),
-    ("llama", False, "head", True, "smoothed"),
-    ("gemma2", True, "full", True, "FocalPO of large gamma"),
-    ("gemma2", False, "body", False, "alpha-DPO"),
-    ("gemma2", True, "head", False, "FocalPO"),
-    ("gemma2", False, "head and body", True, "inverse"),
-    ("mistral", True, "full", False, "focal alpha-DPO of its authors' statistics"),
-    ("mistral", False, "body", True, "focal"),
-    ("mistral", True, "full", False, "SimPO"),
-    ("mistral", False, "head", False, "cosine"),
-    ("mistral", True, "head and body", True, "FocalPO"),
+    # model, layout, adapter, precompute_ref_log_probs, objective
+    ("llama", "padded", "full", False, "FocalPO"),
+    ("llama", "packed", "body", True, "cosine"),
+    ("llama", "shared", "full", False, "alpha-DPO"),
+    ("llama", "padded", "head", True, "smoothed"),
+    ("gemma2", "packed", "full", True, "FocalPO of large gamma"),
+    ("gemma2", "padded", "body", False, "alpha-DPO"),
+    ("gemma2", "shared", "head", False, "FocalPO"),
+    ("gemma2", "shared", "head and body", True, "inverse"),
+    ("mistral", "packed", "full", False, "focal alpha-DPO of its authors' statistics"),
+    ("mistral", "shared", "body", True, "focal"),
+    ("mistral", "packed", "full", False, "SimPO"),
+    ("mistral", "padded", "head", False, "cosine"),
+    ("mistral", "packed", "head and body", True, "FocalPO"),
 ]
 
 
-@pytest.mark.parametrize(("model", "packed", "adapter", "precompute", "objective"), CASES)
-def test_a_run_is_that_of_a_plain_loop(model, packed, adapter, precompute, objective, tmp_path):
+@pytest.mark.parametrize(("model", "layout", "adapter", "precompute", "objective"), CASES)
+def test_a_run_is_that_of_a_plain_loop(model, layout, adapter, precompute, objective, tmp_path):
     ours, plain = both_runs(
         tmp_path,
         model,
         ADAPTERS[adapter],
         OBJECTIVES[objective],
-        padding_free=packed,
         precompute_ref_log_probs=precompute,
+        **LAYOUTS[layout],
     )
     assert_same_run(ours, plain, RTOL)
 
@@ -369,18 +370,16 @@ def test_the_reference_of_an_adapter_is_computed_in_advance_as_it_is_in_training
     torch.testing.assert_close(*losses, rtol=RTOL, atol=0)
 
 
-# ------------------------------------------------------------------------------------------ packed and padded
-
-LAYOUTS = {"padded": False, "packed": True}
+# --------------------------------------------------------------------------------- packed, shared and padded
 
 
-def in_both_layouts(folder: Path, make=llama, records=RECORDS, **changes) -> list:
+def in_all_layouts(folder: Path, make=llama, records=RECORDS, layouts=tuple(LAYOUTS), **changes) -> list:
     model, ref = model_and_reference(make)
     runs = []
-    for packed in LAYOUTS.values():
+    for layout in layouts:
         dataset = records() if callable(records) else Dataset.from_list(records)
         options = {"train_dataset": dataset, "eval_dataset": dataset}
-        args = FocalPOConfig(**settings(folder, **{**EVALUATED, **changes, "padding_free": packed}))
+        args = FocalPOConfig(**settings(folder, **{**EVALUATED, **changes, **LAYOUTS[layout]}))
         trainer = trainer_of(args, deepcopy(model), deepcopy(ref), **options)
         runs.append((trainer, recorded(trainer)))
     return runs
@@ -393,10 +392,11 @@ UNEQUAL = [
     {"prompt": "a", "chosen": " b", "rejected": " c"},
     {"prompt": "The hat is", "chosen": " red.", "rejected": " not red, no." * 8},
 ]
-PACKED_CASES = {
+LAYOUT_CASES = {
     "one pair a batch": {"per_device_train_batch_size": 1, "alpha": 0.2},
     "gemma2": {"make": MODELS["gemma2"]},
-    "experts": {"make": mixtral},
+    "experts": {"make": mixtral, "layouts": ("padded", "packed")},
+    "experts without their loss": {"make": mixtral, "router_aux_loss_coef": 0.0},
     "very unequal lengths": {"make": mistral, "records": UNEQUAL},
     "cut at the end": {"max_length": 9, "records": UNEQUAL},
     "cut at the start": {"max_length": 9, "records": UNEQUAL, "truncation_mode": "keep_end"},
@@ -412,23 +412,24 @@ PACKED_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", PACKED_CASES.values(), ids=PACKED_CASES)
-def test_packed_is_padded(case, tmp_path):
+@pytest.mark.parametrize("case", LAYOUT_CASES.values(), ids=LAYOUT_CASES)
+def test_packed_and_shared_are_padded(case, tmp_path):
     if case.get("reference_free") and not case.get("alpha"):
         case = {**case, "alpha": 1e-9}  # so that the reference that all cases have is taken
-    (padded, padded_run), (packed, packed_run) = in_both_layouts(tmp_path, **case)
-    assert_same_run(packed_run, padded_run, RTOL)
-    # Floating-point operations are counted with the padding.
-    assert_same_history(history(packed), history(padded), RTOL, METRIC_ATOL, without=("total_flos",))
-    assert packed.state.total_flos < padded.state.total_flos
+    (padded, padded_run), *others = in_all_layouts(tmp_path, **case)
+    for other, run in others:
+        assert_same_run(run, padded_run, RTOL)
+        # Floating-point operations are counted with the padding.
+        assert_same_history(history(other), history(padded), RTOL, METRIC_ATOL, without=("total_flos",))
+        assert other.state.total_flos < padded.state.total_flos
 
 
-@pytest.mark.parametrize("packed", LAYOUTS.values(), ids=LAYOUTS)
-def test_eval_loss_is_the_mean_over_all_pairs(packed, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_eval_loss_is_the_mean_over_all_pairs(layout, tmp_path):
     """Of 7 pairs in batches of 4 and 3."""
     model, ref = model_and_reference()
     options = {"eval_dataset": Dataset.from_list(RECORDS)}
-    args = {**EVALUATED, "gamma": 0.3, "padding_free": packed}
+    args = {**EVALUATED, "gamma": 0.3, **layout}
     trainer = focal_trainer(tmp_path, deepcopy(model), deepcopy(ref), options=options, **args)
     examples = [trainer.eval_dataset[i] for i in range(len(RECORDS))]
     collate = DataCollatorForPreference(TOKENIZER.pad_token_id)
@@ -439,14 +440,14 @@ def test_eval_loss_is_the_mean_over_all_pairs(packed, tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=RTOL)
 
 
-@pytest.mark.parametrize("packed", LAYOUTS.values(), ids=LAYOUTS)
-def test_pairs_weigh_the_same_whatever_their_length(packed, tmp_path):
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_pairs_weigh_the_same_whatever_their_length(layout, tmp_path):
     """A step over 1 × 4 pairs and over 4 × 1, and the mean of the gradients of each pair alone."""
     model, ref = model_and_reference()
     totals = []
     for batch_size in (4, 1):
         changes = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 4 // batch_size}
-        args = FocalPOConfig(**settings(tmp_path, max_steps=1, gamma=0.3, padding_free=packed, **changes))
+        args = FocalPOConfig(**settings(tmp_path, max_steps=1, gamma=0.3, **layout, **changes))
         records = [*UNEQUAL[:2], *UNEQUAL[3:]]
         run = recorded(trainer_of(args, deepcopy(model), deepcopy(ref), records=records))
         assert len(run.losses) == 4 // batch_size
@@ -474,13 +475,13 @@ SCHEDULED_ALPHA = {**OBJECTIVES["alpha-DPO"], **OBJECTIVES["cosine"], "gamma": N
 
 
 @pytest.mark.parametrize(
-    ("objective", "packed"),
-    [(OBJECTIVES["cosine"], False), (SCHEDULED_ALPHA, True)],
-    ids=["cosine, padded", "alpha-DPO, packed"],
+    ("objective", "layout"),
+    [(OBJECTIVES["cosine"], "shared"), (SCHEDULED_ALPHA, "packed")],
+    ids=["cosine, shared", "alpha-DPO, packed"],
 )
-def test_a_run_that_was_killed_goes_on_as_if_it_had_not(objective, packed, tmp_path):
+def test_a_run_that_was_killed_goes_on_as_if_it_had_not(objective, layout, tmp_path):
     model, ref = model_and_reference()
-    common = {**objective, "padding_free": packed, "max_steps": 6, "lr_scheduler_type": "linear"}
+    common = {**objective, **LAYOUTS[layout], "max_steps": 6, "lr_scheduler_type": "linear"}
     common |= EVALUATED | {"eval_steps": 1, "save_strategy": "steps", "save_steps": 2}
     common |= {"optim": "adamw_torch", "learning_rate": 1e-3}
 
@@ -631,16 +632,14 @@ def test_no_more_models_are_loaded_and_run_than_needed(objective, loads, by_path
     assert len(runs) == 6 * loads
 
 
-@pytest.mark.parametrize(
-    ("packed", "precompute"), [(False, False), (True, True)], ids=["padded", "packed and precomputed"]
-)
-def test_no_tensor_is_as_large_as_the_logits(packed, precompute, tmp_path):
+@pytest.mark.parametrize(("layout", "precompute"), [("padded", False), ("packed", True), ("shared", False)])
+def test_no_tensor_is_as_large_as_the_logits(layout, precompute, tmp_path):
     vocab = 65536
     sizes = {**SIZES, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **sizes)))
     text = " ".join(record["chosen"] for record in RECORDS)
     records = [{"prompt": "a", "chosen": text, "rejected": text[::-1]}] * 4
-    changes = {"padding_free": packed, "precompute_ref_log_probs": precompute, "max_steps": 1, "alpha": 0.1}
+    changes = {**LAYOUTS[layout], "precompute_ref_log_probs": precompute, "max_steps": 1, "alpha": 0.1}
     options = {"eval_dataset": Dataset.from_list(records), "train_dataset": Dataset.from_list(records)}
     with Largest() as largest:
         trainer = focal_trainer(tmp_path, model, near(model), options=options, **changes)
@@ -654,14 +653,14 @@ def test_no_tensor_is_as_large_as_the_logits(packed, precompute, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("backward", "packed"), [("certified", False), ("certified", True), ("exact", False)]
+    ("backward", "layout"), [*(("certified", layout) for layout in LAYOUTS), ("exact", "padded")]
 )
-def test_what_the_backward_left_out_is_logged(backward, packed, tmp_path):
+def test_what_the_backward_left_out_is_logged(backward, layout, tmp_path):
     vocab, sizes = 8192, {**SIZES, "num_hidden_layers": 1}
     model = seeded(lambda: LlamaForCausalLM(LlamaConfig(vocab_size=vocab, **sizes)))
     model = sharpened(model, 100.0).to(torch.bfloat16)
     ref = near(model)
-    changes = {"max_steps": 1, "gradient_accumulation_steps": 1, "padding_free": packed, "gamma": 0.3}
+    changes = {"max_steps": 1, "gradient_accumulation_steps": 1, "gamma": 0.3, **LAYOUTS[layout]}
     twin = deepcopy(model)
     trainer = focal_trainer(tmp_path, model, deepcopy(ref), backward=backward, **changes)
     examples = recorded(trainer).examples[0]

@@ -16,7 +16,6 @@ import io
 import textwrap
 import warnings
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,6 +35,7 @@ from focalkern.trl import FocalPOTrainer
 from focalkern.trl.config import FOCALPO
 from focalkern.trl.data import STREAMED_ROWS, token_ids
 from focalkern.trl.head import backbone_of
+from focalkern.trl.packing import sequence_places
 
 # What passes for rounding: of losses, relative; of log-probs, mean nats per token; of gradients, relative.
 LOSS = 0.02
@@ -163,8 +163,12 @@ def _shown(trainer: FocalPOTrainer, batch: Batch) -> list[str]:
     """Both sequences of the first pair, around the place where the mask ends."""
     ids, labels = list(batch["input_ids"].cpu()), list(trainer._labels(batch).cpu())
     if "cu_seqlens" in batch:
-        bounds = list(pairwise(batch["cu_seqlens"].tolist()))
-        ids, labels = ([x[0][start:end] for start, end in bounds] for x in (ids, labels))
+        ids = [batch["input_ids"].cpu().flatten()[places] for places in sequence_places(batch)]
+        # With shared prompts the labels begin at the end of the prompt.
+        labels = [
+            nn.functional.pad(x, (len(tokens) - len(x), 0), value=-100)
+            for x, tokens in zip(labels[0].split(batch["cu_seqlens"].diff().tolist()), ids, strict=True)
+        ]
     lines = []
     for name, i in (("chosen", 0), ("rejected", len(ids) // 2)):
         is_scored = labels[i] != -100
@@ -254,7 +258,9 @@ def _plain(trainer: FocalPOTrainer, batch: Batch) -> LinearLogps:
         return LinearLogps(found["logps"])
 
     with trainer.accelerator.autocast():
-        hidden = backbone_of(model)(**trainer._model_inputs(batch)).last_hidden_state
+        hidden = backbone_of(model)(**trainer._model_inputs(model, batch)).last_hidden_state
+        if "hidden_index" in batch:
+            hidden = hidden.flatten(0, 1)[batch["hidden_index"]][None]
         tokens = call_head(model.get_output_embeddings(), hidden, logps)
     return tokens.reshaped(lambda x: nn.functional.pad(x[0], (0, 1))) if "cu_seqlens" in batch else tokens
 
@@ -268,7 +274,7 @@ def _arguments(trainer: FocalPOTrainer, batch: Batch) -> tuple[torch.Tensor, tor
 def _loss(trainer: FocalPOTrainer, batch: Batch, tokens: LinearLogps, refs: Refs) -> tuple[torch.Tensor, Any]:
     """That of the first step. Running statistics stay at their start."""
     labels, cu_seqlens = _arguments(trainer, batch)
-    lengths = batch.get("completion_lengths", batch["completion_mask"].sum(1))
+    lengths = trainer._completion_lengths(batch)
     return copy.deepcopy(trainer.loss_fn).train()(tokens, labels, refs, cu_seqlens, lengths)
 
 

@@ -1,4 +1,4 @@
-"""focalkern in TRL: a trainer, packed batches, `patch()` for TRL's own trainers. Needs `focalkern[trl]`."""
+"""focalkern in TRL: a trainer, its batches, `patch()` for TRL's own trainers. Needs `focalkern[trl]`."""
 
 try:
     import trl  # noqa: F401
@@ -7,7 +7,7 @@ except ImportError as error:
         "focalkern.trl needs TRL and PEFT: pip install 'trl>=1.16,<2' 'peft>=0.18' (Python 3.11 or later)"
     ) from error
 
-from focalkern.trl.collator import PackedPreferenceCollator
+from focalkern.trl.collator import PackedPreferenceCollator, SharedPromptCollator
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.patching import patch, unpatch
 from focalkern.trl.progress import ProgressPlot
@@ -18,6 +18,7 @@ __all__ = [
     "FocalPOTrainer",
     "PackedPreferenceCollator",
     "ProgressPlot",
+    "SharedPromptCollator",
     "patch",
     "unpatch",
 ]

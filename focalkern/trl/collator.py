@@ -1,4 +1,4 @@
-"""Packed (padding-free) preference batches: the sequences of a batch one after the other, as one row."""
+"""Preference batches: sequences packed one after the other, or pairs with their prompt once."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
+
+from focalkern.shared_prompts import cut_sequence, share_prompts
+
+_REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -58,5 +62,44 @@ class PackedPreferenceCollator:
             longest = int(lengths.max())
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             batch |= {"max_length_q": longest, "max_length_k": longest}
-        names = ("ref_chosen_logps", "ref_rejected_logps")
-        return batch | {name: padded[name] for name in names if name in padded}
+        return batch | {name: padded[name] for name in _REF_LOGPS if name in padded}
+
+
+@dataclass
+class SharedPromptCollator:
+    """Lays the B pairs of a batch out by `focalkern.share_prompts`.
+
+    Takes what `PackedPreferenceCollator` takes. Returns:
+
+    - `sequence_lengths` [2B] int64, prompts included, and the first entry as there.
+    - the tensors of `SharedPrompts`, with `labels` [1, N].
+    - `completion_lengths` [2B] int64, as there.
+
+    Args:
+        max_length: longer sequences are cut.
+        truncation_mode: "keep_start" or "keep_end".
+        one_row: as in `share_prompts`.
+    """
+
+    max_length: int | None = None
+    truncation_mode: str = "keep_start"
+    one_row: bool = True
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        prompts, *completions = (
+            [example[name] for example in examples] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
+        )
+        cut: dict[str, Any] = {"max_length": self.max_length, "truncation_mode": self.truncation_mode}
+        shared = share_prompts(prompts, *completions, **cut, one_row=self.one_row)
+        lengths = torch.tensor(
+            [
+                [len(ids) for ids in cut_sequence(prompt, completion, **cut)]
+                for side in completions
+                for prompt, completion in zip(prompts, side, strict=True)
+            ]
+        )
+        batch: dict[str, Any] = {"sequence_lengths": lengths.sum(1), **shared._asdict()}
+        batch["completion_lengths"] = lengths[:, 1]
+        batch["labels"] = shared.labels[None]
+        names = (name for name in _REF_LOGPS if name in examples[0])
+        return batch | {name: torch.tensor([example[name] for example in examples]) for name in names}

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 from trl.trainer.utils import global_then_local_main_first
 
+from focalkern.shared_prompts import cut_sequence
+
 STREAMED_ROWS = 1000  # of a stream: those after them are not looked at
 _TEXTS = ("prompt", "chosen", "rejected")
 _IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
@@ -228,7 +230,7 @@ def inspect_pairs(
     first_pair = ""
     for prompt, *completions in token_ids(dataset):
         (start, chosen), (other_start, rejected) = (
-            _cut(prompt, ids, max_length, truncation_mode) for ids in completions
+            cut_sequence(prompt, ids, max_length, truncation_mode) for ids in completions
         )
         longest = len(prompt) + max(map(len, completions))
         begins = [[*prompt[:2], *ids[:2]][:2] for ids in completions]
@@ -264,16 +266,6 @@ def token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
     for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(_BATCH_ROWS):
         columns = [table[column].to_numpy() for column in _IDS]
         yield from ([np.array(ids, dtype=np.int64) for ids in row] for row in zip(*columns, strict=True))
-
-
-def _cut(
-    prompt: np.ndarray, completion: np.ndarray, max_length: int | None, truncation_mode: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """As TRL's collator cuts them."""
-    excess = 0 if max_length is None else max(len(prompt) + len(completion) - max_length, 0)
-    if truncation_mode == "keep_start":
-        return prompt, completion[: max(len(completion) - excess, 0)]
-    return prompt[excess:], completion[max(excess - len(prompt), 0) :]
 
 
 def _shortened(text: str) -> str:

@@ -164,6 +164,8 @@ def _fused_forward(
     labels: torch.Tensor | None = None,  # [S, T] input ids, prompt = -100
     # [S, T] each beside what predicts it, as context parallelism has them
     shift_labels: torch.Tensor | None = None,
+    # [N] places in the flattened hidden states that labels [1, N] stand beside: where prompts are shared
+    hidden_index: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | int | None = None,
     **kwargs,
 ) -> FusedHeadOutput:
@@ -176,11 +178,14 @@ def _fused_forward(
     if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     if not (fused.is_tried or _would_unmerge(model)):
-        _try_model(model, fused, targets, shift, *args, **kwargs)
+        count = targets.numel() if hidden_index is None else kwargs["position_ids"].numel()
+        _try_model(model, fused, _labelled(targets, shift, hidden_index), count, *args, **kwargs)
         fused.is_tried = True
     backbone = backbone_of(model)(*args, **kwargs)
 
     head, hidden = model.get_output_embeddings(), backbone.last_hidden_state
+    if hidden_index is not None:
+        hidden = hidden.flatten(0, 1).index_select(0, hidden_index.to(hidden.device))[None]
     tokens, mean_logits_everywhere = module_logps(head, hidden, targets, shift, fused.in_fp32, fused.options)
     label_mask = (targets[:, 1:] if shift else targets).to(tokens.logps.device) != -100
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -361,7 +366,7 @@ def _tried_on_tokens(model: PreTrainedModel, fused: _FusedHead) -> bool:
     vocab_size = model.config.get_text_config().vocab_size
     ids = torch.arange(4, 12, device=model.device)[None] % vocab_size
     try:
-        _try_model(model, fused, ids, True, input_ids=ids, use_cache=False)
+        _try_model(model, fused, _labelled(ids, True), ids.numel(), input_ids=ids, use_cache=False)
     except _NotRun:
         return False
     return True
@@ -372,8 +377,8 @@ def _tried_on_tokens(model: PreTrainedModel, fused: _FusedHead) -> bool:
 def _try_model(
     model: PreTrainedModel,
     fused: _FusedHead,
-    labels: torch.Tensor,  # [S, T]
-    shift: bool,
+    index: torch.Tensor,  # a few of the flattened positions
+    count: int,  # of the positions
     *args,
     **kwargs,
 ) -> None:
@@ -383,7 +388,7 @@ def _try_model(
     A model that wraps a language model may leave out the transform of that one's config: then so do we.
     """
     with evaluating(model):
-        found, x, dtypes = _own_and_head_logits(model, fused, labels, shift, *args, **kwargs)
+        found, x, dtypes = _own_and_head_logits(model, fused, index, count, *args, **kwargs)
     options = fused.options
     scale, cap = options["logit_scale"], options["softcap"]
     transforms = [(scale, cap)]
@@ -408,8 +413,8 @@ def _misfit(model: PreTrainedModel, options: dict) -> TypeError:
 def _own_and_head_logits(
     model: PreTrainedModel,
     fused: _FusedHead,
-    labels: torch.Tensor,  # [S, T]
-    shift: bool,
+    index: torch.Tensor,  # a few of the flattened positions
+    count: int,  # of the positions
     *args,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor, set[torch.dtype]]:  # [n, V] each, and the dtypes behind them
@@ -417,14 +422,14 @@ def _own_and_head_logits(
 
     Both are of the same hidden states. The head is called for these positions alone.
     """
-    head, index = model.get_output_embeddings(), _labelled(labels, shift)
+    head = model.get_output_embeddings()
     states: list[torch.Tensor] = []
     dtypes: list[torch.dtype] = []  # of what the head is given
     weights: list[torch.Tensor] = []  # of the head, as it is in the call
 
     def pick(module: nn.Module, inputs: tuple) -> tuple:
         hidden = inputs[0]
-        if hidden.shape[:-1].numel() == labels.numel():
+        if hidden.shape[:-1].numel() == count:
             hidden = picked(hidden, index)
         if fused.in_fp32:
             hidden = hidden.to(resolve_head(module).linear.weight.dtype)
@@ -462,12 +467,17 @@ def _own_and_head_logits(
     return logits[0].to(x.device), x[0].to(torch.promote_types(x.dtype, torch.float32)), rounded
 
 
-def _labelled(labels: torch.Tensor, shift: bool) -> torch.Tensor:
-    """A few places in [S, T], flattened: with a label, if there are any."""
+def _labelled(
+    labels: torch.Tensor,  # [S, T]
+    shift: bool,
+    hidden_index: torch.Tensor | None = None,  # [S·T]
+) -> torch.Tensor:
+    """A few places in the flattened hidden states: with a label, if there are any."""
     if shift:
         labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     index = (labels != -100).flatten().nonzero()[:, 0]
-    return spread(index if len(index) else torch.arange(labels.numel(), device=labels.device))
+    index = spread(index if len(index) else torch.arange(labels.numel(), device=labels.device))
+    return index if hidden_index is None else hidden_index[index]
 
 
 def _of_all_shards(logits: torch.Tensor, weight: DTensor, vocab_size: int) -> torch.Tensor:

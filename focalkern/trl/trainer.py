@@ -25,49 +25,25 @@ from trl.trainer.utils import get_config_model_id, use_adapter
 from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
+from focalkern.shared_prompts import shared_attention_mask
 from focalkern.trl.card import PAPERS, complete_card, methods_of
-from focalkern.trl.collator import PackedPreferenceCollator
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
 from focalkern.trl.head import (
     FusedHeadOutput,
     NoAdapter,
     add_fused_lm_head,
-    evaluating,
-    is_whole,
     replaced,
 )
 from focalkern.trl.metrics import backward_metrics, logged_pair_metrics, margin_metrics, token_metrics
 from focalkern.trl.mixed_loss import MixedLoss
+from focalkern.trl.packing import check_packing, collator_of, layout_of, prepare_model
 from focalkern.trl.sharding import check_sequences_are_whole, keep_output_dtype
 
 STATE_NAME = "focalpo_state.pt"
 _NARROW = (torch.bfloat16, torch.float16)
 # An update of AdamW is about as large as the learning rate: below this it is lost in a bf16 weight of 0.02.
 _LOST_IN_BF16 = 2e-5
-# Architectures whose attention tells packed sequences apart, for models that are sharded when they come.
-PACKABLE = frozenset(
-    (
-        "cohere",
-        "cohere2",
-        "gemma",
-        "gemma2",
-        "gemma3_text",
-        "glm4",
-        "granite",
-        "llama",
-        "mistral",
-        "mixtral",
-        "olmo2",
-        "phi3",
-        "qwen2",
-        "qwen2_moe",
-        "qwen3",
-        "qwen3_moe",
-        "smollm3",
-        "starcoder2",
-    )
-)
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 # What a batch holds beside the arguments of the model.
 _NOT_FOR_THE_MODEL = (
@@ -76,6 +52,9 @@ _NOT_FOR_THE_MODEL = (
     *_REF_LOGPS,
     "sequence_lengths",
     "cu_seqlens",
+    "seen_until",
+    "hidden_index",
+    "labels",
 )
 
 
@@ -100,9 +79,9 @@ class FocalPOTrainer(DPOTrainer):
 
     Arguments are those of `DPOTrainer`, with a `FocalPOConfig`. The reference is TRL's too: `ref_model`, the
     model of the same name, the adapter's base, or log-probs computed in advance; where the loss needs none
-    (SimPO), there is none. An adapter may be on `lm_head` (plain LoRA), and `padding_free=True` concatenates
-    the sequences of a batch. Callbacks may set `beta`, `loss_weights` and the other attributes that TRL's
-    loss reads, with the effect that they have there.
+    (SimPO), there is none. An adapter may be on `lm_head` (plain LoRA). `padding_free=True` concatenates the
+    sequences of a batch, `share_prompt=True` computes the prompt of a pair once. Callbacks may set `beta`,
+    `loss_weights` and the other attributes that TRL's loss reads, with the effect that they have there.
 
     When it is made, it counts in the data the pairs that are dropped, cut, empty or identical, with BOS twice
     or without EOS, prints the counts and one pair, and keeps them as `data_reports`.
@@ -163,16 +142,16 @@ class FocalPOTrainer(DPOTrainer):
                 "max_steps must be given: gamma_schedule is spread over the steps of the training, and a "
                 "train_dataset without a length does not tell them"
             )
-        self._is_packed = args.padding_free
+        self._is_packed = layout_of(args) is not None
         if self._is_packed:
-            _check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
-            data_collator = PackedPreferenceCollator(args.max_length, args.truncation_mode)
+            check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
+            data_collator = collator_of(args)
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
         own_adapters = set() if isinstance(model, str) or not is_peft_model(model) else set(model.peft_config)
         with self._construction(model, args):
-            args.padding_free = False  # TRL's is switched off, and says so
+            padding_free, args.padding_free = args.padding_free, False  # TRL's is switched off, and says so
             try:
                 super().__init__(
                     model=model,
@@ -190,10 +169,10 @@ class FocalPOTrainer(DPOTrainer):
                     **trl_options,
                 )
             finally:
-                args.padding_free = self._is_packed
+                args.padding_free = padding_free
         if own_adapters and not args.needs_reference and "ref" in set(self.model.peft_config) - own_adapters:
             self.model.delete_adapter("ref")  # the copy that TRL makes of the user's for a reference
-        self.padding_free = self._is_packed
+        self.padding_free = padding_free
         self._gamma_steps: _GammaSteps | None = None
         if args.gamma_schedule is not None and self.loss_fn.focal is not None:
             self._gamma_steps = _GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps)
@@ -231,7 +210,14 @@ class FocalPOTrainer(DPOTrainer):
         def add_head(model: Any, *, outputs: tuple[str, ...] = ("log_probs",)) -> None:
             # Policy and reference come here before anything is computed with them, or sharded.
             if self._is_packed:
-                self._prepare_packing(model.get_base_model() if is_peft_model(model) else model)
+                if args.share_prompt and self.aux_loss_enabled:
+                    raise ValueError(
+                        "router_aux_loss_coef must be 0 with share_prompt=True: the load-balancing loss"
+                        f" counts the tokens of both prompts; got {self.router_aux_loss_coef}"
+                    )
+                base = model.get_base_model() if is_peft_model(model) else model
+                logits_of = functools.partial(self._logits, base)
+                prepare_model(base, self.data_collator, self.args.device, logits_of)
             add_fused_lm_head(
                 model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend
             )
@@ -249,44 +235,6 @@ class FocalPOTrainer(DPOTrainer):
             names["BaseTunerLayer"] = NoAdapter
         with replaced(dpo_trainer, **names):
             yield
-
-    def _prepare_packing(self, model: Any) -> None:
-        """What only the loaded model tells: whether its attention knows packed sequences."""
-        if not self._sequences_are_apart(model):
-            raise ValueError(
-                f"padding_free must be False with {type(model).__name__}: its layers do not tell the "
-                "sequences of a packed row apart, or it could not be seen"
-            )
-        if "flash" in model.config._attn_implementation:
-            self.data_collator.flash_attention = True
-
-    def _sequences_are_apart(self, model: Any) -> bool:
-        """Whether no gradient comes from one sequence of a packed batch to the one before it.
-
-        Not every architecture hands the position ids to its attention mask (transformers 5.23: AFMoE does
-        not). One that is sharded already cannot be run here, and must be known.
-        """
-        if getattr(model, "_is_stateful", False) or not model._supports_attention_backend:
-            return False
-        if not is_whole(model):
-            return model.config.get_text_config().model_type in PACKABLE
-        embedded: list[torch.Tensor] = []
-
-        def leaf(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
-            embedded.append(output.detach().requires_grad_())
-            return embedded[-1].clone()  # which models may scale in place
-
-        example = {"prompt_ids": [0, 1], "chosen_ids": [2, 3], "rejected_ids": [4, 5]}
-        inputs = self._prepare_inputs(PackedPreferenceCollator()([example]))
-        hook = model.get_input_embeddings().register_forward_hook(leaf)
-        try:
-            with torch.enable_grad(), self.accelerator.autocast(), evaluating(model):
-                logits = model(**self._model_inputs(inputs)).logits
-        finally:
-            hook.remove()
-        second = int(inputs["cu_seqlens"][1])
-        (gradient,) = torch.autograd.grad(logits[0, second:].float().square().sum(), embedded[:1])
-        return not (gradient[0, :second].abs() > 0).any()
 
     def _prepare_dataset(
         self,
@@ -331,7 +279,7 @@ class FocalPOTrainer(DPOTrainer):
         # TRL looks its cache up by dataset and model: log-probs of sequences cut otherwise pass for these.
         args, of_model = self.args, self._precompute_model_hash
         options = (args.max_length, args.truncation_mode, args.ld_alpha, self.accelerator.mixed_precision)
-        self._precompute_model_hash = Hasher.hash((of_model, options, self._is_packed))
+        self._precompute_model_hash = Hasher.hash((of_model, options, layout_of(args)))
         try:
             return super()._precompute_ref_logps(dataset, name, batch_size)
         finally:
@@ -349,8 +297,8 @@ class FocalPOTrainer(DPOTrainer):
         tokens, labels, cu_seqlens = self._pair_tokens(outputs, inputs)
         refs = self._reference_logps(inputs, tokens.logps.device)
         self.loss_fn.train(self.model.training)  # statistics move in training alone
-        lengths = inputs.get("completion_lengths", inputs["completion_mask"].sum(1))
-        loss, out = self.loss_fn(tokens, labels, refs, cu_seqlens, lengths.to(labels.device))
+        lengths = self._completion_lengths(inputs).to(labels.device)
+        loss, out = self.loss_fn(tokens, labels, refs, cu_seqlens, lengths)
         aux_loss = None
         if self.aux_loss_enabled:
             aux_loss = outputs.aux_loss
@@ -370,11 +318,11 @@ class FocalPOTrainer(DPOTrainer):
             return loss
         if self._is_packed:
             raise ValueError(
-                "padding_free must be False for predict(): packed rows have no logits per sequence"
+                f"{layout_of(self.args)} must be False for predict(): its rows have no logits per sequence"
             )
         # As in TRL: the logits that `compute_metrics` takes, from a second forward.
         with torch.no_grad():
-            return loss, model(**self._model_inputs(inputs))
+            return loss, model(**self._model_inputs(model, inputs))
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -416,19 +364,37 @@ class FocalPOTrainer(DPOTrainer):
     def _forward(
         self, model: Any, inputs: dict[str, Any], output_router_logits: bool = False
     ) -> FusedHeadOutput:
-        kwargs = self._model_inputs(inputs)
+        kwargs = self._model_inputs(model, inputs)
+        if "hidden_index" in inputs:
+            kwargs["hidden_index"] = inputs["hidden_index"]
         if output_router_logits:  # not every model knows the argument
             kwargs["output_router_logits"] = True
         return model(**kwargs, labels=self._labels(inputs), fused_lm_head=True)
 
-    @staticmethod
-    def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL} | {"use_cache": False}
+    def _model_inputs(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        kwargs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL} | {"use_cache": False}
+        if "seen_until" in inputs:
+            config = self.accelerator.unwrap_model(model).config
+            kwargs["attention_mask"] = shared_attention_mask(
+                config, inputs["position_ids"], inputs["seen_until"]
+            )
+        return kwargs
+
+    def _logits(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return model(**self._model_inputs(model, self._prepare_inputs(batch))).logits
 
     @staticmethod
     def _labels(inputs: dict[str, Any]) -> torch.Tensor:  # [2B, T], or packed [1, N]
         """Input ids with all but the completions masked."""
+        if "labels" in inputs:
+            return inputs["labels"]
         return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+
+    @staticmethod
+    def _completion_lengths(inputs: dict[str, Any]) -> torch.Tensor:  # [2B]
+        """As TRL counts: with a first token that nothing predicts."""
+        return inputs["completion_lengths"] if "cu_seqlens" in inputs else inputs["completion_mask"].sum(1)
 
     def _pair_tokens(
         self, outputs: FusedHeadOutput, inputs: dict[str, Any]
@@ -467,11 +433,8 @@ class FocalPOTrainer(DPOTrainer):
         super().log(logs, start_time)
 
     def _token_count(self, inputs: dict[str, Any]) -> torch.Tensor:
-        mask = inputs.get("attention_mask")
-        ids = inputs["input_ids"]
-        # Filled on the device: a tensor of the number would be copied there, and waited for.
-        count = torch.full((1,), ids.numel(), device=ids.device) if mask is None else mask.sum()[None]
-        return self._sum_over_ranks(count)[0]
+        counted = inputs["sequence_lengths" if self._is_packed else "attention_mask"]
+        return self._sum_over_ranks(counted.sum()[None])[0]
 
     def _sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(values, "sum")
@@ -578,34 +541,3 @@ def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_confi
             f"ref_model must be given, or precompute_ref_log_probs=True: {args.reference_users()} needs a"
             " reference, and the model was not loaded from a path that one could be loaded from"
         )
-
-
-def _check_packing(
-    args: FocalPOConfig,
-    model: Any,
-    sample: dict[str, Any],
-    data_collator: Any,
-    compute_metrics: Any,
-    peft_config: Any,
-) -> None:
-    """What goes with padded rows alone."""
-    if not isinstance(model, str) and is_peft_model(model):
-        peft_config = model.active_peft_config
-    for name, given, why in (
-        ("data_collator", data_collator is not None, "it has its own, PackedPreferenceCollator"),
-        ("pad_to_multiple_of", args.pad_to_multiple_of is not None, "there is no padding"),
-        ("compute_metrics", compute_metrics is not None, "it takes the logits of padded rows"),
-        ("images", "image" in sample or "images" in sample, "they belong to padded rows"),
-        (
-            "neftune_noise_alpha",
-            args.neftune_noise_alpha is not None,
-            "its noise is scaled by the length of a row, here of all sequences",
-        ),
-        (
-            "prompt learning",
-            getattr(peft_config, "is_prompt_learning", False),
-            "its tokens would come once, not before each sequence",
-        ),
-    ):
-        if given:
-            raise ValueError(f"{name} must not be given with padding_free=True: {why}")
