@@ -45,6 +45,7 @@ def trainer_of(folder: Path, *models, records=RECORDS, **changes) -> FocalPOTrai
 CLEAN = {
     "FocalPO": {},
     "packed, bf16": {"padding_free": True, "bf16": True, "gradient_checkpointing": True},
+    "shared": {"share_prompt": True},
     "precomputed": {"precompute_ref_log_probs": True},
     "DynamicFocalPO": {"gamma_schedule": "cosine"},
     "SimPO": SIMPO,

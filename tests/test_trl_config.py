@@ -434,9 +434,9 @@ def test_what_is_packed_untried_passes_where_it_can_be_tried(name, packing_train
     model = AutoModelForCausalLM.from_config(config)
     logits_of = functools.partial(packing_trainer._logits, model)
     for collator in (PackedPreferenceCollator(), SharedPromptCollator(), SharedPromptCollator(one_row=False)):
-        assert sequences_are_apart(model, collator, logits_of)
+        assert sequences_are_apart(model, collator, torch.float32, logits_of)
     monkeypatch.setattr("focalkern.trl.packing.is_whole", lambda model: False)
-    assert sequences_are_apart(model, collator, logits_of)
+    assert sequences_are_apart(model, collator, torch.float32, logits_of)
 
 
 def test_the_reference_is_tried_too(tmp_path):

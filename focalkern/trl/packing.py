@@ -98,11 +98,13 @@ def prepare_model(
     model: PreTrainedModel,
     collator: Collator,
     device: torch.device,
+    dtype: torch.dtype,
     logits_of: Callable[[Batch], torch.Tensor],
 ) -> None:
     """Set the collator up for a model, and try the model on a few tokens.
 
     Args:
+        dtype: of the model's products.
         logits_of: the model's logits of a batch.
 
     Raises:
@@ -123,7 +125,7 @@ def prepare_model(
         collator.one_row |= implementation == "flex_attention"
     elif "flash" in implementation:
         collator.flash_attention = True
-    if not (takes_masks and sequences_are_apart(model, collator, logits_of)):
+    if not (takes_masks and sequences_are_apart(model, collator, dtype, logits_of)):
         raise ValueError(
             f"{name} must be False with {type(model).__name__}: its layers do not tell the sequences of a row"
             " apart, or it could not be seen"
@@ -131,7 +133,10 @@ def prepare_model(
 
 
 def sequences_are_apart(
-    model: PreTrainedModel, collator: Collator, logits_of: Callable[[Batch], torch.Tensor]
+    model: PreTrainedModel,
+    collator: Collator,
+    dtype: torch.dtype,
+    logits_of: Callable[[Batch], torch.Tensor],
 ) -> bool:
     """Whether each sequence of a batch has the logits that it has alone, and no gradient from the others.
 
@@ -160,7 +165,7 @@ def sequences_are_apart(
             ids = batch["input_ids"].flatten()[places][None]
             alone = logits_of({"input_ids": ids, "position_ids": torch.arange(len(places))[None]})[0]
             found = logits[places]
-            if not same_to_rounding(found, alone, batch_embedded.dtype):
+            if not same_to_rounding(found, alone, dtype):
                 return False
             (gradient,) = torch.autograd.grad(found.float().square().sum(), batch_embedded, retain_graph=True)
             foreign = gradient.flatten(0, 1).abs().sum(-1) > 0

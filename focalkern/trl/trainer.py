@@ -217,7 +217,8 @@ class FocalPOTrainer(DPOTrainer):
                     )
                 base = model.get_base_model() if is_peft_model(model) else model
                 logits_of = functools.partial(self._logits, base)
-                prepare_model(base, self.data_collator, self.args.device, logits_of)
+                dtype = self._computed_in(base.dtype)
+                prepare_model(base, self.data_collator, self.args.device, dtype, logits_of)
             add_fused_lm_head(
                 model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend
             )
@@ -379,6 +380,11 @@ class FocalPOTrainer(DPOTrainer):
                 config, inputs["position_ids"], inputs["seen_until"]
             )
         return kwargs
+
+    def _computed_in(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype of products with weights of `dtype`."""
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return narrow.get(self.accelerator.mixed_precision, dtype)
 
     def _logits(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
         with self.accelerator.autocast():
