@@ -1,4 +1,4 @@
-"""The packed batches of `PackedPreferenceCollator` against the padded ones of TRL's collator."""
+"""Packed batches, and batches with shared prompts, against the padded ones of TRL's collator."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ pytest.importorskip("trl")
 
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from focalkern.trl import PackedPreferenceCollator
+from focalkern.trl import PackedPreferenceCollator, SharedPromptCollator
+from focalkern.trl.packing import sequence_places
 
 EXAMPLES = [
     {"prompt_ids": [11, 12], "chosen_ids": [13, 14, 15, 16, 17], "rejected_ids": [18]},
@@ -39,6 +40,24 @@ def test_a_batch_holds_what_the_padded_one_holds(max_length, truncation_mode):
     assert torch.equal(packed["completion_lengths"], padded["completion_mask"].sum(1))
 
 
+@pytest.mark.parametrize("one_row", [True, False])
+@pytest.mark.parametrize(("max_length", "truncation_mode"), SETTINGS)
+def test_a_batch_of_shared_prompts_holds_what_the_padded_one_holds(max_length, truncation_mode, one_row):
+    padded = DataCollatorForPreference(99, max_length, truncation_mode)(EXAMPLES)
+    shared = SharedPromptCollator(max_length, truncation_mode, one_row)(EXAMPLES)
+    assert next(iter(shared)) == "sequence_lengths"  # the first tells the size of the batch
+    assert torch.equal(shared["sequence_lengths"], padded["attention_mask"].sum(1))
+    assert torch.equal(shared["completion_lengths"], padded["completion_mask"].sum(1))
+    pieces = shared["labels"][0].split(shared["cu_seqlens"].diff().tolist())
+    for row, places in enumerate(sequence_places(shared)):
+        tokens = padded["attention_mask"][row].bool()
+        assert torch.equal(shared["input_ids"].flatten()[places], padded["input_ids"][row, tokens])
+        assert torch.equal(shared["position_ids"].flatten()[places], torch.arange(len(places)))
+        labels = padded["input_ids"].masked_fill(padded["completion_mask"] == 0, -100)[row, tokens]
+        assert torch.equal(pieces[row][1:], labels[len(labels) - len(pieces[row]) :][1:])
+        assert pieces[row][0] == -100
+
+
 def test_shapes_and_order_are_as_trainers_take_them():
     batch = PackedPreferenceCollator()(EXAMPLES)
     names = ["sequence_lengths", "input_ids", "completion_mask", "position_ids", "cu_seqlens"]
@@ -51,13 +70,14 @@ def test_shapes_and_order_are_as_trainers_take_them():
         assert batch[name].dtype == torch.int64
 
 
-def test_reference_log_probs_are_handed_on():
+@pytest.mark.parametrize("collator", [PackedPreferenceCollator(), SharedPromptCollator()])
+def test_reference_log_probs_are_handed_on(collator):
     logps = [-1.5, -2.0, -40.25, -3.0]
     examples = [
         {**example, "ref_chosen_logps": x, "ref_rejected_logps": 2 * x}
         for example, x in zip(EXAMPLES, logps, strict=True)
     ]
-    batch = PackedPreferenceCollator()(examples)
+    batch = collator(examples)
     assert batch["ref_chosen_logps"].tolist() == logps
     assert batch["ref_rejected_logps"].tolist() == [2 * x for x in logps]
 
@@ -73,5 +93,6 @@ def test_flash_attention_is_told_the_boundaries():
 
 def test_examples_are_left_as_they_are():
     before = [dict(example) for example in EXAMPLES]
-    PackedPreferenceCollator(2)(EXAMPLES)
+    for collator in (PackedPreferenceCollator(2), SharedPromptCollator(2)):
+        collator(EXAMPLES)
     assert before == EXAMPLES

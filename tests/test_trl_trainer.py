@@ -424,6 +424,18 @@ def test_packed_and_shared_are_padded(case, tmp_path):
         assert other.state.total_flos < padded.state.total_flos
 
 
+def test_fifty_steps_with_shared_prompts_give_the_curve_of_padded_ones(tmp_path):
+    """By AdamW, which magnifies what rounds otherwise."""
+    changes = {"max_steps": 50, "gradient_accumulation_steps": 1, "optim": "adamw_torch", "gamma": 0.3}
+    layouts = ("padded", "shared")
+    (padded, run), (shared, _) = in_all_layouts(tmp_path, layouts=layouts, **changes, learning_rate=1e-3)
+    assert run.losses[-1] < 0.5 * run.losses[0]
+    for name in ("loss", "rewards/margins", "grad_norm"):
+        curves = [[x[name] for x in history(trainer) if name in x] for trainer in (padded, shared)]
+        assert len(curves[0]) == 50
+        assert curves[1] == pytest.approx(curves[0], rel=1e-3), name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_eval_loss_is_the_mean_over_all_pairs(layout, tmp_path):
     """Of 7 pairs in batches of 4 and 3."""
