@@ -15,7 +15,7 @@ MODEL = "meta-llama/Meta-Llama-3-8B-Instruct"  # or a folder
 DATA = "princeton-nlp/llama3-ultrafeedback-armorm"  # or a folder with train.jsonl and test.jsonl
 OPTIONS = {
     "output_dir": "runs/llama3-8b-focalpo",
-    "model_init_kwargs": {"dtype": "float32", "attn_implementation": "flash_attention_2"},
+    "model_init_kwargs": {"dtype": "float32", "attn_implementation": "flex_attention"},
     # The loss. DPO: gamma=0.0; the others are in docs/trl.md.
     "beta": 0.1,
     "gamma": 0.05,
@@ -30,7 +30,7 @@ OPTIONS = {
     "max_length": 2048,
     "seed": 42,
     "bf16": True,
-    "padding_free": True,
+    "share_prompt": True,
     "precompute_ref_log_probs": True,
     # What is seen of it, and kept.
     "logging_steps": 5,

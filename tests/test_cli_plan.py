@@ -263,7 +263,8 @@ def test_fsdp2_as_it_is_configured(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("attention", "pairs", "times"), [("sdpa", 5, 1), ("eager", 5, 1), ("flash_attention_2", 1, 5)]
+    ("attention", "pairs", "times"),
+    [("sdpa", 5, 1), ("eager", 5, 1), ("flash_attention_2", 1, 5), ("flex_attention", 1, 5)],
 )
 def test_larger_batches_are_extrapolated(attention, pairs, times, tmp_path):
     model = random_model(**SIZES)

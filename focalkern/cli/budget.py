@@ -20,7 +20,7 @@ from trl import ModelConfig, get_peft_config
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.cli.job import Job
-from focalkern.cli.memory import Activations, LiveBytes, activations, fake_tensors, on_meta
+from focalkern.cli.memory import Activations, LiveBytes, activations, fake_tensors, keeps_no_scores, on_meta
 from focalkern.logps.function import WORKSPACE_BYTES
 
 GIB = 2**30
@@ -170,11 +170,16 @@ class Budget:
             ("load_in_8bit", model.load_in_8bit, not model.load_in_8bit),
             ("max_length", args.max_length, args.max_length is not None),
             ("optim", optimizer, optimizer in OPTIMIZERS),
+            (
+                "attn_implementation",
+                model.attn_implementation,
+                model.attn_implementation == "flex_attention" or not args.share_prompt,
+            ),
         ):
             if not is_known:
                 raise ValueError(
                     f"a plan knows no {name}={value!r}: it needs max_length, weights that are not quantised,"
-                    f" and one of {', '.join(OPTIMIZERS)}"
+                    f" one of {', '.join(OPTIMIZERS)}, and with share_prompt flex_attention"
                 )
         config = job.model_config().get_text_config()
         config._attn_implementation = model.attn_implementation or "sdpa"
@@ -235,17 +240,22 @@ class Budget:
     def _activations(
         self, dtype: torch.dtype, autocast: bool, checkpointing: bool, pairs: int, length: int
     ) -> Activations:
-        """Run for one pair and two: memory is linear in pairs, and with FlashAttention in tokens."""
+        """Run for one pair and two: memory is linear in pairs, and with these two attentions in tokens.
+
+        With shared prompts the largest pair has a short prompt, and as many tokens as a packed one.
+        """
+
+        is_padded = not (self.args.padding_free or self.args.share_prompt)
 
         def run(pairs: int, length: int) -> Activations:
             key = (dtype, autocast, checkpointing, pairs, length)
             if key not in self._runs:
-                options = (self.peft_config, *key[:3], not self.args.padding_free)
+                options = (self.peft_config, *key[:3], is_padded)
                 self._runs[key] = activations(self.config, *options, 2 * pairs, length)
             return self._runs[key]
 
         longest = self.args.max_length
-        if length != longest and "flash" in self.config._attn_implementation:
+        if length != longest and keeps_no_scores(self.config):
             start = self._activations(dtype, autocast, checkpointing, pairs, longest)
             return start.extrapolated(run(pairs, 2 * longest), length / longest - 1)
         return run(1, length) if pairs == 1 else run(1, length).extrapolated(run(2, length), pairs - 1)

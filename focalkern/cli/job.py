@@ -115,7 +115,7 @@ def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         if "use_cpu" in str(error):  # transformers' words for: bf16 and no GPU
             fail("no CUDA device: --dry-run needs none; --use_cpu --bf16 false --attn_implementation sdpa"
-                 " --padding_free false trains on the CPU")  # fmt: skip
+                 " trains on the CPU")  # fmt: skip
         fail(error)
     config.model_init_kwargs = {
         "revision": model.model_revision,

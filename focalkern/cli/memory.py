@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 
 from focalkern.autograd import FirstOrderFunction
 
-_FLASH = "focalkern_counted"  # in place of FlashAttention, which does not take fake tensors
+_FLASH = "focalkern_counted"  # in place of FlashAttention and FlexAttention, which take no fake tensors
 
 
 class LiveBytes(TorchDispatchMode):
@@ -103,6 +103,11 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def keeps_no_scores(config: PretrainedConfig) -> bool:
+    """Whether attention takes memory that grows with the tokens, not with their square."""
+    return "flash" in config._attn_implementation or config._attn_implementation == "flex_attention"
+
+
 def on_meta(
     config: PretrainedConfig, dtype: torch.dtype, peft_config: Any = None, layers: int | None = None
 ) -> Any:
@@ -112,7 +117,7 @@ def on_meta(
         config.num_hidden_layers = layers
         if getattr(config, "layer_types", None):
             config.layer_types = config.layer_types[:layers]
-    if "flash" in config._attn_implementation:
+    if keeps_no_scores(config):
         config._attn_implementation = _FLASH
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -124,7 +129,7 @@ def on_meta(
 
 
 class _FlashAttention(FirstOrderFunction):
-    """Allocates what FlashAttention does: the output and a logsumexp, then dq in fp32, dk and dv."""
+    """Allocates what they do: the output and a logsumexp, then dq in fp32, dk and dv."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ Every field of FocalPOConfig and of TRL's ModelConfig overrides the recipe, such
   --output_dir O             the model, its checkpoints and card, progress.png
   --learning_rate, --beta, --gamma, --max_length, --max_steps, --per_device_train_batch_size
   --resume_from_checkpoint C a checkpoint's folder, or "true" for the last one in output_dir
-  --attn_implementation sdpa without FlashAttention; --use_cpu --bf16 false without a GPU
+  --attn_implementation sdpa --use_cpu --bf16 false without a GPU
 """
 
 from __future__ import annotations
