@@ -54,6 +54,9 @@ def given() -> dict:
         "ref_rejected_logps": torch.randn(4),
         "hidden": hidden,
         "head": weight,
+        "prompt_ids": [[1, 2, 3], [4], [], [5, 6]],
+        "chosen_ids": [[7, 8], [9], [10, 11, 12], [13]],
+        "rejected_ids": [[14], [15, 16, 17], [18], [19, 20]],
         "ref_hidden": torch.randn(8, 6, 16),
         "ref_head": head(),
         "teacher_hidden": torch.randn(8, 6, 24),
@@ -72,7 +75,11 @@ def test_every_python_block_runs(page, tmp_path, monkeypatch, capsys):
     for block in blocks(page):
         names |= given()
         if "peft_model" in block:
-            names["peft_model"] = with_lora_on_the_head(names["hidden"].shape[-1])
+            peft = pytest.importorskip("peft")
+            lora = peft.LoraConfig(target_modules=["lm_head"])
+            names["peft_model"] = peft.get_peft_model(tiny_llama(names["hidden"].shape[-1]), lora)
+        if "share_prompts" in block:
+            names["model"] = tiny_llama()
         if "focalkern.trl" in block:
             pytest.importorskip("trl")
             block = on_a_tiny_model(block, tmp_path)
@@ -119,16 +126,9 @@ def test_every_python_block_of_scaling_md_runs_on_a_group_of_one_rank():
         dist.destroy_process_group()
 
 
-def with_lora_on_the_head(hidden_size: int) -> object:
-    peft = pytest.importorskip("peft")
-    config = LlamaConfig(
-        vocab_size=50,
-        hidden_size=hidden_size,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-    )
-    return peft.get_peft_model(LlamaForCausalLM(config), peft.LoraConfig(target_modules=["lm_head"]))
+def tiny_llama(hidden_size: int = 16) -> LlamaForCausalLM:
+    sizes = {"intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=50, hidden_size=hidden_size, **sizes))
 
 
 def on_a_tiny_model(block: str, folder: Path) -> str:
