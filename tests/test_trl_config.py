@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
 )
@@ -35,6 +36,7 @@ from trl_tiny import (
     WINDOW,
     focal_trainer,
     llama,
+    mistral,
     mixtral,
     near,
     seeded,
@@ -42,7 +44,7 @@ from trl_tiny import (
     trainer_of,
 )
 
-from focalkern import CosineGamma, ExponentialGamma, LinearGamma
+from focalkern import CosineGamma, ExponentialGamma, LinearGamma, shared_attention_mask
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator, SharedPromptCollator
 from focalkern.trl.packing import PACKABLE, sequences_are_apart
 
@@ -437,6 +439,30 @@ def test_what_is_packed_untried_passes_where_it_can_be_tried(name, packing_train
         assert sequences_are_apart(model, collator, torch.float32, logits_of)
     monkeypatch.setattr("focalkern.trl.packing.is_whole", lambda model: False)
     assert sequences_are_apart(model, collator, torch.float32, logits_of)
+
+
+def causal_mask(config, position_ids, seen_until):
+    """Rejected sees chosen, and pairs see each other."""
+    return shared_attention_mask(config, position_ids, torch.full_like(seen_until, seen_until.shape[1]))
+
+
+def mask_by_place(config, position_ids, seen_until):
+    """A window that counts the tokens of chosen between rejected and its prompt."""
+    return shared_attention_mask(config, torch.arange(position_ids.shape[1])[None], seen_until)
+
+
+@pytest.mark.parametrize(("make", "mask"), [(llama, causal_mask), (mistral, mask_by_place)])
+def test_a_model_with_another_mask_is_refused(make, mask, tmp_path, monkeypatch):
+    monkeypatch.setattr("focalkern.trl.trainer.shared_attention_mask", mask)
+    with pytest.raises(ValueError, match="share_prompt must be False with"):
+        focal_trainer(tmp_path, seeded(make), seeded(make), share_prompt=True)
+
+
+def test_a_model_that_counts_positions_by_itself_is_refused(tmp_path, monkeypatch):
+    forward = LlamaModel.forward
+    monkeypatch.setattr(LlamaModel, "forward", lambda *a, position_ids=None, **given: forward(*a, **given))
+    with pytest.raises(ValueError, match="share_prompt must be False with Llama"):
+        focal_trainer(tmp_path, *models(), share_prompt=True)
 
 
 def test_the_reference_is_tried_too(tmp_path):

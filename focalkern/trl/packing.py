@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedModel
+from trl.trainer.dpo_trainer import DataCollatorForPreference
 
 from focalkern.shared_prompts import shared_attention_mask
 from focalkern.trial import evaluating, same_to_rounding
@@ -138,7 +139,7 @@ def sequences_are_apart(
     dtype: torch.dtype,
     logits_of: Callable[[Batch], torch.Tensor],
 ) -> bool:
-    """Whether each sequence of a batch has the logits that it has alone, and no gradient from the others.
+    """Whether each sequence of a batch has its logits of a padded batch, and no gradient from the others.
 
     Not every architecture hands the position ids to its attention mask (transformers 5.23: AFMoE does not).
     One that is sharded already cannot be run here, and must be known.
@@ -159,15 +160,16 @@ def sequences_are_apart(
         stack.enter_context(evaluating(model))
         if getattr(config, "sliding_window", None) is not None:
             stack.enter_context(replaced(config, sliding_window=_WINDOW))
+        cut = (collator.max_length, collator.truncation_mode)
+        padded = logits_of(DataCollatorForPreference(0, *cut)(_EXAMPLES))
         batch = collator(_EXAMPLES)
-        logits, batch_embedded = logits_of(batch).flatten(0, 1), embedded.pop()
-        for places in sequence_places(batch):
-            ids = batch["input_ids"].flatten()[places][None]
-            alone = logits_of({"input_ids": ids, "position_ids": torch.arange(len(places))[None]})[0]
+        logits = logits_of(batch).flatten(0, 1)
+        for row, places in enumerate(sequence_places(batch)):
             found = logits[places]
-            if not same_to_rounding(found, alone, dtype):
+            if not same_to_rounding(found, padded[row, : len(places)], dtype):
                 return False
-            (gradient,) = torch.autograd.grad(found.float().square().sum(), batch_embedded, retain_graph=True)
+            size = found.float().square().sum()
+            (gradient,) = torch.autograd.grad(size, embedded[-1], retain_graph=True)
             foreign = gradient.flatten(0, 1).abs().sum(-1) > 0
             foreign[places] = False
             if foreign.any():
