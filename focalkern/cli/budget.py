@@ -175,11 +175,13 @@ class Budget:
                 model.attn_implementation,
                 model.attn_implementation == "flex_attention" or not args.share_prompt,
             ),
+            ("max_tokens_per_batch", args.max_tokens_per_batch, args.max_tokens_per_batch is None),
         ):
             if not is_known:
                 raise ValueError(
                     f"a plan knows no {name}={value!r}: it needs max_length, weights that are not quantised,"
-                    f" one of {', '.join(OPTIMIZERS)}, and with share_prompt flex_attention"
+                    f" batches of per_device_train_batch_size pairs, one of {', '.join(OPTIMIZERS)}, and with"
+                    " share_prompt flex_attention"
                 )
         config = job.model_config().get_text_config()
         config._attn_implementation = model.attn_implementation or "sdpa"

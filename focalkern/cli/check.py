@@ -104,7 +104,7 @@ def check(trainer: FocalPOTrainer) -> list[str]:
     lengths = _lengths(rows, trainer.args.max_length)
     print(f"{lengths.sum(1).mean():.0f} tokens per pair on average, {lengths.max()} in the longest sequence")
     first = range(min(2, len(rows)))
-    longest = lengths.max(1).argsort(kind="stable")[::-1][: trainer.args.per_device_train_batch_size]
+    longest = _longest(trainer, rows, lengths)
     print(*_shown(trainer, batch_of(first)), sep="\n")
     findings += _too_long(trainer, int(lengths.max()))
     findings += _weights(trainer)
@@ -118,7 +118,7 @@ def check(trainer: FocalPOTrainer) -> list[str]:
         except torch.OutOfMemoryError as error:
             findings.append(
                 f"{len(indices)} pairs do not fit on this device with the whole model, even without gradients"
-                " and optimizer: lower max_length or per_device_train_batch_size, or see focalkern plan for"
+                f" and optimizer: lower max_length or {_size_of_batches(trainer)}, or see focalkern plan for"
                 f" several GPUs ({str(error).splitlines()[0]})"
             )
             break
@@ -134,6 +134,20 @@ def _lengths(rows: Dataset, max_length: int | None) -> np.ndarray:  # [pairs, 2]
     """Tokens of both sequences of each pair, as the collator cuts them."""
     found = [[len(prompt) + len(ids) for ids in completions] for prompt, *completions in token_ids(rows)]
     return np.minimum(found, np.inf if max_length is None else max_length).astype(int)
+
+
+def _size_of_batches(trainer: FocalPOTrainer) -> str:
+    by_tokens = trainer.args.max_tokens_per_batch is not None
+    return "max_tokens_per_batch" if by_tokens else "per_device_train_batch_size"
+
+
+def _longest(trainer: FocalPOTrainer, rows: Dataset, lengths: np.ndarray) -> np.ndarray:
+    """Rows of the longest pairs that a training batch holds."""
+    order = lengths.max(1).argsort(kind="stable")[::-1]
+    size = getattr(trainer.args, _size_of_batches(trainer))
+    if trainer.args.max_tokens_per_batch is not None:
+        size = np.searchsorted(trainer.tokens_of(rows)[order].cumsum(), size, side="right")
+    return order[:size]
 
 
 def _too_long(trainer: FocalPOTrainer, longest: int) -> list[str]:

@@ -134,7 +134,10 @@ def _table(config: FocalPOConfig, state: TrainerState, pairs_a_step: int) -> str
         if values[name] is not None and (name in _ALWAYS or values[name] != fields[name].default)
     }
     shown |= {name: values[name] for name in _OF_THE_TRAINING}
-    shown |= {"pairs a step": pairs_a_step, "steps": state.global_step, "epochs": round(state.epoch or 0, 3)}
+    pairs = "pairs a step"
+    if config.max_tokens_per_batch is not None:
+        shown["max_tokens_per_batch"], pairs = config.max_tokens_per_batch, f"{pairs}, on average"
+    shown |= {pairs: pairs_a_step, "steps": state.global_step, "epochs": round(state.epoch or 0, 3)}
     rows = "".join(f"| {name} | {value} |\n" for name, value in shown.items())
     table = f"| hyper-parameter | value |\n| --- | --- |\n{rows}\n"
     evaluated = [entry for entry in state.log_history if "eval_rewards/accuracies" in entry]

@@ -87,6 +87,17 @@ _COUNTS_WITH: tuple[_Condition, ...] = (
         "alpha > 0 and normalize_margin",
         lambda config: config.alpha > 0 and config.normalize_margin,
     ),
+    (("max_tokens_per_batch",), "padding_free=True", lambda config: config.padding_free),
+    (
+        (
+            "per_device_train_batch_size",
+            "auto_find_batch_size",
+            "train_sampling_strategy",
+            "dataloader_drop_last",
+        ),
+        "max_tokens_per_batch=None",
+        lambda config: config.max_tokens_per_batch is None,
+    ),
     (("tau",), "backward='certified'", lambda config: config.backward == "certified"),
     (
         ("label_smoothing",),
@@ -140,6 +151,15 @@ class FocalPOConfig(DPOConfig):
             "help": "Whether to lay each pair out as prompt, chosen, rejected, and compute the prompt once: "
             "same numbers. Takes the place of `padding_free`. On GPUs with `attn_implementation="
             "'flex_attention'`; with sdpa and eager attention the pairs of a batch are padded to the longest."
+        },
+    )
+    max_tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Limit of the tokens in a training batch of each device, in place of "
+            "`per_device_train_batch_size`; needs `padding_free`. Pairs of like length come together, each "
+            "once an epoch. Every pair has the same weight in an optimizer step, over all ranks and "
+            "accumulated batches. A pair counts with prompt + chosen + prompt + rejected."
         },
     )
 
@@ -274,6 +294,8 @@ class FocalPOConfig(DPOConfig):
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError(f"loss_type must name every loss once; got {self.loss_type}")
         HeadOptions(backward=self.backward, tau=self.tau, backend=self.backend)
+        if self.max_tokens_per_batch is not None:
+            self._check_token_batches()
         if FOCALPO in self.loss_type and self.gamma is None and self.gamma_schedule is None:
             self.gamma = GAMMA
         self.check_losses()
@@ -365,6 +387,21 @@ class FocalPOConfig(DPOConfig):
         if self.use_weighting and sorting:
             raise ValueError(
                 f"use_weighting must be False with loss_type {sorting}, which sorts the pairs apart; got True"
+            )
+
+    def _check_token_batches(self) -> None:
+        checks.check_integer("max_tokens_per_batch", self.max_tokens_per_batch, low=1)
+        for name in ("split_batches", "dispatch_batches"):
+            if getattr(self.accelerator_config, name):
+                raise ValueError(
+                    f"{name} of accelerator_config must not be True with max_tokens_per_batch: each rank"
+                    " makes its own batches"
+                )
+        sorting = sorted({"aot", "aot_unpaired"}.intersection(self.loss_type))
+        if sorting:
+            raise ValueError(
+                f"max_tokens_per_batch must be None with loss_type {sorting}, which sorts the pairs of a"
+                " batch: batches by tokens differ in size, and hold pairs of like length"
             )
 
     def _check_focalpo(self) -> None:

@@ -262,10 +262,15 @@ def inspect_pairs(
 
 def token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
     """Prompt, chosen and rejected, row by row."""
-    # Columns of Arrow: the rows of a dataset take longer.
+    for columns in id_columns(dataset):
+        rows = zip(*(column.to_numpy() for column in columns), strict=True)
+        yield from ([np.array(ids, dtype=np.int64) for ids in row] for row in rows)
+
+
+def id_columns(dataset: Dataset) -> Iterator[list[pa.ChunkedArray]]:
+    """Prompt, chosen and rejected of some rows after the other, as columns of Arrow: rows take longer."""
     for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(_BATCH_ROWS):
-        columns = [table[column].to_numpy() for column in _IDS]
-        yield from ([np.array(ids, dtype=np.int64) for ids in row] for row in zip(*columns, strict=True))
+        yield [table[column] for column in _IDS]
 
 
 def _shortened(text: str) -> str:

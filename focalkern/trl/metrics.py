@@ -16,7 +16,7 @@ from focalkern.pairs.base import PairOutput
 from focalkern.pairs.focalpo import FocalPOOutput
 from focalkern.rows import aligned_labels
 
-# A sum over ranks of a 1-D tensor, and the values of all ranks of a per-pair one.
+# The sum over ranks of a tensor.
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -52,18 +52,21 @@ def token_metrics(
     }
 
 
-def logged_pair_metrics(out: PairOutput, gather: Reduce) -> dict[str, torch.Tensor]:
-    """Means over the pairs of all ranks."""
+def logged_pair_metrics(
+    out: PairOutput, sum_over_ranks: Reduce
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Means over the pairs of all ranks, and the number of pairs. Ranks may differ in theirs."""
     found = pair_values(out)
     values = {name: x for name, x in found.items() if name.startswith(("rewards/", "logps/"))}
     values["rewards/accuracies"] = (found["rewards/margins"] > 0).float()  # to TRL a tie is lost
     if isinstance(out, FocalPOOutput):
         values |= {"focal/weight": found["weight"], "focal/flipped": found["flipped"]}
-    gathered = gather(torch.stack(list(values.values()), 1))  # [pairs of all ranks, metrics]
-    metrics = dict(zip(values, gathered.mean(0).unbind(), strict=True))
+    per_pair = torch.stack([*values.values(), torch.ones_like(values["rewards/accuracies"])])
+    *sums, pairs = sum_over_ranks(per_pair.sum(1)).unbind()
+    metrics = {name: total / pairs for name, total in zip(values, sums, strict=True)}
     if isinstance(out, FocalPOOutput):
         metrics["focal/gamma"] = found["gamma"]
-    return metrics
+    return metrics, pairs
 
 
 def margin_metrics(statistics: RunningMoments) -> dict[str, torch.Tensor]:

@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
+import transformers.trainer
 from accelerate import PartialState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import has_length
 from trl import DPOTrainer
@@ -26,6 +29,7 @@ from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.shared_prompts import shared_attention_mask
+from focalkern.trl.batches import TokenBatchSampler, check_longest, pair_tokens, weighted_mean
 from focalkern.trl.card import PAPERS, complete_card, methods_of
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
@@ -135,6 +139,11 @@ class FocalPOTrainer(DPOTrainer):
         sample = next(iter(train_dataset), None)
         if sample is None:
             raise ValueError("the train dataset must hold pairs; it is empty")
+        if args.max_tokens_per_batch is not None and not isinstance(train_dataset, Dataset):
+            raise ValueError(
+                "max_tokens_per_batch must be None with a train_dataset that is streamed: its lengths must be"
+                f" known; got a {type(train_dataset).__name__}"
+            )
         self.data_reports = {}
         _check_reference(args, model, ref_model, peft_config)
         if args.gamma_schedule is not None and args.max_steps <= 0 and not has_length(train_dataset):
@@ -147,7 +156,7 @@ class FocalPOTrainer(DPOTrainer):
             check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
             data_collator = collator_of(args)
         self.loss_fn = MixedLoss(args)
-        self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+        self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
 
         own_adapters = set() if isinstance(model, str) or not is_peft_model(model) else set(model.peft_config)
         with self._construction(model, args):
@@ -173,6 +182,10 @@ class FocalPOTrainer(DPOTrainer):
         if own_adapters and not args.needs_reference and "ref" in set(self.model.peft_config) - own_adapters:
             self.model.delete_adapter("ref")  # the copy that TRL makes of the user's for a reference
         self.padding_free = padding_free
+        self._token_batches: TokenBatchSampler | None = None
+        if args.max_tokens_per_batch is not None:
+            self._token_batches = self._token_batch_sampler()
+            self.loss_is_scaled_for_ga = True  # by compute_loss
         self._gamma_steps: _GammaSteps | None = None
         if args.gamma_schedule is not None and self.loss_fn.focal is not None:
             self._gamma_steps = _GammaSteps(self.loss_fn.focal, args.gamma_schedule_steps)
@@ -264,6 +277,8 @@ class FocalPOTrainer(DPOTrainer):
             is_sample=is_stream,
         )
         report.check(args.loss_type, args.length_normalize)
+        if dataset_name == "train" and args.max_tokens_per_batch is not None:
+            check_longest(self.tokens_of(prepared), args.max_tokens_per_batch)
         if dataset_name not in self.data_reports and PartialState().is_main_process:
             print(report)
             for message in report.warnings():
@@ -286,6 +301,70 @@ class FocalPOTrainer(DPOTrainer):
         finally:
             self._precompute_model_hash = of_model
 
+    # ------------------------------------------------------------------------------------ batches by tokens
+
+    def tokens_of(self, dataset: Dataset) -> np.ndarray:  # [pairs]
+        """Tokens of each pair in a batch, as `max_tokens_per_batch` counts them."""
+        return pair_tokens(dataset, self.args.max_length, self.args.truncation_mode, share_prompt=False)
+
+    def _token_batch_sampler(self) -> TokenBatchSampler:
+        args = self.args
+        assert args.max_tokens_per_batch is not None
+        return TokenBatchSampler(
+            self.tokens_of(self.train_dataset),
+            args.max_tokens_per_batch,
+            ranks=args.world_size // self.get_tp_size(),
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._token_batches is None:
+            return super().get_train_dataloader()
+        sampler = self._token_batches = self._token_batch_sampler()  # the data may be others by now
+
+        def by_tokens(dataset: Dataset, **options: Any) -> DataLoader:
+            for name in ("batch_size", "sampler", "drop_last"):
+                options.pop(name, None)
+            return DataLoader(dataset, batch_sampler=sampler, **options)
+
+        with (
+            replaced(transformers.trainer, DataLoader=by_tokens),
+            replaced(self.accelerator, even_batches=False),  # else accelerate < 1.11 takes no such sampler
+        ):
+            loader = super().get_train_dataloader()
+        # Where accelerate's `set_epoch` looks for it, also in a training that is resumed on several ranks.
+        loader.set_sampler(sampler)  # type: ignore[attr-defined]
+        return loader
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        """Pairs of an optimizer step on all ranks; on average, rounded, with `max_tokens_per_batch`."""
+        sampler = self._token_batches
+        if sampler is None:
+            return super().get_total_train_batch_size(args)
+        batches = args.gradient_accumulation_steps * (args.world_size // self.get_tp_size())
+        return max(round(sampler.pairs * batches / len(sampler)), 1)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list, torch.Tensor | int | None]:
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        if self._token_batches is not None:
+            pairs = sum(map(_pairs_in, batches))
+            items = self._sum_over_ranks(torch.full((), pairs, device=self.args.device))
+        return batches, items
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """With `max_tokens_per_batch`, the mean over a batch weighs as many as its pairs among the step's."""
+        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._token_batches is None or num_items_in_batch is None:
+            return loss
+        # Times the ranks, over which gradients are averaged.
+        return loss * (_pairs_in(inputs) * self.args.world_size / num_items_in_batch)
+
     # ------------------------------------------------------------------------------------------------ a step
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -306,15 +385,18 @@ class FocalPOTrainer(DPOTrainer):
             loss = loss + self.router_aux_loss_coef * aux_loss
 
         metrics = token_metrics(tokens, labels, cu_seqlens, self._sum_over_ranks)
-        metrics |= logged_pair_metrics(out, self.accelerator.gather)
+        pair_metrics, pairs = logged_pair_metrics(out, self._sum_over_ranks)
+        metrics |= pair_metrics
         focal = self.loss_fn.focal
         if focal is not None and focal.alpha and focal.normalize_margin:
             metrics |= margin_metrics(focal.margin_statistics)
         if aux_loss is not None:
-            metrics["aux_loss"] = self.accelerator.reduce(aux_loss.detach(), "mean")
-        self._record(metrics, self._token_count(inputs))
+            metrics["aux_loss"] = self._sum_over_ranks(aux_loss.detach() * (len(out.lengths) // 2)) / pairs
+        # Batches by tokens differ in their pairs.
+        weight = pairs if self._token_batches is not None and self.model.training else None
+        self._record(metrics, weight, self._token_count(inputs))
         if outputs.dropped_mass is not None and outputs.kept_share is not None and torch.is_grad_enabled():
-            self._left_out = (outputs.dropped_mass, outputs.kept_share, out.lengths.sum())
+            self._left_out = (outputs.dropped_mass, outputs.kept_share, out.lengths.sum(), weight)
         if not return_outputs:
             return loss
         if self._is_packed:
@@ -328,7 +410,8 @@ class FocalPOTrainer(DPOTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self._left_out is not None:
-            self._record(backward_metrics(*self._left_out, self._sum_over_ranks))
+            dropped_mass, kept_share, tokens, weight = self._left_out
+            self._record(backward_metrics(dropped_mass, kept_share, tokens, self._sum_over_ranks), weight)
             self._left_out = None
         return loss
 
@@ -422,10 +505,15 @@ class FocalPOTrainer(DPOTrainer):
 
     # ----------------------------------------------------------------------------------------------- logging
 
-    def _record(self, metrics: dict[str, torch.Tensor], tokens: torch.Tensor | None = None) -> None:
+    def _record(
+        self,
+        metrics: dict[str, torch.Tensor],
+        weight: torch.Tensor | None,  # [] of these values in a mean over batches; None, where all are equal
+        tokens: torch.Tensor | None = None,
+    ) -> None:
         mode = "train" if self.model.training else "eval"
         for name, value in metrics.items():
-            self._metrics[mode][name].append(value.detach())
+            self._metrics[mode][name].append(value.detach() if weight is None else (value.detach(), weight))
         if tokens is None:
             return
         if mode == "train":
@@ -433,9 +521,11 @@ class FocalPOTrainer(DPOTrainer):
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        for recorded in self._metrics.values():
-            for values in recorded.values():
-                values[:] = [x.item() if isinstance(x, torch.Tensor) else x for x in values]
+        # What is recorded in training goes on to be while an evaluation is logged.
+        for values in self._metrics["train" if self.model.training else "eval"].values():
+            if values and isinstance(values[0], tuple):
+                values[:] = [weighted_mean(values)]
+            values[:] = [x.item() if isinstance(x, torch.Tensor) else x for x in values]
         super().log(logs, start_time)
 
     def _token_count(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -463,7 +553,7 @@ class FocalPOTrainer(DPOTrainer):
                 self.state,
                 get_config_model_id(self.model.config),
                 dataset_name,
-                self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+                self.get_total_train_batch_size(self.args),
             )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -547,3 +637,7 @@ def _check_reference(args: FocalPOConfig, model: Any, ref_model: Any, peft_confi
             f"ref_model must be given, or precompute_ref_log_probs=True: {args.reference_users()} needs a"
             " reference, and the model was not loaded from a path that one could be loaded from"
         )
+
+
+def _pairs_in(batch: dict[str, Any]) -> int:
+    return len(batch["completion_lengths"]) // 2
