@@ -239,6 +239,12 @@ def test_a_head_that_computes_something_else(tmp_path):
     assert any("lm_head must compute what torch.nn.Linear does" in text for text in check.check(trainer))
 
 
+def test_the_longest_batch_by_tokens_is_within_the_limit(tmp_path, capsys):
+    options = {"padding_free": True, "max_tokens_per_batch": 120, "per_device_train_batch_size": 8}
+    assert check.check(trainer_of(tmp_path, **options)) == []
+    assert "longest batch: 2 pairs, 110 tokens" in capsys.readouterr().out
+
+
 def test_the_longest_batch_overflows(tmp_path):
     model, other = seeded(llama), seeded(llama)
     records = [*RECORDS, {"prompt": "A", "chosen": "z" * 60, "rejected": "b"}]

@@ -390,6 +390,9 @@ REFUSED = {
     "--pairs many": "--pairs: must be a number above 0; got 'many'",
     "--engine ddp --gpus 1 --gpu-memory 999 --plot nowhere/x.png": "--plot nowhere/x.png cannot be drawn: ",
     "--optim adafactor": "a plan knows no optim='adafactor'",
+    "--padding_free true --max_tokens_per_batch 4096 --per_device_train_batch_size 8": (
+        "a plan knows no max_tokens_per_batch=4096"
+    ),
     "--load_in_4bit true": "a plan knows no load_in_4bit=True",
 }
 

@@ -92,6 +92,7 @@ def test_every_option_reaches_the_loss(tmp_path):
         "loss_type",
         "padding_free",
         "share_prompt",
+        "max_tokens_per_batch",
         "gamma_beta_ratio",
         "gamma_schedule",
         "gamma_max",
@@ -209,6 +210,7 @@ def test_it_is_saved_with_a_model(options, tmp_path):
 # ----------------------------------------------------------------------------------------- what it refuses
 
 
+BY_TOKENS = {"padding_free": True, "max_tokens_per_batch": 4096, "per_device_train_batch_size": 8}
 REFUSED = [
     ("beta", {"beta": 0.0}),
     ("gamma", {"gamma": -0.1}),
@@ -265,6 +267,17 @@ REFUSED = [
     ("f_divergence_type", {"f_divergence_type": "forward_kl", "loss_type": ["sft"]}),
     ("f_divergence_type", {"f_divergence_type": "forward_kl", "loss_type": ["bco_pair"]}),
     ("f_divergence_type", {"f_divergence_type": "kl", "loss_type": ["sigmoid"]}),
+    ("max_tokens_per_batch", {**BY_TOKENS, "padding_free": False}),
+    ("max_tokens_per_batch", {**BY_TOKENS, "max_tokens_per_batch": 0}),
+    ("max_tokens_per_batch", {**BY_TOKENS, "max_tokens_per_batch": 4096.0}),
+    ("max_tokens_per_batch", {**BY_TOKENS, "loss_type": ["focalpo", "aot"]}),
+    ("max_tokens_per_batch", {**BY_TOKENS, "loss_type": ["aot_unpaired"]}),
+    ("per_device_train_batch_size", {**BY_TOKENS, "per_device_train_batch_size": 2}),
+    ("auto_find_batch_size", {**BY_TOKENS, "auto_find_batch_size": True}),
+    ("train_sampling_strategy", {**BY_TOKENS, "train_sampling_strategy": "group_by_length"}),
+    ("dataloader_drop_last", {**BY_TOKENS, "dataloader_drop_last": True}),
+    ("split_batches", {**BY_TOKENS, "accelerator_config": {"split_batches": True}}),
+    ("dispatch_batches", {**BY_TOKENS, "accelerator_config": {"dispatch_batches": True}}),
     ("use_weighting", {"use_weighting": True}),
     ("use_weighting", {"use_weighting": True, "loss_type": ["aot"]}),
     *(
@@ -399,6 +412,13 @@ REFUSED_BY_THE_TRAINER = {
     "shared, flash of the reference": ("attn_implementation", [llama, flash], SHARED, {}),
     "shared, flex on a CPU": ("attn_implementation must be 'sdpa'", [flex, llama], SHARED, {}),
     "shared, window of unused layers": ("share_prompt", [other_windows, llama], SHARED, {}),
+    "batches by tokens, streamed": ("max_tokens_per_batch", PAIR, BY_TOKENS, {"train_dataset": streamed}),
+    "batches by tokens, long pair": (
+        "max_tokens_per_batch must hold the longest pair, 66 tokens in row 4 of the train dataset.*got 65",
+        PAIR,
+        {**BY_TOKENS, "max_tokens_per_batch": 65},
+        {},
+    ),
     "no data": ("train_dataset", PAIR, LINEAR, {"train_dataset": lambda: None}),
     "packed, no data": ("train_dataset", PAIR, PACKED, {"train_dataset": lambda: None}),
 }

@@ -48,21 +48,22 @@ def accelerate(config: str, *options: str) -> tuple[str, ...]:
     return (*launcher, "--num_processes", "2", "--main_process_port", "0", *options)
 
 
-RESUMED = f"resumed {ALPHA}"
+BY_TOKENS = "batches by tokens"
+RESUMED = (f"resumed {ALPHA}", BY_TOKENS, f"resumed {BY_TOKENS}")
 # Launcher, and what is run in one launch: a start takes longer than a training.
 LAUNCHES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "ZeRO-3, ZeRO-2 in bf16": (
         accelerate("zero3"),
-        (*FP32, RESUMED, "ZeRO stage 2", *BF16, "ZeRO stage 3", "dry run"),
+        (*FP32, *RESUMED, "ZeRO stage 2", *BF16, "ZeRO stage 3", "dry run"),
     ),
     "FSDP2": (
         accelerate("fsdp2"),
-        (*FP32, RESUMED, *BF16, *OF_TRL, "refused", "tensor-parallel head", "dry run"),
+        (*FP32, *RESUMED, *BF16, *OF_TRL, "refused", "tensor-parallel head", "dry run"),
     ),
     "ZeRO-3 in bf16": (accelerate("zero3"), BF16),
-    "ZeRO-2": (accelerate("zero2"), (*FP32, RESUMED)),
-    "ZeRO-1": (accelerate("zero2", "--zero_stage", "1"), (*FP32, RESUMED)),
-    "DDP": ((), (*FP32, RESUMED)),
+    "ZeRO-2": (accelerate("zero2"), (*FP32, *RESUMED)),
+    "ZeRO-1": (accelerate("zero2", "--zero_stage", "1"), (*FP32, *RESUMED)),
+    "DDP": ((), (*FP32, *RESUMED)),
 }
 ZERO, FSDP2, *SLOW = LAUNCHES
 SLOW_BF16, *SLOW_ENGINES = (pytest.param(name, marks=pytest.mark.slow) for name in SLOW)
@@ -103,14 +104,14 @@ def alone(inputs, tmp_path_factory) -> dict[str, Path]:
     All at once: in a test, with poisoned allocations, transformers draws other random numbers for adapters.
     """
     root = tmp_path_factory.mktemp("alone")
-    for name in (*FP32, *BF16):
+    for name in (*FP32, BY_TOKENS, *BF16):
         train(name, inputs, root)
-    for name in FP32:
+    for name in (*FP32, BY_TOKENS):
         make_trainer(name, inputs, root).save_model(str(root / f"untrained {name}"))
     for name in BF16:
         train(name, inputs, root / "exact", bf16=False)
-    folders = {name: root / name for name in (*FP32, *BF16)}
-    folders |= {f"untrained {name}": root / f"untrained {name}" for name in FP32}
+    folders = {name: root / name for name in (*FP32, BY_TOKENS, *BF16)}
+    folders |= {f"untrained {name}": root / f"untrained {name}" for name in (*FP32, BY_TOKENS)}
     return folders | {f"exact {name}": root / "exact" / name for name in BF16}
 
 
@@ -164,6 +165,20 @@ def test_two_ranks_train_as_one_process(name, ranks, alone):
 
 
 @on(*ENGINES)
+def test_ranks_with_unlike_numbers_of_pairs_train_as_one_process(ranks, alone, inputs, tmp_path):
+    """Which accumulates the batches that the ranks have at once: a mean over all pairs of a step."""
+    loader = make_trainer(BY_TOKENS, inputs, tmp_path).get_train_dataloader()
+    sizes = [len(batch) for batch in loader.batch_sampler]
+    assert all(a != b for a, b in zip(sizes[::2], sizes[1::2], strict=True))
+    ours, one = ranks / BY_TOKENS, alone[BY_TOKENS]
+    # Means over the tokens of a batch, which is that of both ranks or of one.
+    of_tokens = ("entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected")
+    of_tokens += ("focal/dropped_mass", "focal/kept_share")
+    assert_same_history(logged(ours), logged(one), RTOL, RTOL, without=of_tokens)
+    assert_same_update(ours, one, alone[f"untrained {BY_TOKENS}"])
+
+
+@on(*ENGINES)
 def test_the_statistics_are_those_of_the_pairs_of_all_ranks(ranks, alone):
     folders = ranks / ALPHA, alone[ALPHA]
     for name in ("alpha/mean", "alpha/std", "focal/gamma"):
@@ -200,10 +215,14 @@ def test_what_ranks_saved_loads_in_one_process(name, folder, ranks):
     assert logps_of(trained / folder) == pytest.approx(expected, rel=RTOL)
 
 
+@pytest.mark.parametrize("name", [ALPHA, BY_TOKENS])
 @on(*ENGINES)
-def test_training_goes_on_from_a_checkpoint_of_two_ranks(ranks):
-    """With γ(t) and the statistics of α-DPO where they were: what is logged, and the weights, bit for bit."""
-    whole, resumed = (ranks / folder / ALPHA for folder in (".", "resumed"))
+def test_training_goes_on_from_a_checkpoint_of_two_ranks(name, ranks):
+    """With γ(t) and the statistics of α-DPO where they were: what is logged, and the weights, bit for bit.
+
+    Batches by tokens go on in the second epoch.
+    """
+    whole, resumed = (ranks / folder / name for folder in (".", "resumed"))
     assert logged(resumed)[:-1] == logged(whole)[:-1]  # the last is the mean loss since the start
     ours, theirs = weights(resumed), weights(whole)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

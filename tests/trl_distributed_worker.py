@@ -78,6 +78,20 @@ TRAININGS: dict[str, dict[str, Any]] = {
         **EVALUATED,
     },
     "LoRA on the head": {"peft": LORA, "gamma": 0.3, **EVALUATED},
+    "batches by tokens": {
+        "reference": "reference",
+        "gamma": 0.3,
+        "padding_free": True,
+        "max_tokens_per_batch": 100,
+        "per_device_train_batch_size": 8,  # the default, which does not count
+        "gradient_accumulation_steps": 2 // RANKS,  # the same two batches a step
+        "max_steps": -1,
+        "num_train_epochs": 2,
+        "optim": "adamw_torch",
+        "learning_rate": 1e-3,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    },
     "bf16": {"reference": "reference", **BF16},
     "bf16, LoRA": {"peft": LORA, **BF16},
     "bf16, precomputed": {"reference": "reference", "precompute_ref_log_probs": True, **BF16},
@@ -156,8 +170,8 @@ def check_sharded(model: torch.nn.Module) -> None:
 
 
 def resume(name: str, inputs: Path, out: Path) -> None:
-    """The rest of a training from its checkpoint in the middle, by trainers that know nothing of it."""
-    checkpoint = out / name / "checkpoint-2"
+    """The rest of a training from its first checkpoint, by trainers that know nothing of it."""
+    checkpoint = out / name / f"checkpoint-{TRAININGS[name]['save_steps']}"
     train(name, inputs, out / "resumed", resume_from=checkpoint)
 
 

@@ -32,6 +32,7 @@ from focalkern.lm_head import HeadParts, call_head, resolve_head
 from focalkern.logps.operator import LinearLogps
 from focalkern.trial import evaluating
 from focalkern.trl import FocalPOTrainer
+from focalkern.trl.batches import tokens_of
 from focalkern.trl.config import FOCALPO
 from focalkern.trl.data import STREAMED_ROWS, token_ids
 from focalkern.trl.head import backbone_of
@@ -146,7 +147,7 @@ def _longest(trainer: FocalPOTrainer, rows: Dataset, lengths: np.ndarray) -> np.
     order = lengths.max(1).argsort(kind="stable")[::-1]
     size = getattr(trainer.args, _size_of_batches(trainer))
     if trainer.args.max_tokens_per_batch is not None:
-        size = np.searchsorted(trainer.tokens_of(rows)[order].cumsum(), size, side="right")
+        size = np.searchsorted(tokens_of(rows, trainer.args)[order].cumsum(), size, side="right")
     return order[:size]
 
 

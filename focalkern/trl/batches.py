@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from torch.utils.data import Sampler
 
+from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import id_columns
 
 # Pairs trade places from epoch to epoch if their tokens differ by less than this share.
@@ -40,6 +41,11 @@ def pair_tokens(
         return tokens
     left = np.minimum(prompt, whole - excess) if truncation_mode == "keep_start" else prompt - excess
     return tokens - np.maximum(left, 0).min(0)
+
+
+def tokens_of(dataset: Dataset, args: FocalPOConfig) -> np.ndarray:  # [pairs]
+    """As `max_tokens_per_batch` counts them."""
+    return pair_tokens(dataset, args.max_length, args.truncation_mode, share_prompt=False)
 
 
 def check_longest(tokens: np.ndarray, max_tokens: int) -> None:

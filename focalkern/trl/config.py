@@ -35,6 +35,8 @@ _STANDS_FOR = {
     "dynamic": "gamma_schedule='cosine'",
     "focal": "modulation='focal'",
 }
+# The one or the other, by the version of transformers.
+_SAMPLING = DPOConfig.__dataclass_fields__.keys() & {"train_sampling_strategy", "group_by_length"}
 # Options that count only under a condition: where it does not hold, they are refused unless at their default.
 _Condition = tuple[tuple[str, ...], str, "Callable[[FocalPOConfig], bool]"]
 _COUNTS_WITH: tuple[_Condition, ...] = (
@@ -92,8 +94,8 @@ _COUNTS_WITH: tuple[_Condition, ...] = (
         (
             "per_device_train_batch_size",
             "auto_find_batch_size",
-            "train_sampling_strategy",
             "dataloader_drop_last",
+            *_SAMPLING,
         ),
         "max_tokens_per_batch=None",
         lambda config: config.max_tokens_per_batch is None,

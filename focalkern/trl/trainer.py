@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 import transformers.trainer
 from accelerate import PartialState
@@ -29,7 +28,7 @@ from focalkern.logps.operator import LinearLogps
 from focalkern.pairs.focalpo import FusedFocalPOLoss
 from focalkern.schedules import GammaSchedule
 from focalkern.shared_prompts import shared_attention_mask
-from focalkern.trl.batches import TokenBatchSampler, check_longest, pair_tokens, weighted_mean
+from focalkern.trl.batches import TokenBatchSampler, check_longest, tokens_of, weighted_mean
 from focalkern.trl.card import PAPERS, complete_card, methods_of
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
@@ -278,7 +277,7 @@ class FocalPOTrainer(DPOTrainer):
         )
         report.check(args.loss_type, args.length_normalize)
         if dataset_name == "train" and args.max_tokens_per_batch is not None:
-            check_longest(self.tokens_of(prepared), args.max_tokens_per_batch)
+            check_longest(tokens_of(prepared, args), args.max_tokens_per_batch)
         if dataset_name not in self.data_reports and PartialState().is_main_process:
             print(report)
             for message in report.warnings():
@@ -303,15 +302,11 @@ class FocalPOTrainer(DPOTrainer):
 
     # ------------------------------------------------------------------------------------ batches by tokens
 
-    def tokens_of(self, dataset: Dataset) -> np.ndarray:  # [pairs]
-        """Tokens of each pair in a batch, as `max_tokens_per_batch` counts them."""
-        return pair_tokens(dataset, self.args.max_length, self.args.truncation_mode, share_prompt=False)
-
     def _token_batch_sampler(self) -> TokenBatchSampler:
         args = self.args
         assert args.max_tokens_per_batch is not None
         return TokenBatchSampler(
-            self.tokens_of(self.train_dataset),
+            tokens_of(self.train_dataset, args),
             args.max_tokens_per_batch,
             ranks=args.world_size // self.get_tp_size(),
             seed=args.seed if args.data_seed is None else args.data_seed,
