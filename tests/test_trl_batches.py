@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from copy import deepcopy
 
 import numpy as np
@@ -231,6 +232,18 @@ def test_a_run_that_was_killed_goes_on_with_the_same_batches(accumulated, saved,
     with pytest.raises(Killed):
         trainer(tmp_path / "killed", KillAt(saved + 1)).train()
     resumed = trainer(tmp_path / "killed")
-    rest = recorded(resumed, resume_from_checkpoint=True)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rest = recorded(resumed, resume_from_checkpoint=True)
+    assert not any("max_tokens_per_batch" in str(warning.message) for warning in caught)
     assert batches_of(rest) == batches_of(run)[-2:]
     assert history(resumed)[:-1] == history(whole)[:-1]  # the last is a summary of its own process
+
+
+def test_a_run_that_goes_on_with_other_batches_is_warned_of(tmp_path):
+    common = {"gradient_accumulation_steps": 1, "max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    focal_trainer(tmp_path, *models(), **BY_TOKENS, **common).train()
+    for options in (BY_TOKENS | {"max_tokens_per_batch": 2 * LIMIT}, BY_PAIRS):
+        other = focal_trainer(tmp_path, *models(), **options, **common | {"max_steps": 2})
+        with pytest.warns(UserWarning, match="max_tokens_per_batch=(200|None) does not make the batches of"):
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))

@@ -158,10 +158,11 @@ class FocalPOConfig(DPOConfig):
     max_tokens_per_batch: int | None = field(
         default=None,
         metadata={
-            "help": "Limit of the tokens in a training batch of each device, in place of "
-            "`per_device_train_batch_size`; needs `padding_free`. Pairs of like length come together, each "
-            "once an epoch. Every pair has the same weight in an optimizer step, over all ranks and "
-            "accumulated batches. A pair counts with prompt + chosen + prompt + rejected."
+            "help": "Most tokens in a training batch of each device, in place of "
+            "`per_device_train_batch_size`; needs `padding_free`. A pair counts with prompt + chosen + "
+            "prompt + rejected, as `max_length` cuts them. Pairs of like length come together, each once an "
+            "epoch, and weigh the same in an optimizer step over all ranks and accumulated batches. "
+            "Evaluation keeps `per_device_eval_batch_size`."
         },
     )
 

@@ -86,6 +86,9 @@ class FocalPOTrainer(DPOTrainer):
     sequences of a batch, `share_prompt=True` computes the prompt of a pair once. Callbacks may set `beta`,
     `loss_weights` and the other attributes that TRL's loss reads, with the effect that they have there.
 
+    With `max_tokens_per_batch` batches differ in their number of pairs. The loss of an optimizer step is the
+    mean over its pairs on all ranks and in all accumulated batches. Logged metrics weigh batches by pairs.
+
     When it is made, it counts in the data the pairs that are dropped, cut, empty or identical, with BOS twice
     or without EOS, prints the counts and one pair, and keeps them as `data_reports`.
 
@@ -324,7 +327,7 @@ class FocalPOTrainer(DPOTrainer):
 
         with (
             replaced(transformers.trainer, DataLoader=by_tokens),
-            replaced(self.accelerator, even_batches=False),  # else accelerate < 1.11 takes no such sampler
+            replaced(self.accelerator, even_batches=False),  # nothing to even out; some versions insist
         ):
             loader = super().get_train_dataloader()
         # Where accelerate's `set_epoch` looks for it, also in a training that is resumed on several ranks.
@@ -353,7 +356,7 @@ class FocalPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """With `max_tokens_per_batch`, the mean over a batch weighs as many as its pairs among the step's."""
+        """TRL's; with `max_tokens_per_batch`, times the share of this batch in the pairs of the step."""
         loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._token_batches is None or num_items_in_batch is None:
             return loss
@@ -557,6 +560,8 @@ class FocalPOTrainer(DPOTrainer):
             state = {"loss_fn": self.loss_fn.state_dict(), "num_tokens": int(self._total_train_tokens)}
             if self._gamma_steps is not None:
                 state["gamma_steps"] = self._gamma_steps.current
+            if self._token_batches is not None:
+                state["token_batches"] = len(self._token_batches)
             torch.save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -577,6 +582,13 @@ class FocalPOTrainer(DPOTrainer):
             self._total_train_tokens = state["num_tokens"]
             if self._gamma_steps is not None:
                 self._gamma_steps.saved = state.get("gamma_steps")
+            batches = None if self._token_batches is None else len(self._token_batches)
+            if state.get("token_batches") != batches:
+                warnings.warn(
+                    f"max_tokens_per_batch={self.args.max_tokens_per_batch} does not make the batches of"
+                    f" {checkpoint}: the epoch that is resumed repeats pairs and leaves others out",
+                    stacklevel=2,
+                )
 
 
 class _GammaSteps(TrainerCallback):
