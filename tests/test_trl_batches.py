@@ -27,10 +27,12 @@ from trl_tiny import (
 
 from focalkern.trl import PackedPreferenceCollator
 from focalkern.trl.batches import TokenBatchSampler, pair_tokens
+from focalkern.trl.collator import SharedPromptCollator
 
 RTOL = 1e-5
 LIMIT = 100  # four batches, of one pair or two
 BY_TOKENS = {"padding_free": True, "max_tokens_per_batch": LIMIT, "per_device_train_batch_size": 8}
+SHARED = {"padding_free": False, "share_prompt": True}
 BY_PAIRS = {"padding_free": True, "per_device_train_batch_size": len(RECORDS)}
 
 
@@ -106,27 +108,15 @@ IDS = [
 ]
 
 
+@pytest.mark.parametrize("share_prompt", [False, True])
 @pytest.mark.parametrize("mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [None, 8, 5, 3])
-def test_tokens_of_a_pair_are_those_of_its_packed_batch(max_length, mode):
+def test_tokens_of_a_pair_are_those_of_its_batch(max_length, mode, share_prompt):
     rows = Dataset.from_list(IDS)
-    collate = PackedPreferenceCollator(max_length, mode)
+    collate = (SharedPromptCollator if share_prompt else PackedPreferenceCollator)(max_length, mode)
     expected = [collate([row])["input_ids"].numel() for row in rows]
-    assert pair_tokens(rows, max_length, mode).tolist() == expected
-    assert pair_tokens(rows.select([2, 0]), max_length, mode).tolist() == [expected[2], expected[0]]
-
-
-@pytest.mark.parametrize(
-    ("max_length", "mode", "expected"),
-    [
-        (None, "keep_start", [8, 3, 9]),
-        (5, "keep_start", [2 + 3 + 1, 3, 4 + 1 + 1]),
-        (6, "keep_end", [1 + 5 + 2, 3, 2 + 3 + 4]),  # of prompts cut apart, the longer and what it lacks
-    ],
-)
-def test_a_shared_prompt_counts_once(max_length, mode, expected):
-    found = pair_tokens(Dataset.from_list(IDS), max_length, mode, share_prompt=True)
-    assert found.tolist() == expected
+    assert pair_tokens(rows, max_length, mode, share_prompt).tolist() == expected
+    assert pair_tokens(rows.select([2]), max_length, mode, share_prompt).tolist() == expected[2:]
 
 
 # ----------------------------------------------------------------------------------------------- the training
@@ -160,12 +150,13 @@ def test_a_training_takes_its_batches_from_the_sampler(tmp_path):
     assert max(trainer.data_collator(batch)["input_ids"].numel() for batch in run.examples) <= LIMIT
 
 
-def test_pairs_weigh_the_same_in_whichever_batch_they_come(tmp_path):
+@pytest.mark.parametrize("layout", [{}, SHARED], ids=["packed", "shared"])
+def test_pairs_weigh_the_same_in_whichever_batch_they_come(layout, tmp_path):
     """A step over the batches of an epoch, and over one batch of all pairs: loss, gradients and metrics."""
     model, ref = models()
     totals, logged = [], []
     for options, batches in ((BY_PAIRS, 1), (BY_TOKENS, 4)):
-        options = {**options, "gradient_accumulation_steps": batches, "max_steps": 1, "gamma": 0.3}
+        options = {**options, **layout, "gradient_accumulation_steps": batches, "max_steps": 1, "gamma": 0.3}
         trainer = focal_trainer(tmp_path, deepcopy(model), deepcopy(ref), **options)
         run = recorded(trainer)
         totals.append(Recording(losses=[sum(run.losses)], gradients=[run.gradients[-1]]))

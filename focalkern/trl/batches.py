@@ -21,13 +21,13 @@ _LIKE = 1 / 16
 
 
 def pair_tokens(
-    dataset: Dataset, max_length: int | None, truncation_mode: str, share_prompt: bool = False
+    dataset: Dataset, max_length: int | None, truncation_mode: str, share_prompt: bool
 ) -> np.ndarray:  # [pairs] int64
-    """Tokens of each pair in a packed batch, prompt + chosen + prompt + rejected, after truncation.
+    """Tokens of each pair in a batch: prompt + chosen + prompt + rejected, after truncation.
 
     Args:
         dataset: with TRL's `prompt_ids`, `chosen_ids` and `rejected_ids`.
-        share_prompt: count the prompt once, as in [prompt | chosen | rejected].
+        share_prompt: count the prompt once, as `share_prompts` lays pairs out.
     """
     parts = [
         np.stack([pc.list_value_length(column).to_numpy() for column in columns]).astype(np.int64)
@@ -39,13 +39,14 @@ def pair_tokens(
     tokens = (whole - excess).sum(0)
     if not share_prompt:
         return tokens
-    left = np.minimum(prompt, whole - excess) if truncation_mode == "keep_start" else prompt - excess
-    return tokens - np.maximum(left, 0).min(0)
+    of_prompt = np.minimum(prompt, whole - excess if truncation_mode == "keep_start" else prompt - excess)
+    chosen, rejected = np.maximum(of_prompt, 0)
+    return tokens - np.where(chosen == rejected, chosen, 0)  # cut at different places, it stands twice
 
 
 def tokens_of(dataset: Dataset, args: FocalPOConfig) -> np.ndarray:  # [pairs]
     """As `max_tokens_per_batch` counts them."""
-    return pair_tokens(dataset, args.max_length, args.truncation_mode, share_prompt=False)
+    return pair_tokens(dataset, args.max_length, args.truncation_mode, args.share_prompt)
 
 
 def check_longest(tokens: np.ndarray, max_tokens: int) -> None:

@@ -89,7 +89,11 @@ _COUNTS_WITH: tuple[_Condition, ...] = (
         "alpha > 0 and normalize_margin",
         lambda config: config.alpha > 0 and config.normalize_margin,
     ),
-    (("max_tokens_per_batch",), "padding_free=True", lambda config: config.padding_free),
+    (
+        ("max_tokens_per_batch",),
+        "padding_free=True or share_prompt=True",
+        lambda config: config.padding_free or config.share_prompt,
+    ),
     (
         (
             "per_device_train_batch_size",
@@ -159,10 +163,11 @@ class FocalPOConfig(DPOConfig):
         default=None,
         metadata={
             "help": "Most tokens in a training batch of each device, in place of "
-            "`per_device_train_batch_size`; needs `padding_free`. A pair counts with prompt + chosen + "
-            "prompt + rejected, as `max_length` cuts them. Pairs of like length come together, each once an "
-            "epoch, and weigh the same in an optimizer step over all ranks and accumulated batches. "
-            "Evaluation keeps `per_device_eval_batch_size`."
+            "`per_device_train_batch_size`; needs `padding_free` or `share_prompt`. A pair counts with "
+            "prompt + chosen + prompt + rejected as `max_length` cuts them, or with the prompt once; padding "
+            "does not count. Pairs of like length come together, each once an epoch, and weigh the same in an "
+            "optimizer step over all ranks and accumulated batches. Evaluation keeps "
+            "`per_device_eval_batch_size`."
         },
     )
 
