@@ -165,8 +165,8 @@ class FocalPOConfig(DPOConfig):
             "help": "Most tokens in a training batch of each device, in place of "
             "`per_device_train_batch_size`; needs `padding_free` or `share_prompt`. A pair counts with "
             "prompt + chosen + prompt + rejected as `max_length` cuts them, or with the prompt once; padding "
-            "does not count. Pairs of like length come together, each once an epoch, and weigh the same in an "
-            "optimizer step over all ranks and accumulated batches. Evaluation keeps "
+            "does not count. Pairs of like length come together, each once an epoch. All weigh the same "
+            "in an optimizer step, over all ranks and accumulated batches. Evaluation keeps "
             "`per_device_eval_batch_size`."
         },
     )
