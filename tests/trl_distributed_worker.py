@@ -77,7 +77,7 @@ TRAININGS: dict[str, dict[str, Any]] = {
         "gradient_accumulation_steps": 1,
         **EVALUATED,
     },
-    "LoRA on the head": {"peft": LORA, "gamma": 0.3, **EVALUATED},
+    "LoRA on the head": {"peft": LORA, "gamma": 0.3, "share_prompt": True, **EVALUATED},
     "batches by tokens": {
         "reference": "reference",
         "gamma": 0.3,
