@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
@@ -67,9 +68,8 @@ def version(package: str) -> str | None:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -98,33 +98,29 @@ def write_json(data: Json, path: Path) -> None:
 # A comparison: as `throughput.py` writes it, and in a table
 
 
+COLUMNS = {
+    "peer": "peer",
+    "forward_ms.median": "forward",
+    "backward_ms.median": "backward",
+    "both_ms.median": "both",
+    "kept_share": "kept",
+    "extra_bytes": "extra",
+    "extra_bytes_is_upper_limit": "is_limit",
+    "errors.dhidden": "dhidden",
+    "errors.dweight": "dweight",
+}
+
+
 def frame(comparison: Json) -> pd.DataFrame:
     """A line for each peer that was timed, by its short name: milliseconds, MiB, relative errors."""
-    lines = {
-        row["id"]: {
-            "peer": row["peer"],
-            "forward": row["forward_ms"]["median"],
-            "backward": row["backward_ms"]["median"],
-            "both": row["both_ms"]["median"],
-            "fastest": row["both_ms"]["min"],
-            "slowest": row["both_ms"]["max"],
-            "kept": row.get("kept_share"),
-            "extra": row["extra_bytes"] / MIB if "extra_bytes" in row else None,
-            "memory": memory_of(row),
-            "dhidden": row["errors"]["dhidden"],
-            "dweight": row["errors"].get("dweight"),
-        }
-        for row in comparison["rows"]
-        if "both_ms" in row
-    }
-    found = pd.DataFrame.from_dict(lines, orient="index")
-    ours = next((name for name in OURS if name in lines), None)
-    return found.assign(ratio=found["both"] / lines[ours]["both"] if ours else None) if lines else found
+    timed = pd.json_normalize([row for row in comparison["rows"] if "both_ms" in row])
+    found = timed.reindex(columns=["id", *COLUMNS]).set_index("id").rename(columns=COLUMNS)
+    ours = found["both"].get(ours_in(found))
+    return found.assign(extra=found["extra"] / MIB, ratio=ours and found["both"] / ours)
 
 
-def memory_of(row: Json) -> str | None:
-    limit = "≤ " if row.get("extra_bytes_is_upper_limit") else ""
-    return f"{limit}{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else None
+def ours_in(found: pd.DataFrame) -> str | None:
+    return next((name for name in OURS if name in found.index), None)
 
 
 def kind_of(comparison: Json) -> str:
@@ -156,7 +152,7 @@ def terminal(comparison: Json) -> str:
     ]
     found, table = frame(comparison), []
     if len(found):
-        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "memory", "dhidden"]]
+        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
         shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
         table = [shown.rename_axis(None).to_string()]
     reasons = defaultdict(list)
@@ -288,19 +284,12 @@ BY_INPUT = {
         "fastest other method": "{fastest}",
         "extra memory": "{memories}",
     },
-    "errors": {
+    "sharpness": {
         "entries, dtype": "{entries}",
         "kept share": "{ours kept}",
+        "time: certified, exact, TRL, eager": "{ours both}, {torch-exact ratio}, {trl ratio}, {eager ratio}",
         "dhidden: certified, exact, TRL": "{torch dhidden}, {torch-exact dhidden}, {trl dhidden}",
         "dweight: certified, exact, TRL": "{torch dweight}, {torch-exact dweight}, {trl dweight}",
-    },
-    "times": {
-        "entries, dtype": "{entries}",
-        "kept share": "{ours kept}",
-        "focalkern (forward)": "{ours both} ({ours forward})",
-        "exact": "{torch-exact both}, {torch-exact ratio}",
-        "TRL": "{trl both}, {trl ratio}",
-        "eager": "{eager both}, {eager ratio}",
     },
     "saturated": {
         "saturated": "{saturated}",
@@ -342,16 +331,16 @@ class Results:
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
-        said = []
+        links = defaultdict(list)
         for name in names:
             file = self.files[name]
             run = f"{file['device']}, {file['threads']} threads, torch {file['versions']['torch']}"
             run += f", {file['date'][:10]}, medians of {file['repeats']} runs"
-            said.append(f"{run}: [{name}.json](../{RESULTS}/{name}.json).")
-        return "\n\n".join(said)
+            links[run].append(f"[{name}.json](../{RESULTS}/{name}.json)")
+        return "\n\n".join(f"{run}: {', '.join(files)}." for run, files in links.items())
 
 
-def markdown(columns: dict[str, Any]) -> str:
+def markdown(columns: dict[str, Any] | pd.DataFrame) -> str:
     """The first column to the left, the others to the right."""
     table = pd.DataFrame(columns)
     lines = [list(table), ["---", *["---:"] * (len(table.columns) - 1)], *table.values.tolist()]
@@ -374,7 +363,7 @@ def words_of(comparison: Json) -> dict[str, str]:
     words = {
         "device": comparison["device"],
         "fastest": f"{shown.at[fastest, 'ratio']}, {found.at[fastest, 'peer']}",
-        "memories": f"{found.at[ours, 'memory']} : {found.at[fastest, 'memory']} MiB",
+        "memories": f"{shown.at[ours, 'extra'].removesuffix(' MiB')} : {shown.at[fastest, 'extra']}",
         "size": size_of(comparison),
         "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
         "entries": "random weights" if is_flat(comparison) else entries,
@@ -384,29 +373,21 @@ def words_of(comparison: Json) -> dict[str, str]:
     return defaultdict(lambda: "–", words)
 
 
-def ours_in(found: pd.DataFrame) -> str:
-    return next(name for name in OURS if name in found.index)
-
-
 def cells(found: pd.DataFrame) -> pd.DataFrame:
-    """A `frame`, as pages show it."""
+    """A `frame`, as terminal and pages show it."""
     formats: dict[str, Callable[[Any], str]] = {
         "forward": duration,
         "backward": duration,
         "both": duration,
         "ratio": lambda value: f"{number(value)}×",
         "kept": percent,
-        "memory": "{} MiB".format,
+        "extra": "{:,.0f} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
     }
     shown = {name: found[name].map(shape, na_action="ignore") for name, shape in formats.items()}
-    return found.assign(**shown, range=found.apply(range_of, axis=1)).astype(object).fillna("–")
-
-
-def range_of(peer: pd.Series) -> str:
-    scale = 1000 if peer["both"] >= 1000 else 1
-    return f"({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
+    text = found.assign(**shown).astype(object).fillna("–")
+    return text.assign(extra=text["extra"].mask(found["is_limit"].eq(True), "≤ " + text["extra"]))
 
 
 def duration(ms: float) -> str:
@@ -452,22 +433,18 @@ def results_table(results: Results) -> str:
     return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
 
 
-def peers_tables(results: Results) -> str:
-    """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
-    blocks = []
-    for comparison in [*results.on_gpus(), *results.comparisons(LLAMA, LARGE, SMALL)]:
-        found = cells(frame(comparison))
-        table = {
-            "method": found["peer"],
-            "forward": found["forward"],
-            "both (range)": found["both"] + " " + found["range"],
-            "extra memory": found["memory"],
-            "error of dhidden": found["dhidden"],
-            "over focalkern": found["ratio"],
-        }
-        kept = found.at[ours_in(found), "kept"]
-        blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
-    return "\n\n".join([*blocks, results.sources(LLAMA, LARGE, SMALL)])
+def peers_table(results: Results) -> str:
+    """All peers, a column for each GPU, then for the CPU with large and smaller vocabularies."""
+    columns = {}
+    for comparison in [*results.on_gpus(), *results.comparisons(LLAMA, LARGE, SMALL)][:5]:
+        found = frame(comparison)
+        shown = cells(found).set_index("peer")
+        kept = shown["kept"].iloc[found.index.get_loc(ours_in(found))]
+        said = shown["ratio"].where(found["ratio"].ne(1).values, shown["both"])
+        title = f"{comparison['device']}, {size_of(comparison)}, kept share {kept}"
+        columns[title] = said + ", " + shown["extra"] + ", " + shown["dhidden"]
+    table = pd.concat(columns, axis=1).fillna("–").rename_axis("method").reset_index()
+    return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL)}"
 
 
 def step_table(results: Results) -> str:
@@ -483,25 +460,16 @@ def step_table(results: Results) -> str:
     return f"{markdown(table)}\n\n{results.sources(STEP)}"
 
 
-def figures(results: Results) -> str:
-    said = "![Forward and backward on {device} over {over}](figures/{file})"
-    return "\n\n".join(
-        said.format(device=results.files[name]["device"], over=over, file=file)
-        for file, (name, over) in PLOTS.items()
-    )
-
-
 def certified(table: str, *names: str) -> Callable[[Results], str]:
     return lambda results: f"{by_input(table, results.comparisons(*names))}\n\n{results.sources(*names)}"
 
 
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"summary": summary, "results": results_table},
-    "docs/performance.md": {"tables": peers_tables, "plots": figures},
+    "docs/performance.md": {"table": peers_table},
     "docs/trl.md": {"step": step_table},
     "docs/certified-backward.md": {
-        "errors": certified("errors", SHARPNESS),
-        "times": certified("times", SHARPNESS),
+        "sharpness": certified("sharpness", SHARPNESS),
         "saturated": certified("saturated", SATURATED),
     },
 }

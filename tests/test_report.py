@@ -72,7 +72,7 @@ def test_new_results_reach_tables_and_figures_and_text_outside_the_markers_stays
 
     assert report.main(["--check"], copy) == 1
     stale = capsys.readouterr().out
-    assert all(what in stale for what in ('README.md, part "results"', '"tables"', figure.name))
+    assert all(what in stale for what in ('README.md, part "results"', '"table"', figure.name))
     assert figure.read_bytes() == before
     assert report.main([], copy) == 0 and report.main(["--check"], copy) == 0
     assert figure.read_bytes() != before
@@ -88,7 +88,7 @@ def test_results_of_a_gpu_come_first(copy):
     for row, name in zip(
         comparison["rows"], ("torch", "torch-exact", "triton", "triton-exact"), strict=False
     ):
-        row["id"] = name
+        row |= {"id": name, "peer": name}
     tests = {"passed": 61, "failed": {"test_a": "wrong"}, "skipped": {}}
     gpu = {"device": GPU, "gpu_tests": tests, "steps": [], "reports": {"shipped": found}}
     write(copy, "nvidia-h200.json", gpu)
@@ -96,7 +96,8 @@ def test_results_of_a_gpu_come_first(copy):
     readme, page = ((copy / name).read_text() for name in ("README.md", "docs/performance.md"))
     assert "not been timed" not in readme and f"{GPU}: 61 GPU tests passed, 1 failed." in readme
     assert 0 < readme.index(f"| {GPU}, 4096 × 4096 × 128256, bf16 |") < readme.index("| AMD EPYC, 4096")
-    assert 0 < page.index(f"**{GPU}, 4096 × 4096 × 128256, bf16**") < page.index("**AMD EPYC, 4096")
+    assert 0 < page.index(f"| {GPU}, 4096 × 4096 × 128256, bf16, kept") < page.index("| AMD EPYC, 1024")
+    assert "\n| triton |" in page
 
 
 def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):
