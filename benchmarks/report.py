@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -194,29 +195,25 @@ SWEEPS = {  # over what: the axis, and the quantities of the two panels
 MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
 
 
-def sweep(report: Json, over: str) -> list[list[Json]]:
-    """Groups of comparisons that differ in nothing but the tokens or the sharpness, in that order."""
-    groups = defaultdict(list)
-    for comparison in sorted(report["comparisons"], key=lambda each: (is_flat(each), place(each, over))):
-        about = comparison["input"]
-        other = (about["kind"], about.get("scale")) if over == "tokens" else comparison["tokens"]
-        names = ("dtype", "loss", "frozen_head", "saturated_pairs")
-        groups[(*(comparison[name] for name in names), other)].append(comparison)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def is_flat(comparison: Json) -> bool:
-    return comparison["input"]["kind"] == "untrained"
-
-
-def place(comparison: Json, over: str) -> float:
-    return comparison["tokens"] if over == "tokens" else comparison["input"]["entries"]
+def sweep(report: Json, over: str) -> list[tuple[str, pd.DataFrame]]:
+    """Titles and peers of comparisons that differ in the tokens or the sharpness alone, in that order."""
+    found = []
+    for comparison in report["comparisons"]:
+        about, title = comparison["input"], title_of(comparison, over)
+        if over == "tokens":
+            place, scale = comparison["tokens"], about.get("scale")
+        else:
+            place, scale = math.inf if about["kind"] == "untrained" else about["entries"], None
+        found.append(frame(comparison).assign(place=place, title=title, scale=scale))
+    table = pd.concat(found).sort_values("place", kind="stable")
+    groups = table.groupby(["title", "scale"], sort=False, dropna=False)
+    return [(title, group) for (title, _), group in groups if group["place"].nunique() > 1]
 
 
 def title_of(comparison: Json, over: str) -> str:
     shape, saturated = comparison["shape"], comparison["saturated_pairs"]
     words = [f"{shape['hidden']} × {shape['vocab']}", comparison["dtype"], comparison["loss"]]
-    words.append(kind_of(comparison) if over == "tokens" else f"{comparison['tokens']} tokens")
+    words.append(f"{comparison['tokens']} tokens" if over == "sharpness" else kind_of(comparison))
     words += ["frozen head"] if comparison["frozen_head"] else []
     return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
 
@@ -229,19 +226,18 @@ def draw(report: Json, over: str, path: Path) -> None:
     figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
     peers = dict.fromkeys(row["peer"] for comparison in report["comparisons"] for row in comparison["rows"])
-    for group, row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
-        lines = pd.concat([frame(comparison).assign(x=x) for x, comparison in enumerate(group)])
-        ticks = [f"{place(each, over):.0f}" for each in group]
-        if over == "sharpness" and is_flat(group[-1]):
-            ticks[-1] = "random\nweights"
+    for (title, group), row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
+        places = list(group["place"].unique())
+        ticks = ["random\nweights" if place == math.inf else f"{place:.0f}" for place in places]
         for panel, (column, label) in zip(row, quantities.items(), strict=True):
             for i, peer in enumerate(peers):  # the same colour and marker in every panel
-                points = lines[lines["peer"] == peer].dropna(subset=column)
+                points = group[group["peer"] == peer].dropna(subset=column)
                 style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
                 style["linewidth"] = 2.4 if peer.startswith("focalkern") else 1.2
                 if len(points):
-                    (handles[peer],) = panel.plot(points["x"], points[column].astype(float), **style)
-            panel.set(title=title_of(group[0], over), xlabel=axis, ylabel=label)
+                    x = points["place"].map(places.index)
+                    (handles[peer],) = panel.plot(x, points[column].astype(float), **style)
+            panel.set(title=title, xlabel=axis, ylabel=label)
             panel.set_xticks(range(len(ticks)), ticks)
             panel.grid(alpha=0.3)
             if over == "tokens":
@@ -366,7 +362,7 @@ def words_of(comparison: Json) -> dict[str, str]:
         "memories": f"{shown.at[ours, 'extra'].removesuffix(' MiB')} : {shown.at[fastest, 'extra']}",
         "size": size_of(comparison),
         "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
-        "entries": "random weights" if is_flat(comparison) else entries,
+        "entries": "random weights" if comparison["input"]["kind"] == "untrained" else entries,
     }
     peers = {**shown.T.to_dict(), "ours": shown.loc[ours]}
     words |= {f"{name} {column}": cell for name, row in peers.items() for column, cell in row.items()}
