@@ -21,7 +21,7 @@ import sys
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/figures")
+RESULTS, FIGURE = Path("benchmarks/results"), Path("docs/figures/measured-sharpness.png")
 MIB = 2**20
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "focalkern")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -98,7 +98,6 @@ def write_json(data: Json, path: Path) -> None:
 
 # A comparison: as `throughput.py` writes it, and in a table
 
-
 COLUMNS = {
     "peer": "peer",
     "forward_ms.median": "forward",
@@ -141,21 +140,19 @@ def terminal(comparison: Json) -> str:
     about, rows = comparison["input"], comparison["rows"]
     gradients = "dhidden alone (frozen head)" if comparison["frozen_head"] else "dhidden and dweight"
     saturated, pairs = comparison["saturated_pairs"], comparison["pairs"]
+    pairs = f"{pairs} pairs, {saturated} of them saturated" if saturated else f"{pairs} pairs"
     intro = [
-        f"{comparison['loss']}, {size_of(comparison)}; {pairs} pairs"
-        + (f", {saturated} of them saturated" if saturated else "")
-        + f"; gradients: {gradients}",
+        f"{comparison['loss']}, {size_of(comparison)}; {pairs}; gradients: {gradients}",
         f"{kind_of(comparison)}: NLL {about['nll']:.2f}, entropy {about['entropy']:.2f}, "
         f"{about['entries']:.0f} softmax entries above 2^-12 per token",
         f"bare GEMM {number(comparison['bare_gemm_ms']['median'])} ms, fp32 logits "
         f"{comparison['fp32_logits_bytes'] / MIB:,.0f} MiB; plain PyTorch's error in {comparison['dtype']} "
         f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",
     ]
-    found, table = frame(comparison), []
-    if len(found):
-        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
-        shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
-        table = [shown.rename_axis(None).to_string()]
+    shown = cells(frame(comparison)).set_index("peer").rename_axis(None)
+    shown = shown[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
+    shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
+    table = [shown.to_string()] if len(shown) else []
     reasons = defaultdict(list)
     for row in rows:
         if row["status"] != "ok" or row["note"]:
@@ -255,12 +252,12 @@ def data_hash(report: Json) -> str:
     return hashlib.sha256(json.dumps(report["comparisons"], sort_keys=True).encode()).hexdigest()
 
 
-def plots(report: Json, folder: Path) -> Iterator[Path]:
+def plots(report: Json, folder: Path) -> list[Path]:
     """Draw what the report has several values of; the paths of the plots."""
-    for over in SWEEPS:
-        if sweep(report, over):
-            draw(report, over, folder / f"over-{over}.png")
-            yield folder / f"over-{over}.png"
+    paths = {over: folder / f"over-{over}.png" for over in SWEEPS if sweep(report, over)}
+    for over, path in paths.items():
+        draw(report, over, path)
+    return list(paths.values())
 
 
 # Pages
@@ -269,7 +266,6 @@ STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
 SATURATED = "cpu-saturated-bf16"
 LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
 SMALL = "cpu-2048x512x32768"
-PLOTS = {"measured-sharpness.png": (SHARPNESS, "sharpness")}
 # Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
 # `frame` for that peer, `{ours ...}` one for focalkern.
 BY_INPUT = {
@@ -310,20 +306,16 @@ class Results:
             for report in (file, *file.get("reports", {}).values()):
                 for comparison in report.get("comparisons", []):
                     comparison["device"] = report["device"]
+        self.gpus = [file for file in self.files.values() if "reports" in file]  # of `make gpu`
 
     def comparisons(self, *names: str) -> list[Json]:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
-
-    @property
-    def gpus(self) -> list[Json]:
-        """What `make gpu` wrote on each device."""
-        return [file for file in self.files.values() if "reports" in file]
 
     def on_gpus(self) -> list[Json]:
         """The first comparison of each GPU, if focalkern was timed in it."""
         reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
         firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
-        return [each for each in firsts if not frame(each).index.intersection(OURS).empty]
+        return [comparison for comparison in firsts if ours_in(frame(comparison))]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
@@ -345,8 +337,7 @@ def markdown(columns: dict[str, Any] | pd.DataFrame) -> str:
 
 def by_input(name: str, comparisons: list[Json]) -> str:
     """A table of `BY_INPUT`."""
-    words = [words_of(comparison) for comparison in comparisons]
-    columns = BY_INPUT[name].items()
+    words, columns = [words_of(comparison) for comparison in comparisons], BY_INPUT[name].items()
     return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
 
 
@@ -407,13 +398,9 @@ def summary(results: Results) -> str:
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "
         "estimates from the compiled code."
     )
-    return "\n\n".join([step, *(map(tests_of, results.gpus) if results.gpus else [no_gpu])])
-
-
-def tests_of(gpu: Json) -> str:
-    tests = gpu.get("gpu_tests") or {"passed": 0, "failed": {}}
-    failed = f", {len(tests['failed'])} failed" if tests["failed"] else ""
-    return f"{gpu['device']}: {tests['passed']} GPU tests passed{failed}."
+    tests = [(gpu["device"], gpu.get("gpu_tests", {"passed": 0, "failed": {}})) for gpu in results.gpus]
+    said = [f"{name}: {of['passed']} GPU tests passed, {len(of['failed'])} failed." for name, of in tests]
+    return "\n\n".join([step, *(said or [no_gpu])])
 
 
 def results_table(results: Results) -> str:
@@ -486,12 +473,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             text = updated
         if not check:
             (root / page).write_text(text, encoding="utf-8")
-    for file, (name, over) in PLOTS.items():
-        path = root / FIGURES / file
-        if drawn_from(path) != data_hash(results.files[name]):
-            stale.append(str(FIGURES / file))
-            if not check:
-                draw(results.files[name], over, path)
+    if drawn_from(root / FIGURE) != data_hash(results.files[SHARPNESS]):
+        stale.append(str(FIGURE))
+        if not check:
+            draw(results.files[SHARPNESS], "sharpness", root / FIGURE)
     for what in stale:
         print(f"{what} is out of date: make report" if check else f"{what}: written")
     return 1 if check and stale else 0
@@ -500,22 +485,20 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 def with_part(text: str, name: str, content: str, page: str) -> str:
     """The page with this content between the markers of the part; paragraphs are wrapped."""
     begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
     fill = textwrap.TextWrapper(115, break_on_hyphens=False, break_long_words=False).fill
-    blocks = [block if block.startswith(("|", "!")) else fill(block) for block in content.split("\n\n")]
-    before, rest = text.split(begin)
-    return "\n\n".join([before + begin, *blocks, end + rest.split(end)[1]])
+    blocks = [block if block.startswith("|") else fill(block) for block in content.split("\n\n")]
+    part = "\n\n".join([begin, *blocks, end])
+    updated, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: part, text, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
+    return updated
 
 
 def drawn_from(path: Path) -> str | None:
     """The hash that a figure carries."""
     from PIL import Image
 
-    if not path.exists():
-        return None
-    with Image.open(path) as picture:
-        return picture.info.get("data")
+    return Image.open(path).info.get("data") if path.exists() else None
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, parser_of
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import Gate
-from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Source, calibrate
+from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
             print(terminal(report["comparisons"][-1]))
             if options.json:
                 write_json(report, options.json)  # what a run that is killed leaves
-    written = list(plots(report, options.plot)) if options.plot else []
+    written = plots(report, options.plot) if options.plot else []
     if options.json:
         write_json(report | {"finished": True}, options.json)
         written.append(options.json)
@@ -220,21 +220,18 @@ def has_bf16_products() -> bool:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every combination of what was asked for."""
-    wanted = itertools.product(sources(options), options.saturated, options.head, options.loss)
-    for source, share, head, loss in wanted:
-        # In whole pairs: at least one where the share is not 0, and never all.
-        saturated = min(max(1, round(share * source.pairs)), source.pairs - 1) if share else 0
-        yield Case(source, saturated, HEADS[head], loss)
-
-
-def sources(options: argparse.Namespace) -> Iterator[Source]:
     for dtype, (tokens, pairs) in itertools.product(options.dtype, options.sizes):
         size = options.shape, tokens, pairs, DTYPES[dtype], options.device
         if options.capture is not None:
-            yield CapturedInput(*size, options.capture)
-            continue
-        for entries in options.sharpness:
-            yield Recipe(*size, scale=None) if entries == FLAT else calibrate(Recipe(*size), entries)
+            sources = [CapturedInput(*size, options.capture)]
+        else:
+            recipe = Recipe(*size, scale=None)
+            sources = [recipe if x == FLAT else calibrate(recipe, x) for x in options.sharpness]
+        wanted = itertools.product(sources, options.saturated, options.head, options.loss)
+        for source, share, head, loss in wanted:
+            # In whole pairs: at least one where the share is not 0, and never all.
+            saturated = min(max(1, round(share * pairs)), pairs - 1) if share else 0
+            yield Case(source, saturated, HEADS[head], loss)
 
 
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def copy(tmp_path) -> Path:
     for page in report.PAGES:
         (tmp_path / page).parent.mkdir(exist_ok=True)
         shutil.copy(report.ROOT / page, tmp_path / page)
-    for folder in (report.RESULTS, report.FIGURES):
+    for folder in (report.RESULTS, report.FIGURE.parent):
         shutil.copytree(report.ROOT / folder, tmp_path / folder)
     return tmp_path
 
@@ -66,7 +66,7 @@ def test_new_results_reach_tables_and_figures_and_text_outside_the_markers_stays
     sweep = result(copy, f"{report.SHARPNESS}.json")
     sweep["comparisons"][0]["rows"][2]["both_ms"]["median"] *= 2
     write(copy, f"{report.SHARPNESS}.json", sweep)
-    page, figure = copy / "README.md", copy / report.FIGURES / "measured-sharpness.png"
+    page, figure = copy / "README.md", copy / report.FIGURE
     page.write_text(f"Above.\n{page.read_text()}Below.")
     before = figure.read_bytes()
 
