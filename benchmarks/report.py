@@ -409,8 +409,8 @@ def results_table(results: Results) -> str:
     kept = [row.get("kept_share") for each in cpu for row in each["rows"] if row["id"] in OURS]
     shares = ", ".join(percent(share) for share in kept if share and share < 1)
     said = (
-        "Extra memory: focalkern's, then the fastest other method's. The input is synthetic: in bf16 the "
-        f"backward keeps {shares} of the vocabulary blocks; in fp32 the exact one runs. All methods: "
+        "Extra memory: focalkern's, then the fastest other method's. Synthetic input: in bf16 the backward "
+        f"keeps {shares} of the vocabulary blocks, in fp32 all. All methods: "
         "[docs/performance.md](docs/performance.md#results)."
     )
     return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
