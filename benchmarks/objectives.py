@@ -51,12 +51,10 @@ class Objective:
 
 
 # The defaults of `FusedFocalPOLoss` and its presets, which are the papers'.
-OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        Objective("dpo", BETA),
-        Objective("focalpo", BETA, gamma=0.05),
-        Objective("alpha-dpo", 10.0, margin=4.0, alpha=0.5, reference_free=True, length_normalize=True),
-        Objective("simpo", 2.0, margin=1.0, reference_free=True, length_normalize=True),
-    )
-}
+_DEFAULTS = (
+    Objective("dpo", BETA),
+    Objective("focalpo", BETA, gamma=0.05),
+    Objective("alpha-dpo", 10.0, margin=4.0, alpha=0.5, reference_free=True, length_normalize=True),
+    Objective("simpo", 2.0, margin=1.0, reference_free=True, length_normalize=True),
+)
+OBJECTIVES = {objective.name: objective for objective in _DEFAULTS}

@@ -52,7 +52,7 @@ from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
-from focalkern.torch_logits import matmul
+from focalkern.torch_logits import HAS_BF16_PRODUCTS, matmul
 
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
@@ -203,16 +203,11 @@ def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
         fail(f"--plot {options.plot}: is a file, expected a folder")
     if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
         fail("--plot draws over several values of --tokens or --sharpness: give more than one")
-    usual = ["fp32", "bf16"] if has_bf16_products() else ["fp32"]
+    usual = ["fp32", "bf16"] if HAS_BF16_PRODUCTS else ["fp32"]
     options.dtype = options.dtype or (["bf16"] if on_cuda else usual[-1:] if options.quick else usual)
     options.only = options.only or (QUICK_PEERS if options.quick else list(all_peers()))
     options.no_memory |= options.quick
     options.repeats = options.repeats or (20 if on_cuda and not options.quick else 3)
-
-
-def has_bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 matrices by instructions. Without, one product takes minutes."""
-    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
 # Comparisons

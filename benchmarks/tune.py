@@ -31,6 +31,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -131,7 +132,13 @@ def candidates(name: str, setting: Setting) -> list[Launch]:
     rows, *others = CHOICES[base(name)]
     numbers = itertools.product(FEW_ROWS if name.endswith("_few") else rows, *others)
     fitting = [entry for x in numbers if fits(entry := Launch(*x, source=shipped.source), setting)]
-    return list(dict.fromkeys([shipped, *sorted(fitting, key=partial(distance, shipped))]))
+
+    def distance(entry: Launch) -> float:
+        tile, other = astuple(entry)[:4], astuple(shipped)[:4]
+        doublings = sum(abs(math.log2(x / y)) for x, y in zip(tile, other, strict=True))
+        return doublings + abs(entry.num_stages - shipped.num_stages)
+
+    return list(dict.fromkeys([shipped, *sorted(fitting, key=distance)]))
 
 
 def fits(entry: Launch, setting: Setting) -> bool:
@@ -139,11 +146,6 @@ def fits(entry: Launch, setting: Setting) -> bool:
     tile = (entry.block_m + entry.block_n) * entry.block_k * DTYPES[setting.dtype].itemsize
     sums_fit = entry.block_m * entry.block_n <= 32 * entry.num_warps * ACCUMULATORS
     return sums_fit and (entry.num_stages - 1) * tile <= setting.shared_bytes
-
-
-def distance(a: Launch, b: Launch) -> float:
-    doublings = (abs(math.log2(x / y)) for x, y in zip(astuple(a)[:4], astuple(b)[:4], strict=True))
-    return sum(doublings) + abs(a.num_stages - b.num_stages)
 
 
 def base(name: str) -> str:
@@ -205,7 +207,7 @@ def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
 def launched(setting: Setting, name: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable]]:
     """What a step gives with this entry, and the launches of its kernel, to be repeated."""
     launches: list[Callable] = []
-    interface = type(linear_logps_fwd_kernel)
+    interface = type(linear_logps_fwd_kernel)  # of the JIT, or of the interpreter
     launch = interface.run
 
     def record(kernel: Any, *args: Any, **kwargs: Any) -> Any:
@@ -260,9 +262,7 @@ def milliseconds(launches: list[Callable]) -> float:
     if torch.cuda.is_available():
         # As a CUDA graph: the host may take longer for many short launches than the device.
         return triton.testing.do_bench_cudagraph(run, return_mode="median")
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * Timer("run()", globals={"run": run}).timeit(1).median
 
 
 class Measurer:

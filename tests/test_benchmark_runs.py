@@ -66,13 +66,13 @@ def test_quick_runs_every_peer_that_needs_no_compiler(tmp_path, capsys):
     assert [row["id"] for row in comparison["rows"]] == list(throughput.QUICK_PEERS)
     assert all(("both_ms" in row) == (row["id"] != "triton") for row in comparison["rows"])
     assert not any("extra_bytes" in row for row in comparison["rows"])
-    assert comparison["dtype"] == ("bf16" if throughput.has_bf16_products() else "fp32")
+    assert comparison["dtype"] == ("bf16" if throughput.HAS_BF16_PRODUCTS else "fp32")
     assert "--quick leaves compiled peers and memory out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("has_products", [True, False])
 def test_bf16_is_compared_by_default_where_the_cpu_multiplies_it(has_products, monkeypatch):
-    monkeypatch.setattr(throughput, "has_bf16_products", lambda: has_products)
+    monkeypatch.setattr(throughput, "HAS_BF16_PRODUCTS", has_products)
     cpu = ["--device", "cpu"]
     assert throughput.parse(cpu).dtype == (["fp32", "bf16"] if has_products else ["fp32"])
     assert throughput.parse([*cpu, "--quick"]).dtype == (["bf16"] if has_products else ["fp32"])
