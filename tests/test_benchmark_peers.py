@@ -109,7 +109,7 @@ def test_peers_that_cannot_run_are_skipped_by_name(tmp_path):
     }
     env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     env |= {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SKIPPED, *RUN, "--json", "out", "--only", *reasons]
+    command = [sys.executable, "-c", SKIPPED, *RUN.split(), "--json", "out", "--only", *reasons]
     done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())

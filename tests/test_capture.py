@@ -116,16 +116,15 @@ def test_unusable_data_or_model_is_refused_by_name(
         take(Path.cwd() / model, path, tmp_path / "capture.pt", *options)
 
 
-def benchmark(path: Path, tmp_path: Path, *options: object) -> dict:
-    arguments = ["--capture", path, "--device", "cpu", "--repeats", 1, *options]
-    return run([str(argument) for argument in arguments], tmp_path / "result.json")
+def benchmark(path: Path, tmp_path: Path, options: str = "") -> dict:
+    return run(f"--capture {path} --device cpu --repeats 1 {options}", tmp_path / "result.json")
 
 
 @pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi"])
 def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, tmp_path, capsys):
     taken = Capture.load(captures[kind])
-    options = ["--no-memory", "--only", "torch", "torch-exact", "eager", "--saturated", 0, 0.5]
-    result = benchmark(captures[kind], tmp_path, "--dtype", "fp32", "bf16", *options)
+    options = "--dtype fp32 bf16 --no-memory --only torch torch-exact eager --saturated 0 0.5"
+    result = benchmark(captures[kind], tmp_path, options)
     assert len(result["comparisons"]) == 4
     for comparison in result["comparisons"]:
         assert [row["status"] for row in comparison["rows"]] == ["ok"] * 3
@@ -142,8 +141,8 @@ def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, t
 
 def test_memory_of_the_first_pairs_that_fit_is_measured_without_the_file(captures, tmp_path):
     taken = Capture.load(captures["llama"])
-    options = ["--dtype", "fp32", "--only", "torch", "--tokens", 50]
-    (comparison,) = benchmark(captures["llama"], tmp_path, *options)["comparisons"]
+    options = "--dtype fp32 --only torch --tokens 50"
+    (comparison,) = benchmark(captures["llama"], tmp_path, options)["comparisons"]
     (row,) = comparison["rows"]
     assert row["note"] == "" and 0 <= row["extra_bytes"] < 2**28
     assert 0 < comparison["pairs"] < taken.pairs and comparison["tokens"] <= 50
@@ -154,14 +153,14 @@ def test_memory_of_the_first_pairs_that_fit_is_measured_without_the_file(capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sharpness", "50"], "leave out --sharpness"),
-        (["--shape", "llama3-8b", "--pairs", "2"], "leave out --shape and --pairs"),
-        (["--tokens", "1"], "the first pair of"),
+        ("--sharpness 50", "leave out --sharpness"),
+        ("--shape llama3-8b --pairs 2", "leave out --shape and --pairs"),
+        ("--tokens 1", "the first pair of"),
     ],
 )
 def test_options_that_a_capture_decides_are_refused(options, message, captures, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark(captures["llama"], tmp_path, *options)
+        benchmark(captures["llama"], tmp_path, options)
     assert message in capsys.readouterr().err
 
 
