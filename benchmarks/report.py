@@ -22,6 +22,7 @@ import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -271,7 +272,7 @@ SMALL = "cpu-2048x512x32768"
 BY_INPUT = {
     "results": {
         "device, tokens × H × V, dtype": "{device}, {size}",
-        "focalkern": "{ours both}",
+        "focalkern, kept share": "{ours both}, {ours kept}",
         "TRL's head": "{trl ratio}",
         "fastest other method": "{fastest}",
         "extra memory": "{memories}",
@@ -311,11 +312,12 @@ class Results:
     def comparisons(self, *names: str) -> list[Json]:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
 
-    def on_gpus(self) -> list[Json]:
-        """The first comparison of each GPU, if focalkern was timed in it."""
+    def of_sizes(self) -> list[Json]:
+        """The first comparison of each GPU, if focalkern was timed in it; then those of the CPU."""
         reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
         firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
-        return [comparison for comparison in firsts if ours_in(frame(comparison))]
+        on_gpus = [comparison for comparison in firsts if ours_in(frame(comparison))]
+        return [*on_gpus, *self.comparisons(LLAMA, LARGE, SMALL)]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
@@ -339,6 +341,10 @@ def by_input(name: str, comparisons: list[Json]) -> str:
     """A table of `BY_INPUT`."""
     words, columns = [words_of(comparison) for comparison in comparisons], BY_INPUT[name].items()
     return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
+
+
+def certified(name: str, file: str, results: Results) -> str:
+    return f"{by_input(name, results.comparisons(file))}\n\n{results.sources(file)}"
 
 
 def words_of(comparison: Json) -> dict[str, str]:
@@ -403,23 +409,10 @@ def summary(results: Results) -> str:
     return "\n\n".join([step, *(said or [no_gpu])])
 
 
-def results_table(results: Results) -> str:
-    """Four rows: GPUs first."""
-    cpu = results.comparisons(LLAMA, LARGE, SMALL)
-    kept = [row.get("kept_share") for each in cpu for row in each["rows"] if row["id"] in OURS]
-    shares = ", ".join(percent(share) for share in kept if share and share < 1)
-    said = (
-        "Extra memory: focalkern's, then the fastest other method's. Synthetic input: in bf16 the backward "
-        f"keeps {shares} of the vocabulary blocks, in fp32 all. All methods: "
-        "[docs/performance.md](docs/performance.md#results)."
-    )
-    return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
-
-
 def peers_table(results: Results) -> str:
-    """All peers, a column for each GPU, then for the CPU with large and smaller vocabularies."""
+    """All peers, a column for each comparison."""
     columns = {}
-    for comparison in [*results.on_gpus(), *results.comparisons(LLAMA, LARGE, SMALL)][:5]:
+    for comparison in results.of_sizes()[:5]:
         found = frame(comparison)
         shown = cells(found).set_index("peer")
         kept = shown["kept"].iloc[found.index.get_loc(ours_in(found))]
@@ -443,26 +436,20 @@ def step_table(results: Results) -> str:
     return f"{markdown(table)}\n\n{results.sources(STEP)}"
 
 
-def certified(table: str, *names: str) -> Callable[[Results], str]:
-    return lambda results: f"{by_input(table, results.comparisons(*names))}\n\n{results.sources(*names)}"
-
-
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "README.md": {"summary": summary, "results": results_table},
+    "README.md": {"summary": summary, "results": lambda results: by_input("results", results.of_sizes()[:4])},
     "docs/performance.md": {"table": peers_table},
     "docs/trl.md": {"step": step_table},
     "docs/certified-backward.md": {
-        "sharpness": certified("sharpness", SHARPNESS),
-        "saturated": certified("saturated", SATURATED),
+        "sharpness": partial(certified, "sharpness", SHARPNESS),
+        "saturated": partial(certified, "saturated", SATURATED),
     },
 }
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; status 1 if anything is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if out of date")
     check = parser.parse_args(arguments).check
     results, stale = Results(root), []
     for page, parts in PAGES.items():
