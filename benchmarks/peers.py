@@ -7,9 +7,8 @@ function. Both raise `Unavailable` with the reason where the peer cannot run.
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,7 +71,7 @@ def load_compiled(device_type: str) -> LossFn:
     batch: it fuses what follows the GEMM of the logits, and keeps them for the backward."""
     require_compiler(device_type)
 
-    @functools.partial(torch.compile, dynamic=False)
+    @partial(torch.compile, dynamic=False)
     def token_logps(hidden, weight, bias, labels, transform):
         logits = transformed(F.linear(hidden, weight, bias).float(), transform)
         return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
@@ -94,7 +93,7 @@ def require_compiler(device_type: str) -> None:
     torch.compiler.reset()
 
 
-@functools.cache
+@cache
 def compiler_problem(device_type: str) -> str:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device_type))
@@ -107,9 +106,7 @@ def compiler_problem(device_type: str) -> str:
 def importing(package: str) -> Iterator[None]:
     try:
         yield
-    except (
-        Exception
-    ) as error:  # QuACK's CuTe DSL raises more than ImportError where it does not fit the machine
+    except Exception as error:  # QuACK raises more than ImportError where its DSL does not fit the machine
         raise Unavailable(f"{package} cannot be imported: {first_line(error)}") from error
 
 
@@ -270,7 +267,7 @@ def load_focalkern(name: str, tau: float | str, device_type: str) -> LossFn:
     if backend == "triton" and device_type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
 
-    @functools.cache
+    @cache
     def configured(objective: Objective, transform: LogitTransform) -> FusedFocalPOLoss:
         options = {name: value for name, value in vars(objective).items() if name != "name"}
         # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.

@@ -223,18 +223,18 @@ def draw(report: Json, over: str, path: Path) -> None:
     (axis, quantities), groups, handles = SWEEPS[over], sweep(report, over), {}
     figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
-    peers = dict.fromkeys(row["peer"] for comparison in report["comparisons"] for row in comparison["rows"])
+    rows = [row["peer"] for comparison in report["comparisons"] for row in comparison["rows"]]
+    peers = list(dict.fromkeys(rows))
     for (title, group), row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
         places = list(group["place"].unique())
         ticks = ["random\nweights" if place == math.inf else f"{place:.0f}" for place in places]
         for panel, (column, label) in zip(row, quantities.items(), strict=True):
-            for i, peer in enumerate(peers):  # the same colour and marker in every panel
-                points = group[group["peer"] == peer].dropna(subset=column)
+            for peer, points in group.dropna(subset=column).groupby("peer", sort=False):
+                i = peers.index(peer)  # the same colour and marker in every panel
                 style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
                 style["linewidth"] = 2.4 if peer.startswith("focalkern") else 1.2
-                if len(points):
-                    x = points["place"].map(places.index)
-                    (handles[peer],) = panel.plot(x, points[column].astype(float), **style)
+                x = points["place"].map(places.index)
+                (handles[peer],) = panel.plot(x, points[column].astype(float), **style)
             panel.set(title=title, xlabel=axis, ylabel=label)
             panel.set_xticks(range(len(ticks)), ticks)
             panel.grid(alpha=0.3)
