@@ -97,11 +97,8 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
         if only not in ("", jit.fn.__name__):
             return None
         kernel = compile_or_launch(jit, *args, grid=grid, warmup=True, **kwargs)
-        if id(kernel) not in launches:
-            tile = next(
-                (records.Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, records.Tile)), None
-            )
-            launches[id(kernel)] = CompiledLaunch(kernel, tile)
+        tiles = (records.Tile(*(x.value for x in arg)) for arg in args if isinstance(arg, records.Tile))
+        launches.setdefault(id(kernel), CompiledLaunch(kernel, next(tiles, None)))
         return kernel
 
     with (
@@ -190,9 +187,7 @@ class _NoReduction(AsyncReduction):
 def kept_pairs(n: int, blocks: int, share: float = 0.05) -> records.KeptPairs:
     """As many pairs as a trained model keeps, spread evenly, as far as the host knows them."""
     per_row = int(share * blocks)
-    row, block, per_block, per_n = (
-        meta(size, dtype=torch.int64) for size in (n * per_row, n * per_row, blocks, n)
-    )
-    of_blocks = torch.full((blocks,), n * per_row // blocks)
-    of_rows = torch.full((n,), per_row)
+    sizes = (n * per_row, n * per_row, blocks, n)
+    row, block, per_block, per_n = (meta(size, dtype=torch.int64) for size in sizes)
+    of_blocks, of_rows = torch.full((blocks,), n * per_row // blocks), torch.full((n,), per_row)
     return records.KeptPairs(row, block, records.KeptCounts(per_block, per_n, of_blocks, of_rows))

@@ -83,25 +83,23 @@ def captured(args: argparse.Namespace) -> Capture:
     if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise DataError(f"{args.reference} cannot be the reference of {args.model}: another vocabulary")
 
-    chosen, rejected, found = [], [], Counter()
+    sides, found = ([], []), Counter()  # chosen, rejected
     with tqdm(total=args.tokens, desc="completion tokens") as bar:
         for pair in pairs:
             encoded, counts = encode_pairs([pair], policy.tokenizer, min(args.max_length, policy.max_length))
             found += counts
             if encoded:
                 batch = PreferenceSet(encoded, 1, args.device).batch([0])
-                for side, completion in zip(
-                    (chosen, rejected), completions(batch, policy, reference), strict=True
-                ):
+                for side, completion in zip(sides, completions(batch, policy, reference), strict=True):
                     side.append(completion)
                     bar.update(len(completion[1]))
             if bar.n >= args.tokens:
                 break
-    if not chosen:
+    if not sides[0]:
         raise DataError(f"no pairs are left: {described(found)} with --max-length {args.max_length}")
     if bar.n < args.tokens:
         print(f"The data has {bar.n} completion tokens, not {args.tokens}; pairs: {described(found)}")
-    return pack(chosen + rejected, policy, args)
+    return pack(sides[0] + sides[1], policy, args)
 
 
 @torch.no_grad()

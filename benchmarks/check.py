@@ -7,7 +7,7 @@ tensor exists.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,16 +27,14 @@ EDGES = (0, 127, 128, 2047, 2048, -1)  # rows that are always looked at: the end
 LOGITS_AT_ONCE = 2**23  # 64 MiB in float64
 
 
-@dataclass(frozen=True)
-class Errors:
+class Errors(NamedTuple):
     """Distance from the truth; NaN or infinity anywhere in a gradient makes its norm infinite."""
 
     norms: dict[str, float]  # of the mean loss: absolute; of the gradients: relative L2 over the sampled rows
     scale: dict[str, float]  # by what share each is too large: <g, t> / <t, t> - 1
 
 
-@dataclass
-class Sampled:
+class Sampled(NamedTuple):
     """Loss of each pair, or their mean, and the sampled rows of the gradients of the mean."""
 
     losses: torch.Tensor  # [B] or []
@@ -62,9 +60,8 @@ class Gate:
     def errors(self, loss: torch.Tensor, gradients: list[torch.Tensor]) -> Errors:
         """Of a peer's step; `gradients` in the order of `Batch.differentiated`."""
         dhidden, dweight = [*gradients, None][:2]
-        found = self._errors(
-            Sampled(loss, dhidden[self.rows], None if dweight is None else dweight[self.vocab])
-        )
+        dweight_rows = None if dweight is None else dweight[self.vocab]
+        found = self._errors(Sampled(loss, dhidden[self.rows], dweight_rows))
         for name, gradient in zip(("dhidden", "dweight"), gradients, strict=False):
             if not gradient.isfinite().all():
                 found.norms[name] = math.inf
@@ -131,9 +128,7 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     def logits(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return transformed(F.linear(hidden.to(dtype), weight, bias).to(wide), batch.transform)
 
-    def gradient(
-        z: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, entries: torch.Tensor
-    ) -> torch.Tensor:
+    def gradient(z: torch.Tensor, x: torch.Tensor, tokens: torch.Tensor, entries: torch.Tensor):
         p = (z.detach() - lse[tokens, None]).exp()
         is_label = (labels[tokens, None] == entries).to(wide)
         return torch.autograd.grad(z, x, g[tokens, None] * (is_label - p))[0]

@@ -57,9 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"make gpu needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
         return 2
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        print(
-            f"make gpu needs {', '.join(missing)}: python -m pip install {' '.join(missing)}", file=sys.stderr
-        )
+        install = f"python -m pip install {' '.join(missing)}"
+        print(f"make gpu needs {', '.join(missing)}: {install}", file=sys.stderr)
         return 2
     from benchmarks.report import environment, write_json
 
@@ -161,19 +160,15 @@ def run(command: Sequence[str], seconds: float) -> str:
 
 def collect(step: Step, report: dict[str, Any]) -> None:
     """Take over the result of a step, also of one that was cut."""
-    if step.result.suffix == ".xml":
-        collect_tests(step.result, report)
+    if step.result.suffix == ".json":
+        result = json.loads(step.result.read_text(encoding="utf-8"))
+        if step.name == "tuning":
+            report["tuning"] = result
+        else:
+            report["reports"][step.name] = result | {"commit": report["environment"]["commit"]}
         return
-    result = json.loads(step.result.read_text(encoding="utf-8"))
-    if step.name == "tuning":
-        report["tuning"] = result
-    else:
-        report["reports"][step.name] = result | {"commit": report["environment"]["commit"]}
-
-
-def collect_tests(junit: Path, report: dict[str, Any]) -> None:
     tests = report.setdefault("gpu_tests", {"passed": 0, "failed": {}, "skipped": {}})
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in ElementTree.parse(step.result).iter("testcase"):
         if "name" not in case.attrib:  # the test was interrupted
             continue
         found = next((child for child in case if child.tag in OUTCOMES), None)

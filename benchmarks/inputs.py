@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.objectives import BETA, OBJECTIVES, Objective
 from focalkern.records import LogitTransform
@@ -51,15 +52,13 @@ class Shape:
         return LogitTransform(softcap=self.softcap, logit_scale=self.logit_scale)
 
 
-SHAPES = {
-    shape.name: shape
-    for shape in (
-        Shape("llama3-8b", 4096, 128256),
-        Shape("mistral-7b", 4096, 32768),
-        Shape("gemma2-9b", 3584, 256000, softcap=30.0),
-        Shape("qwen2.5-7b", 3584, 152064),
-    )
-}
+_MODELS = (
+    Shape("llama3-8b", 4096, 128256),
+    Shape("mistral-7b", 4096, 32768),
+    Shape("gemma2-9b", 3584, 256000, softcap=30.0),
+    Shape("qwen2.5-7b", 3584, 152064),
+)
+SHAPES = {shape.name: shape for shape in _MODELS}
 
 
 @dataclass(frozen=True)
@@ -141,18 +140,11 @@ class Sequences:
     def lengths(self) -> list[int]:
         return self.cu_seqlens.diff().tolist()
 
-    @functools.cached_property
-    def slots(self) -> torch.Tensor:  # [N]
-        """Where each token lies in `[2B, longest]`."""
-        position = torch.arange(max(self.lengths), device=self.cu_seqlens.device)
-        return (position < self.cu_seqlens.diff()[:, None]).flatten().nonzero()[:, 0]
-
     def padded(self, values: torch.Tensor, fill: float = 0) -> torch.Tensor:  # [N, ...] -> [2B, longest, ...]
         """No copy if all sequences are as long."""
-        size = len(self.lengths), max(self.lengths), *values.shape[1:]
         if min(self.lengths) == max(self.lengths):
-            return values.view(size)
-        return values.new_full(size, fill).flatten(0, 1).index_copy(0, self.slots, values).view(size)
+            return values.view(len(self.lengths), -1, *values.shape[1:])
+        return pad_sequence(values.split(self.lengths), batch_first=True, padding_value=fill)
 
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:  # [N] -> [2B]
         return self.padded(per_token).sum(-1)

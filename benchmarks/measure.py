@@ -11,9 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import psutil
@@ -22,16 +21,11 @@ import torch
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A forward pass, and the backward pass that takes its result (None where there is none)."""
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None
-
-
-def reraise(name: str, error: Exception) -> None:
-    raise error
 
 
 def interleaved_times(
@@ -40,7 +34,7 @@ def interleaved_times(
     warmup: int,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
-    on_failure: Callable[[str, Exception], None] = reraise,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
@@ -53,6 +47,8 @@ def interleaved_times(
             try:
                 run = time_once(steps[name], device)
             except Exception as error:
+                if on_failure is None:
+                    raise
                 del runs[name]
                 on_failure(name, error)
                 continue
@@ -72,12 +68,8 @@ def interleaved_times(
 def in_ms(seconds: Iterable[float]) -> dict[str, Any]:
     """Median and range, and each run in the order in which they ran."""
     samples = [round(1e3 * run, 4) for run in seconds]
-    return {
-        "median": statistics.median(samples),
-        "min": min(samples),
-        "max": max(samples),
-        "samples": samples,
-    }
+    median = statistics.median(samples)
+    return {"median": median, "min": min(samples), "max": max(samples), "samples": samples}
 
 
 def time_once(step: Step, device: torch.device) -> tuple[float, float]:
@@ -109,8 +101,7 @@ def release_cached() -> None:
         torch.cuda.empty_cache()
 
 
-@dataclass(frozen=True)
-class PeakMemory:
+class PeakMemory(NamedTuple):
     """Bytes that a call needed at its peak beyond the memory before it and the tensors that it returned."""
 
     extra: int

@@ -1,11 +1,12 @@
-"""The losses that the benchmark compares: one plain definition, for the peers' log-probs and for float64."""
+"""The losses that the benchmark compares: the reference's definition for all, float64 included."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from focalkern.reference import pair_losses
 
 BETA = 0.1  # of DPO and FocalPO
 # Averages over tokens differ from pair to pair by this much through fp32 rounding alone, in units of their
@@ -34,12 +35,11 @@ class Objective:
         ref_logps = ref_logps.to(logps.dtype)
         if self.length_normalize:
             logps, ref_logps = logps / lengths, ref_logps / lengths
-        chosen, rejected = (logps if self.reference_free else logps - ref_logps).chunk(2)
-        u = self.beta * (chosen - rejected) - self.margin
+        margin = self.margin
         if self.alpha:
-            u = u - self.alpha * self._adaptive_margin(logps.detach(), ref_logps)
-        log_p = F.logsigmoid(u)
-        return -(self.gamma * log_p).exp() * log_p
+            margin = margin + self.alpha * self._adaptive_margin(logps.detach(), ref_logps)
+        refs = (0.0, 0.0) if self.reference_free else ref_logps.chunk(2)
+        return pair_losses(*logps.chunk(2), *refs, beta=self.beta, gamma=self.gamma, margin=margin)
 
     def _adaptive_margin(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:  # [B]
         """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
@@ -51,12 +51,10 @@ class Objective:
 
 
 # The defaults of `FusedFocalPOLoss` and its presets, which are the papers'.
-OBJECTIVES = {
-    objective.name: objective
-    for objective in (
-        Objective("dpo", BETA),
-        Objective("focalpo", BETA, gamma=0.05),
-        Objective("alpha-dpo", 10.0, margin=4.0, alpha=0.5, reference_free=True, length_normalize=True),
-        Objective("simpo", 2.0, margin=1.0, reference_free=True, length_normalize=True),
-    )
-}
+_DEFAULTS = (
+    Objective("dpo", BETA),
+    Objective("focalpo", BETA, gamma=0.05),
+    Objective("alpha-dpo", 10.0, margin=4.0, alpha=0.5, reference_free=True, length_normalize=True),
+    Objective("simpo", 2.0, margin=1.0, reference_free=True, length_normalize=True),
+)
+OBJECTIVES = {objective.name: objective for objective in _DEFAULTS}

@@ -6,11 +6,10 @@ function. Both raise `Unavailable` with the reason where the peer cannot run.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,7 @@ LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the fast
 QUACK_ROWS = 4096  # QuACK's default chunk
 
 
-@dataclass(frozen=True)
-class PeerLoss:
+class PeerLoss(NamedTuple):
     """What a peer computes from a batch."""
 
     loss: torch.Tensor
@@ -39,8 +37,7 @@ class Unavailable(Exception):
     """The peer cannot run here, or not on this batch; the message says why."""
 
 
-@dataclass(frozen=True)
-class Peer:
+class Peer(NamedTuple):
     """One way to compute the loss: its name in the table, and how to get it."""
 
     name: str
@@ -74,7 +71,7 @@ def load_compiled(device_type: str) -> LossFn:
     batch: it fuses what follows the GEMM of the logits, and keeps them for the backward."""
     require_compiler(device_type)
 
-    @functools.partial(torch.compile, dynamic=False)
+    @partial(torch.compile, dynamic=False)
     def token_logps(hidden, weight, bias, labels, transform):
         logits = transformed(F.linear(hidden, weight, bias).float(), transform)
         return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
@@ -96,7 +93,7 @@ def require_compiler(device_type: str) -> None:
     torch.compiler.reset()
 
 
-@functools.cache
+@cache
 def compiler_problem(device_type: str) -> str:
     try:
         torch.compile(lambda x: x.sin() + 1)(torch.zeros(16, device=device_type))
@@ -105,31 +102,29 @@ def compiler_problem(device_type: str) -> str:
     return ""
 
 
+@contextlib.contextmanager
+def importing(package: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # QuACK raises more than ImportError where its DSL does not fit the machine
+        raise Unavailable(f"{package} cannot be imported: {first_line(error)}") from error
+
+
 def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def load_trl(device_type: str) -> LossFn:
     """TRL's fused head with its default vocabulary chunk, asked for the log-probs alone."""
-    try:
+    with importing("TRL with a fused LM head (>= 1.16)"):
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-    except ImportError as error:
-        raise Unavailable(f"TRL with a fused LM head (>= 1.16) cannot be imported: {error}") from error
 
     def loss(batch: Batch) -> PeerLoss:
-        logps = ChunkedLogProbFunction.apply(
-            batch.hidden,
-            batch.weight,
-            batch.bias,
-            batch.labels,
-            1.0,  # temperature
-            _CHUNKED_LOGPROB_CHUNK_SIZE,
-            batch.transform.softcap,
-            batch.transform.logit_scale,
-            ("log_probs",),
-        )[0]
-        return loss_of_tokens(batch, logps)
+        head = (batch.hidden, batch.weight, batch.bias, batch.labels)
+        temperature, softcap, scale = 1.0, batch.transform.softcap, batch.transform.logit_scale
+        options = (temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, scale, ("log_probs",))
+        return loss_of_tokens(batch, ChunkedLogProbFunction.apply(*head, *options)[0])
 
     return loss
 
@@ -142,15 +137,13 @@ def load_liger(device_type: str) -> LossFn:
     it is given them, in the place of these hidden states. Shorter sequences are padded.
     """
     require_compiler(device_type)
-    try:
+    with importing("liger-kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearSimPOLoss
         from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
-    except ImportError as error:
-        raise Unavailable(f"liger-kernel cannot be imported: {error}") from error
     given_reference(LigerFusedLinearPreferenceBase)
 
     def loss(batch: Batch) -> PeerLoss:
-        require_plain_logits("Liger's head", batch.transform)
+        require(batch, "Liger's head", "bias")
         objective = batch.objective
         hidden, labels = batch.sequences.padded(batch.hidden), batch.sequences.padded(batch.labels, fill=-100)
         reference = {}
@@ -185,7 +178,7 @@ def given_reference(base: Any) -> None:
     base.chunk_forward = staticmethod(chunk_forward)
 
 
-def load_cce(device_type: str, impl: str) -> LossFn:
+def load_cce(impl: str, device_type: str) -> LossFn:
     """Apple's Cut Cross-Entropy, per token: its kernels ("cce"), or its "torch_compile" of plain PyTorch.
 
     The kernels with their default filter (`filter_eps="high"`): tiles whose softmax is below eps/32 are left
@@ -195,26 +188,21 @@ def load_cce(device_type: str, impl: str) -> LossFn:
         raise Unavailable("CCE's kernels need a CUDA device")
     if impl == "torch_compile":
         require_compiler(device_type)
-    try:
+    with importing("cut-cross-entropy"):
         from cut_cross_entropy import linear_cross_entropy
-    except ImportError as error:
-        raise Unavailable(f"cut-cross-entropy cannot be imported: {error}") from error
 
     def loss(batch: Batch) -> PeerLoss:
         if impl == "cce" and batch.hidden.dtype == torch.float32:
             raise Unavailable("CCE's kernels take bf16 and fp16 alone")
-        if batch.bias is not None:
-            raise Unavailable("CCE has no bias")
-        require_plain_logits("CCE", LogitTransform(logit_scale=batch.transform.logit_scale))
+        require(batch, "CCE", "softcap")
         options = {"softcap": batch.transform.softcap, "reduction": "none", "impl": impl}
-        return loss_of_tokens(
-            batch, -linear_cross_entropy(batch.hidden, batch.weight, batch.labels, **options)
-        )
+        nll = linear_cross_entropy(batch.hidden, batch.weight, batch.labels, **options)
+        return loss_of_tokens(batch, -nll)
 
     return loss
 
 
-def load_torch_lce(device_type: str, rows: int | None) -> LossFn:
+def load_torch_lce(rows: int | None, device_type: str) -> LossFn:
     """`torch.nn.functional.linear_cross_entropy` per token (PyTorch 2.13), chunked over the tokens.
 
     In two settings: its "auto" chunks, which on CUDA are of few rows and save memory, and chunks of `rows`.
@@ -226,7 +214,7 @@ def load_torch_lce(device_type: str, rows: int | None) -> LossFn:
     options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)}
 
     def loss(batch: Batch) -> PeerLoss:
-        require_plain_logits("linear_cross_entropy", batch.transform)
+        require(batch, "linear_cross_entropy", "bias")
         given = (batch.hidden, batch.weight, batch.labels)
         nll = F.linear_cross_entropy(*given, linear_bias=batch.bias, **options)
         return loss_of_tokens(batch, -nll.float())
@@ -234,7 +222,7 @@ def load_torch_lce(device_type: str, rows: int | None) -> LossFn:
     return loss
 
 
-def load_quack(device_type: str, fused: bool) -> LossFn:
+def load_quack(fused: bool, device_type: str) -> LossFn:
     """QuACK's chunked linear cross-entropy, with the gradients fused into its GEMMs (`fused`) or in steps.
 
     Its loss is one sum, and the gradients are made in the forward: it is called once for each sequence, whose
@@ -243,62 +231,54 @@ def load_quack(device_type: str, fused: bool) -> LossFn:
     """
     if device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         raise Unavailable("QuACK's linear cross-entropy is for Hopper GPUs")
-    try:
+    with importing("quack-kernels (>= 0.6)"):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy, scaled_exp_lce_supported
-    except Exception as error:  # its CuTe DSL raises more than ImportError where it does not fit the machine
-        raise Unavailable(f"quack-kernels (>= 0.6) cannot be imported: {first_line(error)}") from error
 
     def loss(batch: Batch) -> PeerLoss:
-        require_plain_logits("QuACK", batch.transform)
-        if batch.bias is not None:
-            raise Unavailable("QuACK's chunked linear cross-entropy has no bias")
+        require(batch, "QuACK's chunked linear cross-entropy")
         if fused and not scaled_exp_lce_supported(batch.hidden, batch.weight, QUACK_ROWS, "sum"):
             raise Unavailable("QuACK's fused pipeline takes bf16 and a vocabulary of whole tiles alone")
         lengths = batch.sequences.lengths
         if not fused and any(length % 8 for length in lengths):
             raise Unavailable("QuACK's chunks need sequences of a multiple of 8 tokens")
         sequences = zip(batch.hidden.split(lengths), batch.labels.split(lengths), strict=True)
-        sums = [
-            chunked_linear_cross_entropy(
-                hidden, batch.weight, labels, QUACK_ROWS, reduction="sum", use_scaled_exp=fused
-            )
-            for hidden, labels in sequences
-        ]
+        nll_of = partial(chunked_linear_cross_entropy, reduction="sum", use_scaled_exp=fused)
+        sums = [nll_of(hidden, batch.weight, labels, QUACK_ROWS) for hidden, labels in sequences]
         return PeerLoss(batch.losses(-torch.stack(sums).float()).mean())
 
     return loss
 
 
-def require_plain_logits(name: str, transform: LogitTransform) -> None:
-    if transform.softcap is not None:
-        raise Unavailable(f"{name} has no softcap")
-    if not math.isclose(transform.logit_scale, 1.0):
-        raise Unavailable(f"{name} has no logit scale")
+def require(batch: Batch, name: str, *has: str) -> None:
+    """Raise `Unavailable` where the head of the batch has what this peer has not."""
+    asked = {
+        "softcap": batch.transform.softcap is not None,
+        "logit scale": batch.transform.logit_scale != 1,
+        "bias": batch.bias is not None,
+    }
+    for what, is_asked in asked.items():
+        if is_asked and what not in has:
+            raise Unavailable(f"{name} has no {what}")
 
 
-def load_focalkern(device_type: str, backend: str, backward: str, tau: float | str) -> LossFn:
+def load_focalkern(name: str, tau: float | str, device_type: str) -> LossFn:
     """This library."""
+    backend, _, exact = name.partition("-")
     if backend == "triton" and device_type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
 
-    @functools.cache
+    @cache
     def configured(objective: Objective, transform: LogitTransform) -> FusedFocalPOLoss:
         options = {name: value for name, value in vars(objective).items() if name != "name"}
         # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
-        options |= {"ema_momentum": 0.0, "backend": backend, "backward": backward, "tau": tau}
+        options |= {"ema_momentum": 0.0, "backend": backend, "backward": exact or "certified", "tau": tau}
         return FusedFocalPOLoss(**options, **transform._asdict()).to(device_type)
 
     def loss(batch: Batch) -> PeerLoss:
-        ref_chosen, ref_rejected = batch.ref_logps.chunk(2)
-        out = configured(batch.objective, batch.transform)(
-            batch.hidden,
-            batch.weight,
-            batch.labels,
-            bias=batch.bias,
-            ref_chosen_logps=ref_chosen,
-            ref_rejected_logps=ref_rejected,
-            cu_seqlens=batch.sequences.cu_seqlens,
-        )
+        refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref_logps.chunk(2), strict=True))
+        options = {"bias": batch.bias, "cu_seqlens": batch.sequences.cu_seqlens, **refs}
+        loss_fn = configured(batch.objective, batch.transform)
+        out = loss_fn(batch.hidden, batch.weight, batch.labels, **options)
         return PeerLoss(out.loss, out.kept_share)
 
     return loss
@@ -307,22 +287,19 @@ def load_focalkern(device_type: str, backend: str, backward: str, tau: float | s
 def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
     """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
 
-    def load(function: Callable[..., LossFn], *options: Any) -> Callable[[str], LossFn]:
-        return lambda device_type: function(device_type, *options)
-
-    return {
-        "triton": Peer("focalkern (triton)", load(load_focalkern, "triton", "certified", tau)),
-        "triton-exact": Peer("focalkern (triton, exact)", load(load_focalkern, "triton", "exact", tau)),
-        "torch": Peer("focalkern (torch)", load(load_focalkern, "torch", "certified", tau)),
-        "torch-exact": Peer("focalkern (torch, exact)", load(load_focalkern, "torch", "exact", tau)),
+    ours = {
+        name: Peer(f"focalkern ({', '.join(name.split('-'))})", partial(load_focalkern, name, tau))
+        for name in ("triton", "triton-exact", "torch", "torch-exact")
+    }
+    return ours | {
         "eager": Peer("eager PyTorch", load_eager),
         "compile": Peer("compiled PyTorch", load_compiled, compiled=True),
         "trl": Peer("TRL head", load_trl),
         "liger": Peer("Liger", load_liger, compiled=True),
-        "cce": Peer("CCE", load(load_cce, "cce")),
-        "cce-compile": Peer("CCE (torch_compile)", load(load_cce, "torch_compile"), compiled=True),
-        "torch-lce": Peer("PyTorch LCE", load(load_torch_lce, None)),
-        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", load(load_torch_lce, LCE_ROWS)),
-        "quack": Peer("QuACK chunked", load(load_quack, False)),
-        "quack-fused": Peer("QuACK fused", load(load_quack, True)),
+        "cce": Peer("CCE", partial(load_cce, "cce")),
+        "cce-compile": Peer("CCE (torch_compile)", partial(load_cce, "torch_compile"), compiled=True),
+        "torch-lce": Peer("PyTorch LCE", partial(load_torch_lce, None)),
+        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(load_torch_lce, LCE_ROWS)),
+        "quack": Peer("QuACK chunked", partial(load_quack, False)),
+        "quack-fused": Peer("QuACK fused", partial(load_quack, True)),
     }

@@ -12,14 +12,17 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import textwrap
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, FIGURES = Path("benchmarks/results"), Path("docs/figures")
+RESULTS, FIGURE = Path("benchmarks/results"), Path("docs/figures/measured-sharpness.png")
 MIB = 2**20
 PACKAGES = ("torch", "triton", "trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "focalkern")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,9 +70,8 @@ def version(package: str) -> str | None:
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
 
 
 def commit() -> str | None:
@@ -97,34 +99,29 @@ def write_json(data: Json, path: Path) -> None:
 
 # A comparison: as `throughput.py` writes it, and in a table
 
+COLUMNS = {
+    "peer": "peer",
+    "forward_ms.median": "forward",
+    "backward_ms.median": "backward",
+    "both_ms.median": "both",
+    "kept_share": "kept",
+    "extra_bytes": "extra",
+    "extra_bytes_is_upper_limit": "is_limit",
+    "errors.dhidden": "dhidden",
+    "errors.dweight": "dweight",
+}
+
 
 def frame(comparison: Json) -> pd.DataFrame:
     """A line for each peer that was timed, by its short name: milliseconds, MiB, relative errors."""
-    lines = {
-        row["id"]: {
-            "peer": row["peer"],
-            "forward": row["forward_ms"]["median"],
-            "backward": row["backward_ms"]["median"],
-            "both": row["both_ms"]["median"],
-            "fastest": row["both_ms"]["min"],
-            "slowest": row["both_ms"]["max"],
-            "kept": row.get("kept_share"),
-            "extra": row["extra_bytes"] / MIB if "extra_bytes" in row else None,
-            "memory": memory_of(row),
-            "dhidden": row["errors"]["dhidden"],
-            "dweight": row["errors"].get("dweight"),
-        }
-        for row in comparison["rows"]
-        if "both_ms" in row
-    }
-    found = pd.DataFrame.from_dict(lines, orient="index")
-    ours = next((name for name in OURS if name in lines), None)
-    return found.assign(ratio=found["both"] / lines[ours]["both"] if ours else None) if lines else found
+    timed = pd.json_normalize([row for row in comparison["rows"] if "both_ms" in row])
+    found = timed.reindex(columns=["id", *COLUMNS]).set_index("id").rename(columns=COLUMNS)
+    ours = found["both"].get(ours_in(found))
+    return found.assign(extra=found["extra"] / MIB, ratio=ours and found["both"] / ours)
 
 
-def memory_of(row: Json) -> str | None:
-    limit = "≤ " if row.get("extra_bytes_is_upper_limit") else ""
-    return f"{limit}{row['extra_bytes'] / MIB:,.0f}" if "extra_bytes" in row else None
+def ours_in(found: pd.DataFrame) -> str | None:
+    return next((name for name in OURS if name in found.index), None)
 
 
 def kind_of(comparison: Json) -> str:
@@ -144,21 +141,19 @@ def terminal(comparison: Json) -> str:
     about, rows = comparison["input"], comparison["rows"]
     gradients = "dhidden alone (frozen head)" if comparison["frozen_head"] else "dhidden and dweight"
     saturated, pairs = comparison["saturated_pairs"], comparison["pairs"]
+    pairs = f"{pairs} pairs, {saturated} of them saturated" if saturated else f"{pairs} pairs"
     intro = [
-        f"{comparison['loss']}, {size_of(comparison)}; {pairs} pairs"
-        + (f", {saturated} of them saturated" if saturated else "")
-        + f"; gradients: {gradients}",
+        f"{comparison['loss']}, {size_of(comparison)}; {pairs}; gradients: {gradients}",
         f"{kind_of(comparison)}: NLL {about['nll']:.2f}, entropy {about['entropy']:.2f}, "
         f"{about['entries']:.0f} softmax entries above 2^-12 per token",
         f"bare GEMM {number(comparison['bare_gemm_ms']['median'])} ms, fp32 logits "
         f"{comparison['fp32_logits_bytes'] / MIB:,.0f} MiB; plain PyTorch's error in {comparison['dtype']} "
         f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",
     ]
-    found, table = frame(comparison), []
-    if len(found):
-        shown = cells(found).set_index("peer")[["forward", "both", "ratio", "kept", "memory", "dhidden"]]
-        shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
-        table = [shown.rename_axis(None).to_string()]
+    shown = cells(frame(comparison)).set_index("peer").rename_axis(None)
+    shown = shown[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
+    shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
+    table = [shown.to_string()] if len(shown) else []
     reasons = defaultdict(list)
     for row in rows:
         if row["status"] != "ok" or row["note"]:
@@ -198,29 +193,25 @@ SWEEPS = {  # over what: the axis, and the quantities of the two panels
 MARKERS = "os^DvPX*<>hdp8"  # not every reader tells the colours apart
 
 
-def sweep(report: Json, over: str) -> list[list[Json]]:
-    """Groups of comparisons that differ in nothing but the tokens or the sharpness, in that order."""
-    groups = defaultdict(list)
-    for comparison in sorted(report["comparisons"], key=lambda each: (is_flat(each), place(each, over))):
-        about = comparison["input"]
-        other = (about["kind"], about.get("scale")) if over == "tokens" else comparison["tokens"]
-        names = ("dtype", "loss", "frozen_head", "saturated_pairs")
-        groups[(*(comparison[name] for name in names), other)].append(comparison)
-    return [group for group in groups.values() if len(group) > 1]
-
-
-def is_flat(comparison: Json) -> bool:
-    return comparison["input"]["kind"] == "untrained"
-
-
-def place(comparison: Json, over: str) -> float:
-    return comparison["tokens"] if over == "tokens" else comparison["input"]["entries"]
+def sweep(report: Json, over: str) -> list[tuple[str, pd.DataFrame]]:
+    """Titles and peers of comparisons that differ in the tokens or the sharpness alone, in that order."""
+    found = []
+    for comparison in report["comparisons"]:
+        about, title = comparison["input"], title_of(comparison, over)
+        if over == "tokens":
+            place, scale = comparison["tokens"], about.get("scale")
+        else:
+            place, scale = math.inf if about["kind"] == "untrained" else about["entries"], None
+        found.append(frame(comparison).assign(place=place, title=title, scale=scale))
+    table = pd.concat(found).sort_values("place", kind="stable")
+    groups = table.groupby(["title", "scale"], sort=False, dropna=False)
+    return [(title, group) for (title, _), group in groups if group["place"].nunique() > 1]
 
 
 def title_of(comparison: Json, over: str) -> str:
     shape, saturated = comparison["shape"], comparison["saturated_pairs"]
     words = [f"{shape['hidden']} × {shape['vocab']}", comparison["dtype"], comparison["loss"]]
-    words.append(kind_of(comparison) if over == "tokens" else f"{comparison['tokens']} tokens")
+    words.append(f"{comparison['tokens']} tokens" if over == "sharpness" else kind_of(comparison))
     words += ["frozen head"] if comparison["frozen_head"] else []
     return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
 
@@ -232,20 +223,19 @@ def draw(report: Json, over: str, path: Path) -> None:
     (axis, quantities), groups, handles = SWEEPS[over], sweep(report, over), {}
     figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
-    peers = dict.fromkeys(row["peer"] for comparison in report["comparisons"] for row in comparison["rows"])
-    for group, row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
-        lines = pd.concat([frame(comparison).assign(x=x) for x, comparison in enumerate(group)])
-        ticks = [f"{place(each, over):.0f}" for each in group]
-        if over == "sharpness" and is_flat(group[-1]):
-            ticks[-1] = "random\nweights"
+    rows = [row["peer"] for comparison in report["comparisons"] for row in comparison["rows"]]
+    peers = list(dict.fromkeys(rows))
+    for (title, group), row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
+        places = list(group["place"].unique())
+        ticks = ["random\nweights" if place == math.inf else f"{place:.0f}" for place in places]
         for panel, (column, label) in zip(row, quantities.items(), strict=True):
-            for i, peer in enumerate(peers):  # the same colour and marker in every panel
-                points = lines[lines["peer"] == peer].dropna(subset=column)
+            for peer, points in group.dropna(subset=column).groupby("peer", sort=False):
+                i = peers.index(peer)  # the same colour and marker in every panel
                 style = {"color": f"C{i}", "marker": MARKERS[i % len(MARKERS)]}
                 style["linewidth"] = 2.4 if peer.startswith("focalkern") else 1.2
-                if len(points):
-                    (handles[peer],) = panel.plot(points["x"], points[column].astype(float), **style)
-            panel.set(title=title_of(group[0], over), xlabel=axis, ylabel=label)
+                x = points["place"].map(places.index)
+                (handles[peer],) = panel.plot(x, points[column].astype(float), **style)
+            panel.set(title=title, xlabel=axis, ylabel=label)
             panel.set_xticks(range(len(ticks)), ticks)
             panel.grid(alpha=0.3)
             if over == "tokens":
@@ -263,12 +253,12 @@ def data_hash(report: Json) -> str:
     return hashlib.sha256(json.dumps(report["comparisons"], sort_keys=True).encode()).hexdigest()
 
 
-def plots(report: Json, folder: Path) -> Iterator[Path]:
+def plots(report: Json, folder: Path) -> list[Path]:
     """Draw what the report has several values of; the paths of the plots."""
-    for over in SWEEPS:
-        if sweep(report, over):
-            draw(report, over, folder / f"over-{over}.png")
-            yield folder / f"over-{over}.png"
+    paths = {over: folder / f"over-{over}.png" for over in SWEEPS if sweep(report, over)}
+    for over, path in paths.items():
+        draw(report, over, path)
+    return list(paths.values())
 
 
 # Pages
@@ -277,30 +267,22 @@ STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
 SATURATED = "cpu-saturated-bf16"
 LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
 SMALL = "cpu-2048x512x32768"
-PLOTS = {"measured-sharpness.png": (SHARPNESS, "sharpness")}
 # Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
 # `frame` for that peer, `{ours ...}` one for focalkern.
 BY_INPUT = {
     "results": {
         "device, tokens × H × V, dtype": "{device}, {size}",
-        "focalkern": "{ours both}",
+        "focalkern, kept share": "{ours both}, {ours kept}",
         "TRL's head": "{trl ratio}",
         "fastest other method": "{fastest}",
         "extra memory": "{memories}",
     },
-    "errors": {
+    "sharpness": {
         "entries, dtype": "{entries}",
         "kept share": "{ours kept}",
+        "time: certified, exact, TRL, eager": "{ours both}, {torch-exact ratio}, {trl ratio}, {eager ratio}",
         "dhidden: certified, exact, TRL": "{torch dhidden}, {torch-exact dhidden}, {trl dhidden}",
         "dweight: certified, exact, TRL": "{torch dweight}, {torch-exact dweight}, {trl dweight}",
-    },
-    "times": {
-        "entries, dtype": "{entries}",
-        "kept share": "{ours kept}",
-        "focalkern (forward)": "{ours both} ({ours forward})",
-        "exact": "{torch-exact both}, {torch-exact ratio}",
-        "TRL": "{trl both}, {trl ratio}",
-        "eager": "{eager both}, {eager ratio}",
     },
     "saturated": {
         "saturated": "{saturated}",
@@ -325,33 +307,30 @@ class Results:
             for report in (file, *file.get("reports", {}).values()):
                 for comparison in report.get("comparisons", []):
                     comparison["device"] = report["device"]
+        self.gpus = [file for file in self.files.values() if "reports" in file]  # of `make gpu`
 
     def comparisons(self, *names: str) -> list[Json]:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
 
-    @property
-    def gpus(self) -> list[Json]:
-        """What `make gpu` wrote on each device."""
-        return [file for file in self.files.values() if "reports" in file]
-
-    def on_gpus(self) -> list[Json]:
-        """The first comparison of each GPU, if focalkern was timed in it."""
+    def of_sizes(self) -> list[Json]:
+        """The first comparison of each GPU, if focalkern was timed in it; then those of the CPU."""
         reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
         firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
-        return [each for each in firsts if not frame(each).index.intersection(OURS).empty]
+        on_gpus = [comparison for comparison in firsts if ours_in(frame(comparison))]
+        return [*on_gpus, *self.comparisons(LLAMA, LARGE, SMALL)]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
-        said = []
+        links = defaultdict(list)
         for name in names:
             file = self.files[name]
             run = f"{file['device']}, {file['threads']} threads, torch {file['versions']['torch']}"
             run += f", {file['date'][:10]}, medians of {file['repeats']} runs"
-            said.append(f"{run}: [{name}.json](../{RESULTS}/{name}.json).")
-        return "\n\n".join(said)
+            links[run].append(f"[{name}.json](../{RESULTS}/{name}.json)")
+        return "\n\n".join(f"{run}: {', '.join(files)}." for run, files in links.items())
 
 
-def markdown(columns: dict[str, Any]) -> str:
+def markdown(columns: dict[str, Any] | pd.DataFrame) -> str:
     """The first column to the left, the others to the right."""
     table = pd.DataFrame(columns)
     lines = [list(table), ["---", *["---:"] * (len(table.columns) - 1)], *table.values.tolist()]
@@ -360,9 +339,12 @@ def markdown(columns: dict[str, Any]) -> str:
 
 def by_input(name: str, comparisons: list[Json]) -> str:
     """A table of `BY_INPUT`."""
-    words = [words_of(comparison) for comparison in comparisons]
-    columns = BY_INPUT[name].items()
+    words, columns = [words_of(comparison) for comparison in comparisons], BY_INPUT[name].items()
     return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
+
+
+def certified(name: str, file: str, results: Results) -> str:
+    return f"{by_input(name, results.comparisons(file))}\n\n{results.sources(file)}"
 
 
 def words_of(comparison: Json) -> dict[str, str]:
@@ -374,39 +356,31 @@ def words_of(comparison: Json) -> dict[str, str]:
     words = {
         "device": comparison["device"],
         "fastest": f"{shown.at[fastest, 'ratio']}, {found.at[fastest, 'peer']}",
-        "memories": f"{found.at[ours, 'memory']} : {found.at[fastest, 'memory']} MiB",
+        "memories": f"{shown.at[ours, 'extra'].removesuffix(' MiB')} : {shown.at[fastest, 'extra']}",
         "size": size_of(comparison),
         "saturated": f"{comparison['saturated_pairs']} of {comparison['pairs']} pairs",
-        "entries": "random weights" if is_flat(comparison) else entries,
+        "entries": "random weights" if comparison["input"]["kind"] == "untrained" else entries,
     }
     peers = {**shown.T.to_dict(), "ours": shown.loc[ours]}
     words |= {f"{name} {column}": cell for name, row in peers.items() for column, cell in row.items()}
     return defaultdict(lambda: "–", words)
 
 
-def ours_in(found: pd.DataFrame) -> str:
-    return next(name for name in OURS if name in found.index)
-
-
 def cells(found: pd.DataFrame) -> pd.DataFrame:
-    """A `frame`, as pages show it."""
+    """A `frame`, as terminal and pages show it."""
     formats: dict[str, Callable[[Any], str]] = {
         "forward": duration,
         "backward": duration,
         "both": duration,
         "ratio": lambda value: f"{number(value)}×",
         "kept": percent,
-        "memory": "{} MiB".format,
+        "extra": "{:,.0f} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
     }
     shown = {name: found[name].map(shape, na_action="ignore") for name, shape in formats.items()}
-    return found.assign(**shown, range=found.apply(range_of, axis=1)).astype(object).fillna("–")
-
-
-def range_of(peer: pd.Series) -> str:
-    scale = 1000 if peer["both"] >= 1000 else 1
-    return f"({number(peer['fastest'] / scale)}–{number(peer['slowest'] / scale)})"
+    text = found.assign(**shown).astype(object).fillna("–")
+    return text.assign(extra=text["extra"].mask(found["is_limit"].eq(True), "≤ " + text["extra"]))
 
 
 def duration(ms: float) -> str:
@@ -430,44 +404,23 @@ def summary(results: Results) -> str:
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "
         "estimates from the compiled code."
     )
-    return "\n\n".join([step, *(map(tests_of, results.gpus) if results.gpus else [no_gpu])])
+    tests = [(gpu["device"], gpu.get("gpu_tests", {"passed": 0, "failed": {}})) for gpu in results.gpus]
+    said = [f"{name}: {of['passed']} GPU tests passed, {len(of['failed'])} failed." for name, of in tests]
+    return "\n\n".join([step, *(said or [no_gpu])])
 
 
-def tests_of(gpu: Json) -> str:
-    tests = gpu.get("gpu_tests") or {"passed": 0, "failed": {}}
-    failed = f", {len(tests['failed'])} failed" if tests["failed"] else ""
-    return f"{gpu['device']}: {tests['passed']} GPU tests passed{failed}."
-
-
-def results_table(results: Results) -> str:
-    """Four rows: GPUs first."""
-    cpu = results.comparisons(LLAMA, LARGE, SMALL)
-    kept = [row.get("kept_share") for each in cpu for row in each["rows"] if row["id"] in OURS]
-    shares = ", ".join(percent(share) for share in kept if share and share < 1)
-    said = (
-        "Extra memory: focalkern's, then the fastest other method's. The input is synthetic: in bf16 the "
-        f"backward keeps {shares} of the vocabulary blocks; in fp32 the exact one runs. All methods: "
-        "[docs/performance.md](docs/performance.md#results)."
-    )
-    return f"{by_input('results', [*results.on_gpus(), *cpu][:4])}\n\n{said}"
-
-
-def peers_tables(results: Results) -> str:
-    """All peers, on each GPU and on the CPU with a large and a smaller vocabulary."""
-    blocks = []
-    for comparison in [*results.on_gpus(), *results.comparisons(LLAMA, LARGE, SMALL)]:
-        found = cells(frame(comparison))
-        table = {
-            "method": found["peer"],
-            "forward": found["forward"],
-            "both (range)": found["both"] + " " + found["range"],
-            "extra memory": found["memory"],
-            "error of dhidden": found["dhidden"],
-            "over focalkern": found["ratio"],
-        }
-        kept = found.at[ours_in(found), "kept"]
-        blocks += [f"**{comparison['device']}, {size_of(comparison)}**, kept share {kept}:", markdown(table)]
-    return "\n\n".join([*blocks, results.sources(LLAMA, LARGE, SMALL)])
+def peers_table(results: Results) -> str:
+    """All peers, a column for each comparison."""
+    columns = {}
+    for comparison in results.of_sizes()[:5]:
+        found = frame(comparison)
+        shown = cells(found).set_index("peer")
+        kept = shown["kept"].iloc[found.index.get_loc(ours_in(found))]
+        said = shown["ratio"].where(found["ratio"].ne(1).values, shown["both"])
+        title = f"{comparison['device']}, {size_of(comparison)}, kept share {kept}"
+        columns[title] = said + ", " + shown["extra"] + ", " + shown["dhidden"]
+    table = pd.concat(columns, axis=1).fillna("–").rename_axis("method").reset_index()
+    return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL)}"
 
 
 def step_table(results: Results) -> str:
@@ -483,35 +436,20 @@ def step_table(results: Results) -> str:
     return f"{markdown(table)}\n\n{results.sources(STEP)}"
 
 
-def figures(results: Results) -> str:
-    said = "![Forward and backward on {device} over {over}](figures/{file})"
-    return "\n\n".join(
-        said.format(device=results.files[name]["device"], over=over, file=file)
-        for file, (name, over) in PLOTS.items()
-    )
-
-
-def certified(table: str, *names: str) -> Callable[[Results], str]:
-    return lambda results: f"{by_input(table, results.comparisons(*names))}\n\n{results.sources(*names)}"
-
-
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
-    "README.md": {"summary": summary, "results": results_table},
-    "docs/performance.md": {"tables": peers_tables, "plots": figures},
+    "README.md": {"summary": summary, "results": lambda results: by_input("results", results.of_sizes()[:4])},
+    "docs/performance.md": {"table": peers_table},
     "docs/trl.md": {"step": step_table},
     "docs/certified-backward.md": {
-        "errors": certified("errors", SHARPNESS),
-        "times": certified("times", SHARPNESS),
-        "saturated": certified("saturated", SATURATED),
+        "sharpness": partial(certified, "sharpness", SHARPNESS),
+        "saturated": partial(certified, "saturated", SATURATED),
     },
 }
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = parser_of(__doc__)
-    parser.add_argument(
-        "--check", action="store_true", help="change nothing; status 1 if anything is out of date"
-    )
+    parser.add_argument("--check", action="store_true", help="change nothing; status 1 if out of date")
     check = parser.parse_args(arguments).check
     results, stale = Results(root), []
     for page, parts in PAGES.items():
@@ -522,12 +460,10 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             text = updated
         if not check:
             (root / page).write_text(text, encoding="utf-8")
-    for file, (name, over) in PLOTS.items():
-        path = root / FIGURES / file
-        if drawn_from(path) != data_hash(results.files[name]):
-            stale.append(str(FIGURES / file))
-            if not check:
-                draw(results.files[name], over, path)
+    if drawn_from(root / FIGURE) != data_hash(results.files[SHARPNESS]):
+        stale.append(str(FIGURE))
+        if not check:
+            draw(results.files[SHARPNESS], "sharpness", root / FIGURE)
     for what in stale:
         print(f"{what} is out of date: make report" if check else f"{what}: written")
     return 1 if check and stale else 0
@@ -536,22 +472,20 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 def with_part(text: str, name: str, content: str, page: str) -> str:
     """The page with this content between the markers of the part; paragraphs are wrapped."""
     begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
-    if text.count(begin) != 1 or text.count(end) != 1:
-        raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
     fill = textwrap.TextWrapper(115, break_on_hyphens=False, break_long_words=False).fill
-    blocks = [block if block.startswith(("|", "!")) else fill(block) for block in content.split("\n\n")]
-    before, rest = text.split(begin)
-    return "\n\n".join([before + begin, *blocks, end + rest.split(end)[1]])
+    blocks = [block if block.startswith("|") else fill(block) for block in content.split("\n\n")]
+    part = "\n\n".join([begin, *blocks, end])
+    updated, count = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _: part, text, flags=re.S)
+    if count != 1:
+        raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
+    return updated
 
 
 def drawn_from(path: Path) -> str | None:
     """The hash that a figure carries."""
     from PIL import Image
 
-    if not path.exists():
-        return None
-    with Image.open(path) as picture:
-        return picture.info.get("data")
+    return Image.open(path).info.get("data") if path.exists() else None
 
 
 if __name__ == "__main__":

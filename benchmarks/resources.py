@@ -28,8 +28,6 @@ from benchmarks import parser_of
 from benchmarks.aot import CompiledLaunch, compiled_launches, launch_head, launch_kl
 
 BASELINE = Path(__file__).with_name("compiled.json")
-
-
 ARCHS = ("sm_80", "sm_90")
 
 # Beside Llama-3's 8192 rows: Gemma-2's softcap, the entropy and its like, and the tiles for few rows.

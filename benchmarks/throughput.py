@@ -47,12 +47,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure, parser_of
 from benchmarks.capture_file import Capture, CapturedInput, CaptureError
 from benchmarks.check import Gate
-from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, Source, calibrate
+from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
-from focalkern.torch_logits import matmul
+from focalkern.torch_logits import HAS_BF16_PRODUCTS, matmul
 
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
@@ -67,37 +67,31 @@ Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in th
 
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
-    report = begin(options)
-    save = partial(write_json, report, options.json) if options.json else lambda: None
+    report = environment(options.device)
+    device = f"{report['device']} ({options.device.upper()})"
+    print(f"{device}, {report['threads']} threads, torch {report['versions']['torch']}")
+    if (report["load_average"] or 0) > report["cpus"] / 2:
+        load = f"The load average is {report['load_average']:.1f} on {report['cpus']} CPUs"
+        print(wrapped(f"{load}: other work on this machine disturbs the times."))
+    if options.quick:
+        print("--quick leaves compiled peers and memory out; a full run has them.")
+    report |= {name: getattr(options, name) for name in ("command", "repeats", "tau")}
+    report |= {"finished": False, "comparisons": []}
     with measure.memory_limit(options.device):
         for case in cases(options):
-            comparison = compare(options, case)
-            print(terminal(comparison))
-            report["comparisons"].append(comparison)
-            save()  # a run that is killed leaves its comparisons, with `finished` false
-    report["finished"] = True
-    save()
-    written = [options.json] if options.json else []
-    written += plots(report, options.plot) if options.plot else []
+            report["comparisons"].append(compare(options, case))
+            print(terminal(report["comparisons"][-1]))
+            if options.json:
+                write_json(report, options.json)  # what a run that is killed leaves
+    written = plots(report, options.plot) if options.plot else []
+    if options.json:
+        write_json(report | {"finished": True}, options.json)
+        written.append(options.json)
     for path in written:
         print(f"written to {path}")
     rows = [row for comparison in report["comparisons"] for row in comparison["rows"]]
     failed = {row["id"].removesuffix("-exact") for row in rows if row["status"] == "failed"}
     return 1 if failed.intersection(OURS) else 0
-
-
-def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """Say where this runs; the report so far."""
-    about = environment(options.device)
-    device = f"{about['device']} ({options.device.upper()})"
-    print(f"{device}, {about['threads']} threads, torch {about['versions']['torch']}")
-    if about["load_average"] is not None and about["load_average"] > about["cpus"] / 2:
-        load = f"The load average is {about['load_average']:.1f} on {about['cpus']} CPUs"
-        print(wrapped(f"{load}: other work on this machine disturbs the times."))
-    if options.quick:
-        print("--quick leaves compiled peers and memory out; a full run has them.")
-    about |= {"command": options.command, "repeats": options.repeats, "tau": options.tau}
-    return {**about, "launch_table": "shipped", "finished": False, "comparisons": []}
 
 
 # Options
@@ -180,8 +174,7 @@ def settle_size(options: argparse.Namespace, on_cuda: bool) -> None:
 def settle_capture(options: argparse.Namespace) -> None:
     """Shape and sizes of the capture, or of as many of its first pairs as --tokens has room for."""
     names = ("sharpness", "shape", "pairs", "quick")
-    given = [f"--{name}" for name in names if getattr(options, name)]
-    if given:
+    if given := [f"--{name}" for name in names if getattr(options, name)]:
         fail(f"--capture brings its own hidden states and pairs: leave out {' and '.join(given)}")
     try:
         capture = Capture.load(options.capture)
@@ -210,16 +203,11 @@ def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
         fail(f"--plot {options.plot}: is a file, expected a folder")
     if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
         fail("--plot draws over several values of --tokens or --sharpness: give more than one")
-    usual = ["fp32", "bf16"] if has_bf16_products() else ["fp32"]
+    usual = ["fp32", "bf16"] if HAS_BF16_PRODUCTS else ["fp32"]
     options.dtype = options.dtype or (["bf16"] if on_cuda else usual[-1:] if options.quick else usual)
     options.only = options.only or (QUICK_PEERS if options.quick else list(all_peers()))
     options.no_memory |= options.quick
     options.repeats = options.repeats or (20 if on_cuda and not options.quick else 3)
-
-
-def has_bf16_products() -> bool:
-    """Whether this CPU multiplies bf16 matrices by instructions. Without, one product takes minutes."""
-    return getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()
 
 
 # Comparisons
@@ -227,27 +215,29 @@ def has_bf16_products() -> bool:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every combination of what was asked for."""
-    wanted = itertools.product(sources(options), options.saturated, options.head, options.loss)
-    for source, share, head, loss in wanted:
-        # In whole pairs: at least one where the share is not 0, and never all.
-        saturated = min(max(1, round(share * source.pairs)), source.pairs - 1) if share else 0
-        yield Case(source, saturated, HEADS[head], loss)
-
-
-def sources(options: argparse.Namespace) -> Iterator[Source]:
     for dtype, (tokens, pairs) in itertools.product(options.dtype, options.sizes):
         size = options.shape, tokens, pairs, DTYPES[dtype], options.device
         if options.capture is not None:
-            yield CapturedInput(*size, options.capture)
-            continue
-        for entries in options.sharpness:
-            yield Recipe(*size, scale=None) if entries == FLAT else calibrate(Recipe(*size), entries)
+            sources = [CapturedInput(*size, options.capture)]
+        else:
+            recipe = Recipe(*size, scale=None)
+            sources = [recipe if x == FLAT else calibrate(recipe, x) for x in options.sharpness]
+        wanted = itertools.product(sources, options.saturated, options.head, options.loss)
+        for source, share, head, loss in wanted:
+            # In whole pairs: at least one where the share is not 0, and never all.
+            saturated = min(max(1, round(share * pairs)), pairs - 1) if share else 0
+            yield Case(source, saturated, HEADS[head], loss)
 
 
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
-    rows, losses = load_peers(options)
+    rows, losses, source = {}, {}, case.source
+    for name, peer in all_peers(options.tau).items():
+        if name in options.only:
+            rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
+            with recorded(rows[name]):
+                losses[name] = peer.load(options.device)
     gate = Gate(batch)
     for name in tqdm(losses, desc="errors", leave=False, disable=None):
         with recorded(rows[name]):
@@ -256,7 +246,6 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     gemm = measure_times(rows, passed, batch, options.repeats)
     if not options.no_memory:
         measure_memory(rows, passed, batch, case, options.tau)
-    source = case.source
     return {
         "shape": asdict(source.shape),
         "tokens": source.tokens,
@@ -278,17 +267,6 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
 def finite(values: dict[str, float]) -> dict[str, float | str]:
     """JSON has no NaN or infinity: they become words."""
     return {name: value if math.isfinite(value) else str(value) for name, value in values.items()}
-
-
-def load_peers(options: argparse.Namespace) -> tuple[Rows, dict[str, LossFn]]:
-    """A row for every peer, and the loss functions of those that can run."""
-    rows, losses = {}, {}
-    for name, peer in all_peers(options.tau).items():
-        if name in options.only:
-            rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
-            with recorded(rows[name]):
-                losses[name] = peer.load(options.device)
-    return rows, losses
 
 
 @contextlib.contextmanager
@@ -314,8 +292,7 @@ def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau:
     row |= {"errors": finite(found.norms), "scale_errors": finite(found.scale)}
     if out.kept_share is not None:
         row["kept_share"] = out.kept_share.item()
-    wrong = gate.verdict(found, 0.0 if tau == "auto" else float(tau))
-    if wrong:
+    if wrong := gate.verdict(found, 0.0 if tau == "auto" else float(tau)):
         row |= {"status": "failed", "note": wrong}
 
 
@@ -324,10 +301,8 @@ def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: 
     inputs, device = batch.differentiated(), batch.hidden.device
     steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()), None)}
     for name, loss in losses.items():
-        steps[name] = Step(
-            forward=lambda loss=loss: loss(batch).loss,
-            backward=lambda value: torch.autograd.grad(value, inputs),
-        )
+        forward = partial(lambda loss: loss(batch).loss, loss)
+        steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs))
 
     def on_failure(name: str, error: Exception) -> None:
         if name == GEMM:
@@ -363,9 +338,7 @@ def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Ca
             continue
         try:
             if batch.hidden.is_cuda:
-                memory = measure.peak_extra_bytes(
-                    lambda loss=loss: gradients_of(loss, batch), batch.hidden.device
-                )
+                memory = measure.peak_extra_bytes(partial(gradients_of, loss, batch), batch.hidden.device)
             else:
                 memory = measure.in_fresh_process(cpu_memory, name, tau, case)
         except Exception as error:  # refused by the allocator, or the process was killed
@@ -385,7 +358,7 @@ def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
     source = case.source
     small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
     gradients_of(loss, batch if peer.compiled else replace(case, source=small).batch()[0])
-    return measure.peak_extra_bytes(lambda: gradients_of(loss, batch), torch.device("cpu"))
+    return measure.peak_extra_bytes(partial(gradients_of, loss, batch), torch.device("cpu"))
 
 
 if __name__ == "__main__":

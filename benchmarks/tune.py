@@ -23,20 +23,21 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager
 from dataclasses import asdict, astuple, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parser_of
 from benchmarks.aot import compiled_launches, launch_head
-from benchmarks.inputs import Recipe, Shape, calibrate
+from benchmarks.inputs import Case, Recipe, Shape, calibrate
 from benchmarks.peers import first_line
 from benchmarks.report import DTYPES, write_json
 from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config
@@ -131,7 +132,13 @@ def candidates(name: str, setting: Setting) -> list[Launch]:
     rows, *others = CHOICES[base(name)]
     numbers = itertools.product(FEW_ROWS if name.endswith("_few") else rows, *others)
     fitting = [entry for x in numbers if fits(entry := Launch(*x, source=shipped.source), setting)]
-    return list(dict.fromkeys([shipped, *sorted(fitting, key=functools.partial(distance, shipped))]))
+
+    def distance(entry: Launch) -> float:
+        tile, other = astuple(entry)[:4], astuple(shipped)[:4]
+        doublings = sum(abs(math.log2(x / y)) for x, y in zip(tile, other, strict=True))
+        return doublings + abs(entry.num_stages - shipped.num_stages)
+
+    return list(dict.fromkeys([shipped, *sorted(fitting, key=distance)]))
 
 
 def fits(entry: Launch, setting: Setting) -> bool:
@@ -139,11 +146,6 @@ def fits(entry: Launch, setting: Setting) -> bool:
     tile = (entry.block_m + entry.block_n) * entry.block_k * DTYPES[setting.dtype].itemsize
     sums_fit = entry.block_m * entry.block_n <= 32 * entry.num_warps * ACCUMULATORS
     return sums_fit and (entry.num_stages - 1) * tile <= setting.shared_bytes
-
-
-def distance(a: Launch, b: Launch) -> float:
-    doublings = (abs(math.log2(x / y)) for x, y in zip(astuple(a)[:4], astuple(b)[:4], strict=True))
-    return sum(doublings) + abs(a.num_stages - b.num_stages)
 
 
 def base(name: str) -> str:
@@ -154,7 +156,7 @@ def kernel_of(name: str) -> str:
     return f"linear_logps_{base(name)}_kernel"
 
 
-def installed(name: str, entry: Launch) -> AbstractContextManager[Any]:
+def installed(name: str, entry: Launch) -> contextlib.AbstractContextManager[Any]:
     """This entry in the place of the shipped one."""
 
     def config(wanted: str, arch: str, element_bits: int) -> Launch:
@@ -165,19 +167,13 @@ def installed(name: str, entry: Launch) -> AbstractContextManager[Any]:
 
 def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
     """Compile it into Triton's cache on disk; the job, and why that failed if it did."""
-    name, entry = job
-    launch = functools.partial(
-        launch_head,
-        DTYPES[setting.dtype],
-        softcap=TUNED[name].get("softcap"),
-        outputs="outputs" in TUNED[name],
-        hidden_size=setting.hidden,
-        vocab_size=setting.vocab,
-        n=setting.tokens_for(name),
-    )
+    name, options = job[0], TUNED[job[0]]
+    size = {"hidden_size": setting.hidden, "vocab_size": setting.vocab, "n": setting.tokens_for(name)}
+    variant = {"softcap": options.get("softcap"), "outputs": "outputs" in options}
+    launch = partial(launch_head, DTYPES[setting.dtype], **variant, **size)
     try:
         # Triton prints the whole of a kernel that ptxas refuses.
-        with installed(name, entry), contextlib.redirect_stdout(None):
+        with installed(*job), contextlib.redirect_stdout(None):
             if setting.arch != "interpret":
                 compiled_launches(setting.arch, launch, only=kernel_of(name))
     except Exception as error:  # the others are still to be compiled
@@ -191,9 +187,8 @@ def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
 def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
     """What came of it. The status: "ok", "wrong", "failed", or "lost" if this process cannot go on."""
     try:
-        expected, _ = launched(setting, name, setting.shipped(name))
-        results, launches = launched(setting, name, entry)
-        again, _ = launched(setting, name, entry)
+        entries = setting.shipped(name), entry, entry
+        (expected, _), (results, launches), (again, _) = (launched(setting, name, each) for each in entries)
         if not all(map(agree, results, expected)):
             return {"status": "wrong", "note": "differs from the shipped entry"}
         if not all(map(torch.equal, results, again)):
@@ -212,12 +207,12 @@ def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
 def launched(setting: Setting, name: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable]]:
     """What a step gives with this entry, and the launches of its kernel, to be repeated."""
     launches: list[Callable] = []
-    interface = type(linear_logps_fwd_kernel)
+    interface = type(linear_logps_fwd_kernel)  # of the JIT, or of the interpreter
     launch = interface.run
 
     def record(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         if kernel.fn.__name__ == kernel_of(name):
-            launches.append(functools.partial(launch, kernel, *args, **kwargs))
+            launches.append(partial(launch, kernel, *args, **kwargs))
         return launch(kernel, *args, **kwargs)
 
     with installed(name, entry), mock.patch.object(interface, "run", record):
@@ -244,10 +239,10 @@ def inputs(setting: Setting) -> tuple[torch.Tensor, ...]:
     device = "cpu" if setting.arch == "interpret" else "cuda"
     shape = Shape("tuned", setting.hidden, setting.vocab)
     recipe = Recipe(shape, setting.tokens, 4, DTYPES[setting.dtype], device)
-    batch, _ = calibrate(recipe, setting.sharpness).batch()
+    batch = Case(calibrate(recipe, setting.sharpness), saturated=0, frozen_head=False, loss="dpo").batch()[0]
     g = torch.full((setting.tokens,), 0.01, device=device)
     g[: setting.tokens // 2] *= -1
-    return batch.hidden.requires_grad_(), batch.weight.requires_grad_(), batch.labels, g
+    return *batch.differentiated(), batch.labels, g
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -267,9 +262,7 @@ def milliseconds(launches: list[Callable]) -> float:
     if torch.cuda.is_available():
         # As a CUDA graph: the host may take longer for many short launches than the device.
         return triton.testing.do_bench_cudagraph(run, return_mode="median")
-    began = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - began)
+    return 1e3 * Timer("run()", globals={"run": run}).timeit(1).median
 
 
 class Measurer:
@@ -324,7 +317,7 @@ def compiled(setting: Setting, jobs: list[Job], deadline: float) -> Iterator[tup
     """Each job when it is compiled, and why that failed if it did."""
     processes = max(1, min(12, (os.cpu_count() or 1) - 2))
     with SPAWN.Pool(processes) as pool:
-        found = pool.imap_unordered(functools.partial(compile_candidate, setting), jobs)
+        found = pool.imap_unordered(partial(compile_candidate, setting), jobs)
         with contextlib.suppress(StopIteration, multiprocessing.TimeoutError):
             while (left := deadline - time.monotonic()) > 0:
                 yield found.next(left)  # never, if a compiler crashed

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from test_benchmark import CAPPED, PLAIN, SCALED, tiny_batch
+from test_benchmark_runs import RUN
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import throughput
 from benchmarks.check import Gate
 from benchmarks.inputs import LogitTransform
 from benchmarks.objectives import OBJECTIVES
 from benchmarks.peers import Unavailable, all_peers, compiler_problem
+from benchmarks.report import ROOT
 from focalkern import FusedFocalPOLoss
 
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
@@ -49,9 +48,8 @@ def test_pairs_that_differ_by_rounding_alone_have_no_adaptive_margin():
     logps, lengths = torch.tensor([-10.0, -12.0, -20.0, -9.0]), torch.tensor([5, 4, 8, 3])
     objective = OBJECTIVES["alpha-dpo"]
     losses = objective.losses(logps, logps * (1 + torch.tensor([1e-7, 0.0, 0.0, 1e-7])), lengths)
-    torch.testing.assert_close(
-        losses, dataclasses.replace(objective, alpha=0.0).losses(logps, logps, lengths)
-    )
+    without = dataclasses.replace(objective, alpha=0.0)
+    torch.testing.assert_close(losses, without.losses(logps, logps, lengths))
 
 
 @pytest.mark.parametrize(
@@ -63,18 +61,19 @@ def test_pairs_that_differ_by_rounding_alone_have_no_adaptive_margin():
 )  # fmt: skip
 def test_peers_compute_every_loss_they_have(name, transform):
     require(name)
-    batch = tiny_batch(transform, bias=name != "cce-compile")
+    batches = [tiny_batch(transform, bias=name != "cce-compile") for _ in range(2)]
+    batches[1].ref_logps *= 1.1  # alpha-DPO's statistics are those of the batch, not of the batches so far
     loss_fn = all_peers()[name].load("cpu")
-    for batch.objective in OBJECTIVES.values():
-        if name == "liger" and batch.objective.name in ("focalpo", "alpha-dpo"):
-            with pytest.raises(Unavailable, match=f"Liger has no {batch.objective.name}"):
+    for objective, batch in itertools.product(OBJECTIVES.values(), batches):
+        batch.objective = objective
+        if name == "liger" and objective.name in ("focalpo", "alpha-dpo"):
+            with pytest.raises(Unavailable, match=f"Liger has no {objective.name}"):
                 loss_fn(batch)
             continue
         gate = Gate(batch)
-        for _ in range(2):  # alpha-DPO's statistics are those of the batch, not of the batches so far
-            loss = loss_fn(batch).loss
-            gradients = list(torch.autograd.grad(loss, batch.differentiated()))
-            assert gate.verdict(gate.errors(loss.detach(), gradients)) == "", batch.objective.name
+        loss = loss_fn(batch).loss
+        gradients = list(torch.autograd.grad(loss, batch.differentiated()))
+        assert gate.verdict(gate.errors(loss.detach(), gradients)) == "", objective.name
 
 
 @pytest.mark.parametrize(
@@ -108,12 +107,9 @@ def test_peers_that_cannot_run_are_skipped_by_name(tmp_path):
         "cce": "CCE's kernels need a CUDA device",
         "quack-fused": "QuACK's linear cross-entropy is for Hopper GPUs",
     }
-    options = (
-        "--device cpu --shape 48x1000 --tokens 64 --pairs 2 --dtype fp32 --repeats 1 --no-memory --json out"
-    )
     env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    env |= {"PYTHONPATH": str(Path(throughput.__file__).parents[1])}
-    command = [sys.executable, "-c", SKIPPED, *options.split(), "--only", *reasons]
+    env |= {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SKIPPED, *RUN.split(), "--json", "out", "--only", *reasons]
     done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     said = " ".join(done.stdout.split())

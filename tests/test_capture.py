@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from test_quickstart import HEADS, model_with
-from tiny import TINY, write_jsonl
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-
-import quickstart_parts
 from preference_data import Pair
+from quickstart_parts import train_tokenizer
+from test_benchmark_runs import run
+from test_quickstart import HEADS, model_with
+from tiny import write_jsonl
+from transformers import AutoTokenizer
 
-from benchmarks import capture, throughput
+from benchmarks import capture
 from benchmarks.capture_file import Capture, CaptureError
-from benchmarks.inputs import transformed
+from focalkern.reference import linear_logps
 
 # Chosen and rejected differ in length, and so do the pairs.
 RECORDS = [
@@ -35,22 +31,17 @@ def data(tmp_path_factory) -> Path:
     return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", RECORDS)
 
 
-def save_model(
-    folder: Path, head: str = "llama", dtype: torch.dtype = torch.float32, **sizes: object
-) -> Path:
-    tokenizer = quickstart_parts.train_tokenizer([Pair(**r, group="", origin="") for r in RECORDS])
-    model_with(head, len(tokenizer), **sizes).to(dtype).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {head: save_model(folder / head, head) for head in HEADS} | {
-        "sft": save_model(folder / "sft", intermediate_size=32),
-        "bf16": save_model(folder / "bf16", dtype=torch.bfloat16),
-    }
+    """A model for each head; another Llama ("sft"), one in bf16, and one with other words."""
+    folder, pairs = tmp_path_factory.mktemp("models"), [Pair(**r, group="", origin="") for r in RECORDS]
+    variants = {"sft": {"intermediate_size": 32}, "bf16": {"dtype": torch.bfloat16}, "other words": {}}
+    for name, options in {**{head: {} for head in HEADS}, **variants}.items():
+        tokenizer = train_tokenizer(pairs[:1] if name == "other words" else pairs)
+        model = model_with(name if name in HEADS else "llama", len(tokenizer), **options)
+        model.to(options.get("dtype", torch.float32)).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return {path.name: path for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +62,8 @@ def take(model: Path, data: Path, out: Path, *options: object) -> Capture:
 
 def head_logps(taken: Capture) -> torch.Tensor:
     """Log-probs of the labels `[N]` from the file alone, without the model."""
-    logits = taken.hidden @ taken.weight.T + (0 if taken.bias is None else taken.bias)
-    logps = transformed(logits.float(), taken.shape.transform).log_softmax(-1)
-    return logps.gather(-1, taken.labels[:, None])[:, 0]
+    head = (taken.hidden, taken.weight, taken.labels, taken.bias)
+    return linear_logps(*head, **taken.shape.transform._asdict())["logps"]
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -108,42 +98,34 @@ def test_reference_log_probs_are_those_of_the_reference_model(captures):
     assert Capture.load(captures["bf16"]).hidden.dtype == torch.bfloat16  # that of the checkpoint
 
 
-def test_a_reference_with_another_vocabulary_is_refused(models, data, tmp_path):
-    tokenizer = quickstart_parts.train_tokenizer([Pair("Quite", " other words", "", "", "")])
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(SystemExit, match="another vocabulary"):
-        take(models["llama"], data, tmp_path / "capture.pt", "--reference", tmp_path / "other")
-
-
 @pytest.mark.parametrize(
-    ("model", "line", "options", "message"),
+    ("model", "record", "options", "message"),
     [
-        ("llama", '{"prompt": "a", "chosen": "b"}', [], "`rejected` is missing"),
-        ("llama", '{"prompt": "a", "chosen": "b", "rejected": "c"}', ["--max-length", 2], "1 too long"),
-        ("no-such-model", '{"prompt": "a", "chosen": "b", "rejected": "c"}', [], "no-such-model"),
+        ("llama", {"prompt": "a", "chosen": "b"}, [], "`rejected` is missing"),
+        ("llama", RECORDS[0], ["--max-length", 2], "1 too long"),
+        ("llama", RECORDS[0], ["--reference", "other words"], "another vocabulary"),
+        ("no-such-model", RECORDS[0], [], "no-such-model"),
     ],
 )
-def test_unusable_data_or_model_is_refused_by_name(model, line, options, message, models, tmp_path):
-    (tmp_path / "pairs.jsonl").write_text(line)
-    model = models.get(model, tmp_path / model)
+def test_unusable_data_or_model_is_refused_by_name(
+    model, record, options, message, models, tmp_path, monkeypatch
+):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [record])
+    monkeypatch.chdir(models["llama"].parent)
     with pytest.raises(SystemExit, match=f"Nothing was captured: (.|\n)*{message}"):
-        take(model, tmp_path / "pairs.jsonl", tmp_path / "capture.pt", *options)
+        take(Path.cwd() / model, path, tmp_path / "capture.pt", *options)
 
 
-def benchmark(path: Path, tmp_path: Path, *options: object) -> tuple[int, dict]:
-    report = tmp_path / "result.json"
-    arguments = ["--capture", path, "--device", "cpu", "--repeats", 1, "--json", report]
-    status = throughput.main([str(argument) for argument in [*arguments, *options]])
-    return status, json.loads(report.read_text())
+def benchmark(path: Path, tmp_path: Path, options: str = "") -> dict:
+    return run(f"--capture {path} --device cpu --repeats 1 {options}", tmp_path / "result.json")
 
 
 @pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi"])
 def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, tmp_path, capsys):
     taken = Capture.load(captures[kind])
-    options = ["--no-memory", "--only", "torch", "torch-exact", "eager", "--saturated", 0, 0.5]
-    status, result = benchmark(captures[kind], tmp_path, "--dtype", "fp32", "bf16", *options)
-    assert status == 0 and len(result["comparisons"]) == 4
+    options = "--dtype fp32 bf16 --no-memory --only torch torch-exact eager --saturated 0 0.5"
+    result = benchmark(captures[kind], tmp_path, options)
+    assert len(result["comparisons"]) == 4
     for comparison in result["comparisons"]:
         assert [row["status"] for row in comparison["rows"]] == ["ok"] * 3
         assert (comparison["tokens"], comparison["pairs"]) == (len(taken.labels), taken.pairs)
@@ -151,21 +133,18 @@ def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, t
         assert comparison["input"]["kind"] == "captured" and comparison["input"]["model"] == taken.model
         assert str(captures[kind].parent) not in json.dumps(comparison)
     # In the model's own dtype the input is as sharp as `head_logps` says.
-    assert result["comparisons"][0]["input"]["nll"] == pytest.approx(
-        -head_logps(taken).mean().item(), rel=1e-4
-    )
-    assert (
-        f"captured from {taken.model} on pairs.jsonl, reference {taken.reference}" in capsys.readouterr().out
-    )
+    nll = -head_logps(taken).mean().item()
+    assert result["comparisons"][0]["input"]["nll"] == pytest.approx(nll, rel=1e-4)
+    said = f"captured from {taken.model} on pairs.jsonl, reference {taken.reference}"
+    assert said in capsys.readouterr().out
 
 
 def test_memory_of_the_first_pairs_that_fit_is_measured_without_the_file(captures, tmp_path):
     taken = Capture.load(captures["llama"])
-    options = ["--dtype", "fp32", "--only", "torch", "--tokens", 50]
-    status, result = benchmark(captures["llama"], tmp_path, *options)
-    (comparison,) = result["comparisons"]
+    options = "--dtype fp32 --only torch --tokens 50"
+    (comparison,) = benchmark(captures["llama"], tmp_path, options)["comparisons"]
     (row,) = comparison["rows"]
-    assert status == 0 and row["note"] == "" and 0 <= row["extra_bytes"] < 2**28
+    assert row["note"] == "" and 0 <= row["extra_bytes"] < 2**28
     assert 0 < comparison["pairs"] < taken.pairs and comparison["tokens"] <= 50
     assert len(taken.first(comparison["pairs"]).labels) == comparison["tokens"]
     assert len(taken.first(comparison["pairs"] + 1).labels) > 50
@@ -174,27 +153,24 @@ def test_memory_of_the_first_pairs_that_fit_is_measured_without_the_file(capture
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--sharpness", "50"], "leave out --sharpness"),
-        (["--shape", "llama3-8b", "--pairs", "2"], "leave out --shape and --pairs"),
-        (["--tokens", "1"], "the first pair of"),
+        ("--sharpness 50", "leave out --sharpness"),
+        ("--shape llama3-8b --pairs 2", "leave out --shape and --pairs"),
+        ("--tokens 1", "the first pair of"),
     ],
 )
 def test_options_that_a_capture_decides_are_refused(options, message, captures, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        benchmark(captures["llama"], tmp_path, *options)
+        benchmark(captures["llama"], tmp_path, options)
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("content", [None, b"no capture", {"hidden": 1}])
-def test_another_file_is_not_taken_for_a_capture(content, tmp_path, capsys):
-    path = tmp_path / "other.pt"
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content is not None:
-        torch.save(content, path)
-    message = "No such file" if content is None else "not written by benchmarks/capture.py"
+@pytest.mark.parametrize("name", ["none.pt", "text.pt", "other.pt"])
+def test_another_file_is_not_taken_for_a_capture(name, tmp_path, capsys):
+    (tmp_path / "text.pt").write_bytes(b"no capture")
+    torch.save({"hidden": 1}, tmp_path / "other.pt")
+    message = "No such file" if name == "none.pt" else "not written by benchmarks/capture.py"
     with pytest.raises(CaptureError, match=message):
-        Capture.load(path)
+        Capture.load(tmp_path / name)
     with pytest.raises(SystemExit):
-        benchmark(path, tmp_path)
+        benchmark(tmp_path / name, tmp_path)
     assert message in capsys.readouterr().err
