@@ -163,10 +163,8 @@ def timed(setup: Setup) -> dict[str, Any]:
     allowed = {what: max(FP32_ERROR, ERROR_FACTOR * error) for what, error in errors[TRL].items()}
     rows: dict[str, Any] = {}
     for name, contestant in contestants.items():
-        seconds, (count, width) = (
-            times[name]["both_ms"]["median"] / 1000,
-            contestant.inputs["input_ids"].shape,
-        )
+        seconds = times[name]["both_ms"]["median"] / 1000
+        count, width = contestant.inputs["input_ids"].shape
         head_rows = count * (width - 1) if name == TRL else completion_tokens
         scores = count * width**2  # a dense mask skips none
         rows[name] = {
