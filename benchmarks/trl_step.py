@@ -1,7 +1,7 @@
 """A DPO step in TRL: as it is, under `focalkern.trl.patch()`, and with `FocalPOTrainer`.
 
     python benchmarks/trl_step.py --json result.json   # a tiny Llama, vocabulary of 128256: some minutes
-    python benchmarks/trl_step.py --lengths ultrafeedback --dtype fp32   # a Llama whose layers dominate
+    python benchmarks/trl_step.py --lengths ultrafeedback --dtype fp32   # layers dominate: 8 minutes
     python benchmarks/trl_step.py --quick              # whether all of it runs
 
 A step is `training_step` of a real trainer on docstrings of Python's standard library: forward of policy and
@@ -82,11 +82,11 @@ class Setup:
     scale: float = 1.0  # of the final norm
 
 
-LAYERS = Setup(hidden=384, layers=12, vocab=32768, pairs=4, repeats=2)  # which dominate
+LAYERS = Setup(hidden=384, layers=12, vocab=32768, pairs=4, repeats=3)  # which dominate
 SETUPS = {
     "text": Setup(hidden=256, layers=2, vocab=128256, pairs=16),
     "ultrafeedback": LAYERS,
-    "long-prompts": replace(LAYERS, pairs=2),
+    "long-prompts": replace(LAYERS, pairs=2, repeats=2),
 }
 QUICK = Setup(hidden=64, layers=1, vocab=8192, pairs=4, repeats=2)
 
