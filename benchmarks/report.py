@@ -264,6 +264,7 @@ def plots(report: Json, folder: Path) -> list[Path]:
 # Pages
 
 STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
+LENGTHS = "cpu-trl-lengths"  # with the name of the lengths behind it
 SATURATED = "cpu-saturated-bf16"
 LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
 SMALL = "cpu-2048x512x32768"
@@ -436,10 +437,44 @@ def step_table(results: Results) -> str:
     return f"{markdown(table)}\n\n{results.sources(STEP)}"
 
 
+def lengths_tables(results: Results) -> str:
+    """Steps at lengths of preference data, with a model whose layers dominate."""
+    names = [name for name in results.files if name.startswith(LENGTHS)]
+    blocks = [block for found in results.comparisons(*names) for block in lengths_table(found)]
+    return "\n\n".join([*blocks, results.sources(*names)]) if names else "Not measured yet."
+
+
+def lengths_table(found: Json) -> list[str]:
+    rows, setup, completions = found["rows"], found["setup"], found["completion_tokens"]
+    trl = rows["TRL"]
+    prompt, completion = (n / 2 / setup["pairs"] for n in (found["tokens"] - completions, completions))
+    packed, shared = map(number, found["llama_8b_over_padded"].values())
+    ratios = [
+        (trl["ms"]["median"] / row["ms"]["median"], trl["operations"] / row["operations"])
+        for row in rows.values()
+    ]
+    table = {
+        "trainer": [name.replace("patch()", "`patch()`") for name in rows],
+        "positions": [f"{row['positions']:,}" for row in rows.values()],
+        "step": [duration(row["ms"]["median"]) for row in rows.values()],
+        "tokens/s": [number(row["tokens_per_s"]) for row in rows.values()],
+        "over TRL (counted)": [f"{number(time)}× ({number(count)}×)" for time, count in ratios],
+        "memory": [f"{row['extra_mib']:,.0f} MiB" for row in rows.values()],
+    }
+    return [
+        f"**{setup['pairs']} pairs, prompts of {prompt:.0f} and completions of {completion:.0f} tokens on "
+        f"average, longest sequence {found['longest']}; {setup['layers']} layers of {setup['hidden']}, "
+        f"V = {setup['vocab']}, {setup['dtype']}:**",
+        markdown(table),
+        f"Llama-3-8B at these lengths, with attention that skips hidden scores: by count {packed}× as fast "
+        f"packed as padded, {shared}× with shared prompts.",
+    ]
+
+
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"summary": summary, "results": lambda results: by_input("results", results.of_sizes()[:4])},
     "docs/performance.md": {"table": peers_table},
-    "docs/trl.md": {"step": step_table},
+    "docs/trl.md": {"step": step_table, "lengths": lengths_tables},
     "docs/certified-backward.md": {
         "sharpness": partial(certified, "sharpness", SHARPNESS),
         "saturated": partial(certified, "saturated", SATURATED),

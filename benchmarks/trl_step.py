@@ -1,6 +1,7 @@
-"""A DPO step in TRL: as it is, under `focalkern.trl.patch()`, and with `FocalPOTrainer`, padded and packed.
+"""A DPO step in TRL: as it is, under `focalkern.trl.patch()`, and with `FocalPOTrainer`.
 
     python benchmarks/trl_step.py --json result.json   # a tiny Llama, vocabulary of 128256: some minutes
+    python benchmarks/trl_step.py --lengths ultrafeedback --dtype fp32   # layers dominate: 8 minutes
     python benchmarks/trl_step.py --quick              # whether all of it runs
 
 A step is `training_step` of a real trainer on docstrings of Python's standard library: forward of policy and
@@ -8,13 +9,16 @@ reference, loss, metrics, backward. The optimizer's step is the same for all and
 are compared with those of TRL in fp32. Steps are timed in one interleaved run. Memory, beyond model and
 gradients, is measured in a process of its own. The weights are random, and the final norm's scale makes the
 softmax as sharp as a trained model's. Only 4096 words of the vocabulary are ever a label. On a CPU TRL's head
-computes every position, on a GPU only those of completions.
+computes every position, on a GPU only those of completions. With `--lengths` the docstrings, one after the
+other, are cut to lengths drawn from log-normal distributions. Operations are counted beside the times, and
+those of an 8B model at the same lengths.
 """
 
 from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import math
 import sys
 import tempfile
@@ -42,16 +46,25 @@ from benchmarks import parser_of
 from benchmarks.inputs import PRESENT
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
 from benchmarks.report import MIB, environment, write_json
+from focalkern.cli.models import load_config
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 
 TRL, PATCHED = "TRL", "TRL under patch()"
-PADDED, PACKED = "FocalPOTrainer", "FocalPOTrainer, packed"
-NAMES = (TRL, PATCHED, PADDED, PACKED)
+PADDED, PACKED, SHARED = "FocalPOTrainer", "FocalPOTrainer, packed", "FocalPOTrainer, shared"
+NAMES = (TRL, PATCHED, PADDED, PACKED, SHARED)
 CPU = torch.device("cpu")
 # Of loss and gradient, relative to TRL's in fp32: what fp32 may be off by, and what 16 bits may, in multiples
 # of TRL's own error.
 FP32_ERROR = 1e-4
 ERROR_FACTOR = 1.2
+MODEL_8B = "meta-llama/Meta-Llama-3-8B-Instruct"
+SIDES = ("prompt", "chosen", "rejected")
+# In tokens: means of SIDES; standard deviations of the logarithms; the longest sequence.
+LENGTHS = {
+    "ultrafeedback": ((160, 300, 300), (1.0, 0.6, 0.6), 1024),
+    "long-prompts": ((1500, 200, 200), (0.2, 0.6, 0.6), 2048),
+}
+MAX_LENGTH = 2048
 
 
 @dataclass(frozen=True)
@@ -62,13 +75,20 @@ class Setup:
     layers: int
     vocab: int
     pairs: int
+    lengths: str = "text"  # as it is, or cut to LENGTHS
     dtype: str = "bf16"  # autocast over fp32 weights, as TRL trains by default
+    repeats: int = 5
     entries: int = 50  # softmax entries above 2^-12 per token
     scale: float = 1.0  # of the final norm
 
 
-SETUP, REPEATS = Setup(hidden=256, layers=2, vocab=128256, pairs=16), 5
-QUICK, QUICK_REPEATS = Setup(hidden=64, layers=1, vocab=8192, pairs=4), 2
+LAYERS = Setup(hidden=384, layers=12, vocab=32768, pairs=4, repeats=3)  # which dominate
+SETUPS = {
+    "text": Setup(hidden=256, layers=2, vocab=128256, pairs=16),
+    "ultrafeedback": LAYERS,
+    "long-prompts": replace(LAYERS, pairs=2, repeats=2),
+}
+QUICK = Setup(hidden=64, layers=1, vocab=8192, pairs=4, repeats=2)
 
 
 @dataclass
@@ -91,14 +111,15 @@ class Contestant:
 
 def main(argv: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
+    parser.add_argument("--lengths", choices=SETUPS, default="text", help="of prompts and completions")
     parser.add_argument("--dtype", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"])
     parser.add_argument("--json", type=Path, metavar="PATH", help="write every number there")
     parser.add_argument("--quick", action="store_true", help="a small model, 4 pairs, 2 rounds")
     options = parser.parse_args(argv)
     settle()
-    setup, repeats = (QUICK, QUICK_REPEATS) if options.quick else (SETUP, REPEATS)
-    about = {**environment("cpu"), "repeats": repeats}
-    comparisons = [compare(replace(setup, dtype=dtype), repeats) for dtype in options.dtype]
+    setup = replace(QUICK if options.quick else SETUPS[options.lengths], lengths=options.lengths)
+    about = {**environment("cpu"), "repeats": setup.repeats}
+    comparisons = [compare(replace(setup, dtype=dtype)) for dtype in options.dtype]
     if options.json:
         write_json({**about, "comparisons": comparisons}, options.json)
         print(f"written to {options.json}")
@@ -111,9 +132,9 @@ def settle() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def compare(setup: Setup, repeats: int) -> dict[str, Any]:
+def compare(setup: Setup) -> dict[str, Any]:
     setup = replace(setup, scale=scale_for(setup))
-    found = {"setup": asdict(setup), **timed(setup, repeats)}
+    found = {"setup": asdict(setup), **timed(setup)}
     for name in tqdm(NAMES, desc=f"{setup.dtype}, memory", leave=False):
         memory = in_fresh_process(memory_of, name, setup)
         found["rows"][name] |= {"extra_mib": memory.extra / MIB, "extra_is_upper_limit": memory.upper_limit}
@@ -121,39 +142,72 @@ def compare(setup: Setup, repeats: int) -> dict[str, Any]:
     return found
 
 
-def timed(setup: Setup, repeats: int) -> dict[str, Any]:
-    """The batch and, for each of the four, errors and times."""
+def timed(setup: Setup) -> dict[str, Any]:
+    """The batch and, for each of NAMES, errors, times and operations."""
     with tempfile.TemporaryDirectory() as folder:
         contestants = {name: build(name, setup, folder) for name in NAMES}
-        errors = errors_of(contestants, build(TRL, replace(setup, dtype="fp32"), folder))
+        in_fp32 = replace(setup, dtype="fp32")
+        errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32, folder))
     steps = {name: Step(contestant.step, None) for name, contestant in contestants.items()}
-    with tqdm(total=len(NAMES) * (repeats + 1), desc=f"{setup.dtype}, time", leave=False) as bar:
+    with tqdm(total=len(NAMES) * setup.repeats, desc=f"{setup.dtype}, time", leave=False) as bar:
 
         def tick() -> None:
             for contestant in contestants.values():
                 contestant.gradients()
             bar.update()
 
-        times = interleaved_times(steps, CPU, 1, repeats, tick)
+        times = interleaved_times(steps, CPU, 0, setup.repeats, tick)  # the first step of each is behind it
     batch = contestants[TRL].inputs
-    tokens = int(batch["attention_mask"].sum())
+    is_token, is_completion = batch["attention_mask"], batch["completion_mask"]
+    tokens, completion_tokens = int(is_token.sum()), int(is_completion[:, 1:].sum())
     allowed = {what: max(FP32_ERROR, ERROR_FACTOR * error) for what, error in errors[TRL].items()}
-    rows = {
-        name: {
+    rows: dict[str, Any] = {}
+    for name, contestant in contestants.items():
+        seconds = times[name]["both_ms"]["median"] / 1000
+        count, width = contestant.inputs["input_ids"].shape
+        head_rows = count * (width - 1) if name == TRL else completion_tokens
+        scores = count * width**2  # a dense mask skips none
+        rows[name] = {
             "ms": times[name]["both_ms"],
-            "tokens_per_s": 1000 * tokens / times[name]["both_ms"]["median"],
+            "tokens_per_s": tokens / seconds,
+            "pairs_per_s": setup.pairs / seconds,
+            "positions": count * width,
+            "operations": step_operations(contestant.model.config, count * width, scores, head_rows),
             "kept_share": kept_share(contestant),
             **errors[name],
             "agrees": all(error <= allowed[what] for what, error in errors[name].items()),
         }
-        for name, contestant in contestants.items()
-    }
     return {
         "tokens": tokens,
-        "completion_tokens": int(batch["completion_mask"][:, 1:].sum()),
-        "padded_positions": batch["attention_mask"].numel(),
+        "completion_tokens": completion_tokens,
+        "padded_positions": is_token.numel(),
+        "longest": int(is_token.sum(1).max()),
+        "llama_8b_over_padded": ratios_8b(is_token, is_completion),
         "rows": rows,
     }
+
+
+def ratios_8b(is_token: torch.Tensor, is_completion: torch.Tensor) -> dict[str, float]:
+    """Operations of an 8B model, padded over each layout; attention skips hidden scores. Masks [2B, T]."""
+    config, lengths, head_rows = load_config(MODEL_8B), is_token.sum(1), int(is_completion.sum())
+    prompts = (lengths - is_completion.sum(1))[: len(lengths) // 2]
+    seen, seen_twice = (int((n * (n + 1) // 2).sum()) for n in (lengths, prompts))
+    tokens = int(lengths.sum())
+    padded = step_operations(config, is_token.numel(), seen, head_rows)
+    packed = step_operations(config, tokens, seen, head_rows)
+    shared = step_operations(config, tokens - int(prompts.sum()), seen - seen_twice, head_rows)
+    return {PACKED: padded / packed, SHARED: padded / shared}
+
+
+def step_operations(config: Any, positions: int, scores: int, head_rows: int) -> float:
+    """Of the products of layers, attention ([scores] for each head) and head; an addition counts as one.
+
+    Policy and reference make four forwards. Attention computes its scores again, and the head its logits.
+    """
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    weights = config.hidden_size * (2 * queries + 2 * keys + 3 * config.intermediate_size)
+    layer = 4 * 2 * weights * positions + 4.5 * 4 * queries * scores
+    return config.num_hidden_layers * layer + 5 * 2 * config.hidden_size * config.vocab_size * head_rows
 
 
 def kept_share(contestant: Contestant) -> float | None:
@@ -162,43 +216,51 @@ def kept_share(contestant: Contestant) -> float | None:
 
 
 def show(found: dict[str, Any]) -> None:
-    setup, rows = found["setup"], found["rows"]
+    setup, rows, completions = found["setup"], found["rows"], found["completion_tokens"]
+    means = [count / (2 * setup["pairs"]) for count in (found["tokens"] - completions, completions)]
     print(
         f"A DPO step in {setup['dtype']}: Llama, {setup['layers']} layers of {setup['hidden']}, "
         f"vocabulary {setup['vocab']};\n{setup['pairs']} pairs, {found['tokens']} tokens, "
-        f"{found['completion_tokens']} of completions, {found['padded_positions']} positions when padded"
+        f"{completions} of completions, {found['padded_positions']} positions when padded;\n"
+        f"{setup['lengths']}: prompts {means[0]:.0f}, completions {means[1]:.0f} on average; "
+        f"longest sequence {found['longest']}"
     )
     table = pd.DataFrame.from_dict(rows, orient="index")
     table.insert(0, "x TRL", rows[TRL]["ms"]["median"] / table["ms"].map(lambda times: times["median"]))
+    table.insert(1, "counted", rows[TRL]["operations"] / table["operations"])
     print(table.drop(columns="ms").to_string(float_format="{:.3g}".format))
+    packed, shared = found["llama_8b_over_padded"].values()
     print(
-        "x TRL: by medians; extra_mib: memory beyond model and gradients; errors: relative to TRL in fp32\n"
+        "x TRL: by medians; counted: by operations; extra_mib: memory beyond model and gradients; errors:\n"
+        "relative to TRL in fp32. Llama-3-8B with attention that skips hidden entries, counted, padded over\n"
+        f"packed {packed:.3g}, over shared {shared:.3g}.\n"
     )
 
 
 def build(name: str, setup: Setup, folder: str) -> Contestant:
-    """One of the four, with models of its own, and the first batch of the data."""
-    pairs, tokenizer = text(setup.pairs)
+    """One of NAMES, with models of its own, and the first batch of the data."""
+    pairs, tokenizer = text()
     options = {
         "output_dir": folder,
         "report_to": "none",
         "use_cpu": True,
         "bf16": setup.dtype == "bf16",
         "per_device_train_batch_size": setup.pairs,
-        "max_length": 512,
+        "max_length": MAX_LENGTH,
         "gradient_checkpointing": False,
         "disable_tqdm": True,
     }
-    rows = [{"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected} for pair in pairs]
+    rows = [{name: getattr(pair, name) for name in SIDES} for pair in pairs[: setup.pairs]]
     given = {"train_dataset": datasets.Dataset.from_list(rows), "processing_class": tokenizer}
     models = (llama(setup), llama(setup, perturbation=0.05))
     if name in (TRL, PATCHED):
         with patch() if name == PATCHED else contextlib.nullcontext():
             trainer = DPOTrainer(*models, args=DPOConfig(**options), **given)
     else:
-        args = FocalPOConfig(gamma=0.0, padding_free=name == PACKED, **options)
+        args = FocalPOConfig(gamma=0.0, padding_free=name == PACKED, share_prompt=name == SHARED, **options)
         trainer = FocalPOTrainer(*models, args=args, **given)
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(setup.pairs)])
+    cut = cut_text(setup.lengths, setup.pairs) if setup.lengths in LENGTHS else None
+    batch = trainer.data_collator(cut or list(trainer.train_dataset))
     model = trainer.accelerator.prepare_model(trainer.model)
     model.train()
     trainer.current_gradient_accumulation_steps = 1  # as `train` would say
@@ -206,9 +268,28 @@ def build(name: str, setup: Setup, folder: str) -> Contestant:
 
 
 @lru_cache
-def text(count: int) -> tuple[list[Pair], Any]:
+def text() -> tuple[list[Pair], Any]:
     pairs = docstring_pairs(seed=0)
-    return pairs[:count], train_tokenizer(pairs[:2000])
+    return pairs, train_tokenizer(pairs[:2000])
+
+
+def cut_text(lengths: str, count: int) -> list[dict[str, list[int]]]:
+    """Pairs of docstrings, one after the other, cut to these lengths."""
+    pairs, tokenizer = text()
+    ids = itertools.chain.from_iterable(tokenizer(pair.prompt + pair.chosen).input_ids for pair in pairs)
+    return [
+        {f"{name}_ids": list(itertools.islice(ids, n)) for name, n in zip(SIDES, pair, strict=True)}
+        for pair in drawn(lengths, count)
+    ]
+
+
+def drawn(lengths: str, count: int, seed: int = 0) -> list[list[int]]:
+    """[count, 3]: of prompt, chosen and rejected. Each has its mean in the batch, before it is cut."""
+    means, deviations, longest = (torch.tensor(each) for each in LENGTHS[lengths])
+    draws = (torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) * deviations).exp()
+    prompts, completions = (draws * means / draws.mean(0)).ceil().int().tensor_split([1], dim=1)
+    prompts = prompts.clamp(max=longest - 256)  # room for the completions
+    return torch.cat([prompts, completions.minimum(longest - prompts)], dim=1).tolist()
 
 
 def llama(setup: Setup, perturbation: float = 0.0) -> LlamaForCausalLM:
@@ -219,7 +300,7 @@ def llama(setup: Setup, perturbation: float = 0.0) -> LlamaForCausalLM:
         intermediate_size=3 * setup.hidden,
         num_hidden_layers=setup.layers,
         num_attention_heads=max(setup.hidden // 64, 1),
-        max_position_embeddings=512,
+        max_position_embeddings=MAX_LENGTH,
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -232,7 +313,7 @@ def llama(setup: Setup, perturbation: float = 0.0) -> LlamaForCausalLM:
 @torch.no_grad()
 def scale_for(setup: Setup) -> float:
     """Of the final norm, for about as many softmax entries above 2^-12 as asked for; by bisection."""
-    pairs, tokenizer = text(setup.pairs)
+    pairs, tokenizer = text()
     ids = tokenizer(str(pairs[0].prompt) + str(pairs[0].chosen), return_tensors="pt").input_ids
     logits = llama(setup)(ids[:, :128]).logits[0]
 
@@ -250,7 +331,9 @@ def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str
     size = torch.nn.utils.get_total_norm(true_gradients)
     found = {}
     for name, contestant in contestants.items():
-        loss, gradients = contestant.step().item(), contestant.gradients()
+        loss, gradients = true_loss, true_gradients
+        if contestant is not truth:
+            loss, gradients = contestant.step().item(), contestant.gradients()
         errors = [mine - true for mine, true in zip(gradients, true_gradients, strict=True)]
         found[name] = {
             "loss_error": abs(loss - true_loss) / abs(true_loss),

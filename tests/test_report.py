@@ -91,6 +91,21 @@ def test_results_of_a_gpu_come_first(copy):
     assert "\n| triton |" in page
 
 
+def test_runs_at_lengths_of_preference_data_are_tables(copy):
+    data = result(copy, f"{report.STEP}.json")
+    for comparison in data["comparisons"]:
+        comparison |= {"longest": 900, "llama_8b_over_padded": {"packed": 1.25, "shared": 1.5}}
+        for name, row in comparison["rows"].items():
+            row |= {"positions": 3072, "operations": 3e9 if name == "TRL" else 2e9}
+    write(copy, f"{report.LENGTHS}-text.json", data)
+    assert report.main([], copy) == 0
+    page = (copy / "docs/trl.md").read_text()
+    said = page.split("begin lengths ")[1].split("<!--")[0]
+    assert "16 pairs, prompts of 20 and completions of 21 tokens on average, longest sequence 900" in said
+    assert "| TRL under `patch()` | 3,072 | 812 ms | 1,620 | 11.8× (1.50×) | 47 MiB |" in said
+    assert "1.25× as fast packed as padded, 1.50× with shared prompts." in " ".join(said.split())
+
+
 def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):
     path = copy / "README.md"
     text = path.read_text()
