@@ -26,7 +26,7 @@ class SharedPrompts(NamedTuple):
     predicts the first token of both completions.
     """
 
-    input_ids: torch.Tensor  # [R, T] int64: one row of all pairs, or one row a pair
+    input_ids: torch.Tensor  # [R, T] int64, padded at the end of a row
     position_ids: torch.Tensor  # [R, T] int64: both completions go on from the end of their prompt
     seen_until: torch.Tensor  # [R, T] int64: the token is seen from its own place up to this one, exclusive
     hidden_index: torch.Tensor  # [N] int64: place in the flattened rows of each token of the sequences
@@ -69,8 +69,8 @@ def share_prompts(
             prompts of chosen and rejected at different places, the pair is laid out with both.
         truncation_mode: "keep_start" or "keep_end".
         one_row: all pairs one after the other, without padding. This is for FlexAttention, which skips the
-            pairs that do not see each other. False puts each pair on a row of its own, padded to the longest:
-            a dense mask then grows with the longest pair, not with the batch.
+            pairs that do not see each other. False puts them on rows as long as the longest pair: a dense
+            mask then grows with that pair, not with the batch.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -84,29 +84,35 @@ def share_prompts(
             "prompt_ids, chosen_ids and rejected_ids must have one entry for each of B > 0 pairs; got"
             f" {len(prompt_ids)}, {len(chosen_ids)} and {len(rejected_ids)}"
         )
-    rows = [_Row() for _ in range(1 if one_row else len(prompt_ids))]
-    pairs: list[list[_Sequence]] = []
+    pairs, trees = len(prompt_ids), []
     for i, texts in enumerate(zip(prompt_ids, chosen_ids, rejected_ids, strict=True)):
         prompt, *completions = (torch.as_tensor(ids).tolist() for ids in texts)
         cut = [cut_sequence(prompt, ids, max_length, truncation_mode) for ids in completions]
-        row = 0 if one_row else i
-        if len(cut[0][0]) == len(cut[1][0]):
-            branches = rows[row].add(cut[0][0], [completion for _, completion in cut])
+        (start, chosen), (other_start, rejected) = cut
+        if len(start) == len(other_start):
+            trees.append(_Tree(start, {i: chosen, pairs + i: rejected}))
         else:
-            branches = [rows[row].add(start, [completion])[0] for start, completion in cut]
-        pairs.append([_Sequence(row, *branch) for branch in branches])
+            trees += [_Tree(start, {i: chosen}), _Tree(other_start, {pairs + i: rejected})]
 
-    width = max(len(filled.ids) for filled in rows)
-    for filled in rows:
-        filled.pad(width)
-    sequences = [pair[side] for side in (0, 1) for pair in pairs]
+    rows = _filled_rows(trees, one_row)
+    width = max(len(row.ids) for row in rows)
+    places: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        row.pad(width)
+        places |= {s: [i * width + place for place in found] for s, found in row.places.items()}
+    order = [places[s] for s in range(2 * pairs)]
+    ids = torch.tensor([row.ids for row in rows], dtype=torch.int64)
+    index = torch.tensor([*chain.from_iterable(order)], dtype=torch.int64)
+    boundaries = torch.tensor([0, *accumulate(map(len, order))], dtype=torch.int32)
+    labels = ids.flatten()[index]
+    labels[boundaries[:-1][boundaries.diff() > 0].long()] = -100
     return SharedPrompts(
-        input_ids=torch.tensor([filled.ids for filled in rows]),
-        position_ids=torch.tensor([filled.positions for filled in rows]),
-        seen_until=torch.tensor([filled.seen_until for filled in rows]),
-        hidden_index=torch.tensor([s.row * width + place for s in sequences for place in s.places]),
-        labels=torch.tensor([*chain.from_iterable(([-100, *s.ids[1:]])[: len(s.ids)] for s in sequences)]),
-        cu_seqlens=torch.tensor([0, *accumulate(len(s.ids) for s in sequences)], dtype=torch.int32),
+        input_ids=ids,
+        position_ids=torch.tensor([row.positions for row in rows], dtype=torch.int64),
+        seen_until=torch.tensor([row.seen_until for row in rows], dtype=torch.int64),
+        hidden_index=index,
+        labels=labels,
+        cu_seqlens=boundaries,
     )
 
 
@@ -200,10 +206,13 @@ def _block_mask(position_ids: torch.Tensor, seen_until: torch.Tensor, window: in
 _MASKS = {"sdpa": _bool_mask, "eager": _float_mask, "flex_attention": _block_mask}
 
 
-class _Sequence(NamedTuple):
-    row: int
-    places: list[int]  # in the row
-    ids: list[int]
+class _Tree(NamedTuple):
+    prompt: list[int]
+    completions: dict[int, list[int]]  # by the number of the sequence
+
+    @property
+    def size(self) -> int:
+        return len(self.prompt) + sum(map(len, self.completions.values()))
 
 
 class _Row:
@@ -213,25 +222,36 @@ class _Row:
         self.ids: list[int] = []
         self.positions: list[int] = []
         self.seen_until: list[int] = []
+        self.places: dict[int, list[int]] = {}  # of each sequence, from the last token of its prompt on
 
-    def add(self, prompt: Ids, completions: Sequence[Ids]) -> list[tuple[list[int], list[int]]]:
-        """A prompt and its completions. Of each, with the last token of the prompt: places and ids."""
-        before = len(self.ids)
-        self._append(prompt, 0, before + len(prompt) + sum(map(len, completions)))
-        branches = []
-        for completion in completions:
-            start = len(self.ids)
-            self._append(completion, len(prompt), start + len(completion))
-            places = range(start, len(self.ids))
-            last = [before + len(prompt) - 1] if len(prompt) else []
-            branches.append(([*last, *places], [*prompt[-1:], *completion]))
-        return branches
+    def add(self, tree: _Tree) -> None:
+        prompt_end = len(self.ids) + len(tree.prompt)
+        self._append(tree.prompt, 0, len(self.ids) + tree.size)
+        last = [prompt_end - 1] if tree.prompt else []
+        for sequence, completion in tree.completions.items():
+            start, end = len(self.ids), len(self.ids) + len(completion)
+            self._append(completion, len(tree.prompt), end)
+            self.places[sequence] = [*last, *range(start, end)]
 
     def pad(self, width: int) -> None:
         for place in range(len(self.ids), width):
             self._append([0], 0, place + 1)  # sees itself alone
 
-    def _append(self, ids: Ids, position: int, seen_until: int) -> None:
+    def _append(self, ids: list[int], position: int, seen_until: int) -> None:
         self.ids.extend(ids)
         self.positions.extend(range(position, position + len(ids)))
         self.seen_until.extend([seen_until] * len(ids))
+
+
+def _filled_rows(trees: list[_Tree], one_row: bool) -> list[_Row]:
+    """First fit, the largest first, into rows of the largest; or all in one."""
+    if not one_row:
+        trees = sorted(trees, key=lambda tree: tree.size, reverse=True)
+    width = sum(tree.size for tree in trees) if one_row else trees[0].size
+    rows: list[_Row] = []
+    for tree in trees:
+        row = next((row for row in rows if len(row.ids) + tree.size <= width), None)
+        if row is None:
+            rows.append(row := _Row())
+        row.add(tree)
+    return rows

@@ -41,6 +41,16 @@ def test_a_pair_is_its_prompt_and_two_completions():
     assert torch.equal(rows.labels, batch.labels)
 
 
+def test_rows_are_as_long_as_the_longest_pair_and_full():
+    sizes = [(1, 2, 1), (3, 4, 3), (2, 2, 2), (1, 1, 1), (0, 0, 0)]  # 4, 10, 6, 3 and no tokens
+    texts = [[[9] * pair[i] for pair in sizes] for i in range(3)]
+    batch = share_prompts(*texts, one_row=False)
+    assert batch.input_ids.bool().sum(1).tolist() == [10, 10, 3]
+    lengths = [(prompt > 0) + chosen for prompt, chosen, _ in sizes]
+    lengths += [(prompt > 0) + rejected for prompt, _, rejected in sizes]
+    assert batch.cu_seqlens.diff().tolist() == lengths
+
+
 def test_tensors_are_taken_as_lists_are():
     tensors = [[torch.tensor(ids, dtype=torch.int32) for ids in texts] for texts in PAIRS]
     for given, expected in zip(share_prompts(*tensors), share_prompts(*PAIRS), strict=True):

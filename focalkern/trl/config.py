@@ -156,7 +156,7 @@ class FocalPOConfig(DPOConfig):
         metadata={
             "help": "Whether to lay each pair out as prompt, chosen, rejected, and compute the prompt once: "
             "same numbers. Takes the place of `padding_free`. On GPUs with `attn_implementation="
-            "'flex_attention'`; with sdpa and eager attention the pairs of a batch are padded to the longest."
+            "'flex_attention'`; with sdpa and eager attention pairs fill rows as long as the longest pair."
         },
     )
     max_tokens_per_batch: int | None = field(
