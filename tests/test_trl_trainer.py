@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,8 @@ from trl_tiny import (
     RECORDS,
     SIZES,
     TOKENIZER,
+    VOCAB,
+    WINDOW,
     Recording,
     assert_same_history,
     assert_same_run,
@@ -36,6 +39,7 @@ from trl_tiny import (
     mistral,
     mixtral,
     near,
+    random_model,
     recorded,
     seeded,
     settings,
@@ -392,9 +396,15 @@ UNEQUAL = [
     {"prompt": "a", "chosen": " b", "rejected": " c"},
     {"prompt": "The hat is", "chosen": " red.", "rejected": " not red, no." * 8},
 ]
+OTHER_MODELS = {
+    "Qwen2": {"vocab_size": VOCAB, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "Qwen3": {"vocab_size": VOCAB, "head_dim": 16},
+    "Phi3": {"vocab_size": VOCAB, "sliding_window": WINDOW},
+}
 LAYOUT_CASES = {
     "one pair a batch": {"per_device_train_batch_size": 1, "alpha": 0.2},
     "gemma2": {"make": MODELS["gemma2"]},
+    **{kind: {"make": partial(random_model, kind, **options)} for kind, options in OTHER_MODELS.items()},
     "experts": {"make": mixtral, "layouts": ("padded", "packed")},
     "experts without their loss": {"make": mixtral, "router_aux_loss_coef": 0.0},
     "very unequal lengths": {"make": mistral, "records": UNEQUAL},
