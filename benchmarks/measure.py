@@ -22,10 +22,14 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """A forward pass, and the backward pass that takes its result (None where there is none)."""
+    """A forward pass, and the backward pass that takes its result (None where there is none).
+
+    A step that raises within `guard()`, which does not let the exception out, takes no further part.
+    """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None
+    guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
 def interleaved_times(
@@ -34,27 +38,21 @@ def interleaved_times(
     warmup: int,
     repeats: int,
     tick: Callable[[], object] = lambda: None,
-    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
     In ms, as they stand in the JSON files. "both" is timed as one stretch in the same runs, not added up.
-    `on_failure` is told of a step that raises, which then takes no further part.
     """
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in range(warmup + repeats):
         for name in list(runs):
-            try:
+            with steps[name].guard():
                 run = time_once(steps[name], device)
-            except Exception as error:
-                if on_failure is None:
-                    raise
-                del runs[name]
-                on_failure(name, error)
+                if round_ >= warmup:
+                    runs[name].append(run)
+                tick()
                 continue
-            if round_ >= warmup:
-                runs[name].append(run)
-            tick()
+            del runs[name]
     return {
         name: {
             "forward_ms": in_ms(forward for forward, _ in found),

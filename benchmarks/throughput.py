@@ -301,19 +301,12 @@ def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: 
     inputs, device = batch.differentiated(), batch.hidden.device
     steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()), None)}
     for name, loss in losses.items():
-        forward = partial(lambda loss: loss(batch).loss, loss)
-        steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs))
-
-    def on_failure(name: str, error: Exception) -> None:
-        if name == GEMM:
-            raise error
-        with recorded(rows[name]):
-            raise error
-
+        forward, guard = partial(lambda loss: loss(batch).loss, loss), partial(recorded, rows[name])
+        steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs), guard)
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
     with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update, on_failure)
+        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update)
     gemm = times.pop(GEMM)["both_ms"]
     for name, found in times.items():
         rows[name] |= {**found, "x_floor": found["both_ms"]["median"] / gemm["median"]}

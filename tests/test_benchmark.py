@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import subprocess
 
@@ -118,7 +119,7 @@ def test_saturated_pairs_have_next_to_no_gradient():
 
 
 def test_runs_alternate_and_one_that_fails_takes_no_further_part():
-    order, failures = [], []
+    order = []
 
     def run(name: str) -> str:
         order.append(name)
@@ -127,10 +128,10 @@ def test_runs_alternate_and_one_that_fails_takes_no_further_part():
         return name
 
     steps = {name: Step(lambda name=name: run(name), lambda name: order.append(f"d{name}")) for name in "ab"}
-    steps["c"] = Step(lambda: run("c"), None)
-    times = interleaved_times(steps, CPU, 1, 3, on_failure=lambda *failure: failures.append(failure))
+    steps["c"] = Step(lambda: run("c"), None, lambda: contextlib.suppress(RuntimeError))
+    times = interleaved_times(steps, CPU, 1, 3)
     assert order == [*["a", "da", "b", "db", "c"] * 2, *["a", "da", "b", "db"] * 2]
-    assert [(name, str(error)) for name, error in failures] == [("c", "boom")] and list(times) == ["a", "b"]
+    assert list(times) == ["a", "b"]
     for found in times.values():
         forward, backward, both = (found[f"{part}_ms"]["samples"] for part in ("forward", "backward", "both"))
         assert len(both) == 3  # without the warm-up
