@@ -397,14 +397,17 @@ UNEQUAL = [
     {"prompt": "The hat is", "chosen": " red.", "rejected": " not red, no." * 8},
 ]
 OTHER_MODELS = {
-    "Qwen2": {"vocab_size": VOCAB, "use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
-    "Qwen3": {"vocab_size": VOCAB, "head_dim": 16},
-    "Phi3": {"vocab_size": VOCAB, "sliding_window": WINDOW},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    "Qwen3": {"head_dim": 16},
+    "Phi3": {"sliding_window": WINDOW},
 }
 LAYOUT_CASES = {
     "one pair a batch": {"per_device_train_batch_size": 1, "alpha": 0.2},
     "gemma2": {"make": MODELS["gemma2"]},
-    **{kind: {"make": partial(random_model, kind, **options)} for kind, options in OTHER_MODELS.items()},
+    **{
+        kind: {"make": partial(random_model, kind, vocab_size=VOCAB, **options)}
+        for kind, options in OTHER_MODELS.items()
+    },
     "experts": {"make": mixtral, "layouts": ("padded", "packed")},
     "experts without their loss": {"make": mixtral, "router_aux_loss_coef": 0.0},
     "very unequal lengths": {"make": mistral, "records": UNEQUAL},
@@ -428,7 +431,7 @@ def test_packed_and_shared_are_padded(case, tmp_path):
         case = {**case, "alpha": 1e-9}  # so that the reference that all cases have is taken
     (padded, padded_run), *others = in_all_layouts(tmp_path, **case)
     for other, run in others:
-        assert_same_run(run, padded_run, RTOL)
+        assert_same_run(run, padded_run, 1e-5)
         # Floating-point operations are counted with the padding.
         assert_same_history(history(other), history(padded), RTOL, METRIC_ATOL, without=("total_flos",))
         assert other.state.total_flos < padded.state.total_flos
