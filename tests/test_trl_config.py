@@ -485,6 +485,14 @@ def test_a_model_that_counts_positions_by_itself_is_refused(tmp_path, monkeypatc
         focal_trainer(tmp_path, *models(), share_prompt=True)
 
 
+@pytest.mark.parametrize("layout", [PACKED, SHARED], ids=["packed", "shared"])
+def test_streams_that_one_rank_hands_out_are_refused(layout, tmp_path, monkeypatch):
+    monkeypatch.setattr(FocalPOConfig, "world_size", 2)
+    options = {"options": {"train_dataset": streamed()}, **layout}
+    with pytest.raises(ValueError, match="dispatch_batches of accelerator_config must be False"):
+        focal_trainer(tmp_path, *models(), **options)
+
+
 def test_the_reference_is_tried_too(tmp_path):
     with pytest.raises(ValueError, match="padding_free must be False with Mamba"):
         focal_trainer(tmp_path, seeded(llama), seeded(mamba), padding_free=True)

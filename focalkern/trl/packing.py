@@ -68,6 +68,7 @@ def check_packing(
     args: FocalPOConfig,
     model: Any,
     sample: dict[str, Any],
+    is_streamed: bool,
     data_collator: Any,
     compute_metrics: Any,
     peft_config: Any,
@@ -93,6 +94,11 @@ def check_packing(
     ):
         if given:
             raise ValueError(f"{name} must not be given with {layout_of(args)}=True: {why}")
+    if is_streamed and args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
+        raise ValueError(
+            f"dispatch_batches of accelerator_config must be False with {layout_of(args)}=True, several ranks"
+            " and a streamed train_dataset: else the main process cuts batches along their rows"
+        )
 
 
 def prepare_model(

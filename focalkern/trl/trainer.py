@@ -155,7 +155,8 @@ class FocalPOTrainer(DPOTrainer):
             )
         self._is_packed = layout_of(args) is not None
         if self._is_packed:
-            check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
+            is_streamed = isinstance(train_dataset, IterableDataset)
+            check_packing(args, model, sample, is_streamed, data_collator, compute_metrics, peft_config)
             data_collator = collator_of(args)
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
