@@ -12,7 +12,10 @@ version = re.search(
 assert version
 
 # TRL 1.16 itself needs Python 3.11; on 3.10 everything but TRL is there.
-trl = ["transformers>=5", *(f'{name}; python_version >= "3.11"' for name in ("trl>=1.16,<2", "peft>=0.18"))]
+trl = [
+    "transformers>=5.19",
+    *(f'{name}; python_version >= "3.11"' for name in ("trl>=1.16,<2", "peft>=0.18")),
+]
 # Other fused heads; both need triton. QuACK's, for Hopper GPUs alone, is not installed with them.
 peers = [f'{name}; platform_system == "Linux"' for name in ("liger-kernel>=0.8.5", "cut-cross-entropy>=25.1")]
 bench = [*trl, *peers, "matplotlib>=3.9", "pandas>=2.2", "psutil>=6", "tqdm>=4.66"]

@@ -438,7 +438,7 @@ def step_table(results: Results) -> str:
 
 
 def lengths_tables(results: Results) -> str:
-    """Steps at lengths of preference data, with a model whose layers dominate."""
+    """Steps at synthetic lengths, with a model whose layers dominate."""
     names = [name for name in results.files if name.startswith(LENGTHS)]
     blocks = [block for found in results.comparisons(*names) for block in lengths_table(found)]
     return "\n\n".join([*blocks, results.sources(*names)])
@@ -470,9 +470,9 @@ def lengths_table(found: Json) -> list[str]:
         f"average, longest sequence {found['longest']}; {setup['layers']} layers of {setup['hidden']}, "
         f"V = {setup['vocab']}, {setup['dtype']}:**",
         markdown(table),
-        f"Shared prompts over the padded `FocalPOTrainer`: {gain}×. Llama-3-8B at these lengths, with "
-        f"attention that skips hidden scores: by count {packed}× as fast packed as padded, {shared}× with "
-        "shared prompts.",
+        f"Shared prompts over the padded `FocalPOTrainer`: {gain}×. Operations of Llama-3-8B at these "
+        f"lengths, where attention skips hidden scores: padded has {packed}× as many as packed, {shared}× as "
+        "many as shared.",
     ]
 
 

@@ -1,8 +1,8 @@
 """Preference pairs with their prompt once: the layout, the attention mask, the way back to sequences.
 
 A row holds `[prompt | chosen | rejected]`. Both completions go on from the prompt's end and do not see each
-other, so that their hidden states are those of two padded sequences. Called by `focalkern.trl` and by custom
-loops.
+other, so that their hidden states are those of two padded sequences ("prefix sharing", arXiv 2410.20305).
+Called by `focalkern.trl` and by custom loops.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Ids = Sequence[int] | torch.Tensor  # 1-D
 class SharedPrompts(NamedTuple):
     """B pairs whose prompt stands once, made by `share_prompts`.
 
-    N are the tokens of the 2B sequences without their prompts, but for the last token of each prompt: it
-    predicts the first token of both completions.
+    Each of the 2B sequences is the last token of its prompt, which predicts the first one of the completion,
+    and the completion. They have N tokens in all.
     """
 
     input_ids: torch.Tensor  # [R, T] int64, padded at the end of a row
@@ -52,25 +52,26 @@ def share_prompts(
     *,
     max_length: int | None = None,
     truncation_mode: str = "keep_start",
-    one_row: bool = True,
+    one_row: bool = False,
 ) -> SharedPrompts:
     """Lay B pairs out as `[prompt | chosen | rejected]`, so that a model computes each prompt once.
 
-        batch = share_prompts(prompt_ids, chosen_ids, rejected_ids, one_row=False)
+        batch = share_prompts(prompt_ids, chosen_ids, rejected_ids).to(model.device)
         mask = batch.attention_mask(model.config)
         output = model.model(batch.input_ids, position_ids=batch.position_ids, attention_mask=mask)
         hidden = batch.sequences(output.last_hidden_state)
         loss_fn(hidden, weight, batch.labels, shift=True, cu_seqlens=batch.cu_seqlens).loss.backward()
 
     Args:
-        prompt_ids, chosen_ids, rejected_ids: [B] lists of token ids each. A prompt may be empty: then nothing
-            predicts the first token of its completions, and the loss leaves it out.
+        prompt_ids, chosen_ids, rejected_ids: [B] each: token ids as a list or a 1-D tensor, without padding.
+            Where a prompt is empty nothing predicts the first tokens of its completions: the loss leaves
+            them out.
         max_length: prompt and completion together are cut to so many tokens. Where "keep_end" cuts the
             prompts of chosen and rejected at different places, the pair is laid out with both.
         truncation_mode: "keep_start" or "keep_end".
-        one_row: all pairs one after the other, without padding. This is for FlexAttention, which skips the
-            pairs that do not see each other. False puts them on rows as long as the longest pair: a dense
-            mask then grows with that pair, not with the batch.
+        one_row: put all pairs on one row, without padding: for FlexAttention, which skips the pairs that do
+            not see each other. By default they fill rows as long as the longest pair: a dense mask then grows
+            with that pair, not with the batch.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -86,7 +87,8 @@ def share_prompts(
         )
     pairs, trees = len(prompt_ids), []
     for i, texts in enumerate(zip(prompt_ids, chosen_ids, rejected_ids, strict=True)):
-        prompt, *completions = (torch.as_tensor(ids).tolist() for ids in texts)
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        prompt, *completions = (_checked(f"{name}[{i}]", ids) for name, ids in zip(names, texts, strict=True))
         cut = [cut_sequence(prompt, ids, max_length, truncation_mode) for ids in completions]
         (start, chosen), (other_start, rejected) = cut
         if len(start) == len(other_start):
@@ -114,6 +116,17 @@ def share_prompts(
         labels=labels,
         cu_seqlens=boundaries,
     )
+
+
+def _checked(name: str, ids: Any) -> list[int]:
+    try:
+        tensor = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError):
+        tensor = None
+    is_empty = tensor is not None and not tensor.numel()
+    if tensor is None or tensor.dim() != 1 or not (is_empty or tensor.dtype in (torch.int64, torch.int32)):
+        raise TypeError(f"{name} must be token ids, a list of int or a 1-D tensor; got {ids!r}")
+    return tensor.tolist()
 
 
 def cut_sequence(

@@ -411,7 +411,7 @@ def test_the_small_model_keeps_what_tells_its_architecture_apart():
     assert (config.final_logit_softcapping, config.attn_logit_softcapping) == (30.0, 50.0)
     assert config.tie_word_embeddings
     assert config.layer_types == ["sliding_attention", "full_attention"]
-    assert config.head_dim == config.query_pre_attn_scalar == 8
+    assert config.head_dim == config.query_pre_attn_scalar == 16
 
 
 def test_there_are_64_pairs_that_differ():

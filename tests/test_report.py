@@ -106,7 +106,7 @@ def test_runs_at_lengths_of_preference_data_are_tables(copy):
     assert "2 pairs, prompts of 1500 and completions of 200 tokens on average, longest sequence 900" in said
     assert "| FocalPOTrainer | 7,572 | 1.50 s | 287 | 2.00× (1.50×) | 3,583 MiB |" in said
     assert "Shared prompts over the padded `FocalPOTrainer`: 1.50×." in " ".join(said.split())
-    assert "1.25× as fast packed as padded, 1.50× with shared prompts." in " ".join(said.split())
+    assert "padded has 1.25× as many as packed, 1.50× as many as shared." in " ".join(said.split())
 
 
 def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):

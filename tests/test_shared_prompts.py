@@ -23,7 +23,7 @@ PAIRS = (PROMPTS, CHOSEN, REJECTED)
 
 
 def test_a_pair_is_its_prompt_and_two_completions():
-    batch = share_prompts([[5, 6], []], [[7, 8, 9], [1]], [[4], [2, 3]])
+    batch = share_prompts([[5, 6], []], [[7, 8, 9], [1]], [[4], [2, 3]], one_row=True)
     expected = {
         "input_ids": [[5, 6, 7, 8, 9, 4, 1, 2, 3]],
         "position_ids": [[0, 1, 2, 3, 4, 2, 0, 0, 1]],
@@ -33,7 +33,7 @@ def test_a_pair_is_its_prompt_and_two_completions():
         "cu_seqlens": [0, 4, 5, 7, 9],
     }
     assert {name: tensor.tolist() for name, tensor in batch._asdict().items()} == expected
-    rows = share_prompts([[5, 6], []], [[7, 8, 9], [1]], [[4], [2, 3]], one_row=False)
+    rows = share_prompts([[5, 6], []], [[7, 8, 9], [1]], [[4], [2, 3]])
     assert rows.input_ids.tolist() == [[5, 6, 7, 8, 9, 4], [1, 2, 3, 0, 0, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 2], [0, 0, 1, 0, 0, 0]]
     assert rows.seen_until.tolist() == [[6, 6, 5, 5, 5, 6], [1, 3, 3, 4, 5, 6]]
@@ -44,11 +44,13 @@ def test_a_pair_is_its_prompt_and_two_completions():
 def test_rows_are_as_long_as_the_longest_pair_and_full():
     sizes = [(1, 2, 1), (3, 4, 3), (2, 2, 2), (1, 1, 1), (0, 0, 0)]  # 4, 10, 6, 3 and no tokens
     texts = [[[9] * pair[i] for pair in sizes] for i in range(3)]
-    batch = share_prompts(*texts, one_row=False)
+    batch = share_prompts(*texts)
     assert batch.input_ids.bool().sum(1).tolist() == [10, 10, 3]
     lengths = [(prompt > 0) + chosen for prompt, chosen, _ in sizes]
     lengths += [(prompt > 0) + rejected for prompt, _, rejected in sizes]
     assert batch.cu_seqlens.diff().tolist() == lengths
+    first = [start for start, length in zip(batch.cu_seqlens.tolist(), lengths, strict=False) if length]
+    assert (batch.labels == -100).nonzero().flatten().tolist() == first
 
 
 def test_tensors_are_taken_as_lists_are():
@@ -58,7 +60,8 @@ def test_tensors_are_taken_as_lists_are():
 
 
 def test_a_prompt_that_is_cut_at_two_places_stands_twice():
-    batch = share_prompts([[5, 6, 7]], [[8, 9]], [[4]], max_length=4, truncation_mode="keep_end")
+    cut = {"max_length": 4, "truncation_mode": "keep_end"}
+    batch = share_prompts([[5, 6, 7]], [[8, 9]], [[4]], **cut, one_row=True)
     assert batch.input_ids.tolist() == [[6, 7, 8, 9, 5, 6, 7, 4]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
     assert batch.seen_until.tolist() == [[4] * 4 + [8] * 4]
@@ -70,6 +73,9 @@ REFUSED = {
     "truncation_mode": ([[[1]], [[2]], [[3]]], {"truncation_mode": "middle"}),
     "max_length": ([[[1]], [[2]], [[3]]], {"max_length": 0}),
     "one_row": ([[[1]], [[2]], [[3]]], {"one_row": None}),
+    r"chosen_ids\[1\]": ([[[1]] * 2, [[2], [1.7]], [[3]] * 2], {}),
+    r"prompt_ids\[0\]": (["1", [[2]], [[3]]], {}),
+    r"rejected_ids\[0\]": ([[[1]], [[2]], [[[3]]]], {}),
 }
 
 
@@ -84,9 +90,9 @@ def test_bad_input_is_refused_by_name(name):
 
 
 def config(implementation: str, **options) -> SimpleNamespace:
+    """As of a model that has a language model among others."""
     text = SimpleNamespace(_attn_implementation=implementation, **options)
-    text.get_text_config = lambda: text
-    return text
+    return SimpleNamespace(get_text_config=lambda: text)
 
 
 def sees(batch, row: int, q: int, k: int, window: int | None) -> bool:

@@ -48,7 +48,7 @@ def test_a_batch_of_shared_prompts_holds_what_the_padded_one_holds(max_length, t
     assert next(iter(shared)) == "sequence_lengths"  # the first tells the size of the batch
     assert torch.equal(shared["sequence_lengths"], padded["attention_mask"].sum(1))
     assert torch.equal(shared["completion_lengths"], padded["completion_mask"].sum(1))
-    pieces = shared["labels"][0].split(shared["cu_seqlens"].diff().tolist())
+    pieces = shared["completion_labels"][0].split(shared["cu_seqlens"].diff().tolist())
     for row, places in enumerate(sequence_places(shared)):
         tokens = padded["attention_mask"][row].bool()
         assert torch.equal(shared["input_ids"].flatten()[places], padded["input_ids"][row, tokens])

@@ -27,6 +27,7 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
 )
+from transformers.models.llama import modeling_llama
 from trl import DPOConfig, TrlParser
 from trl_tiny import (
     RECORDS,
@@ -46,7 +47,7 @@ from trl_tiny import (
 
 from focalkern import CosineGamma, ExponentialGamma, LinearGamma, shared_attention_mask
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, PackedPreferenceCollator, SharedPromptCollator
-from focalkern.trl.packing import PACKABLE, sequences_are_apart
+from focalkern.trl.packing import PACKABLE, prepare_model, sequences_are_apart
 
 OWN_FIELDS = [f for f in dataclasses.fields(FocalPOConfig) if f.name not in DPOConfig.__dataclass_fields__]
 
@@ -411,6 +412,7 @@ REFUSED_BY_THE_TRAINER = {
     "shared, flash": ("attn_implementation .* 'flash_attention_2'", [flash, llama], SHARED, {}),
     "shared, flash of the reference": ("attn_implementation", [llama, flash], SHARED, {}),
     "shared, flex on a CPU": ("attn_implementation must be 'sdpa'", [flex, llama], SHARED, {}),
+    "shared, NEFTune": ("neftune_noise_alpha", PAIR, SHARED | {"neftune_noise_alpha": 5.0}, {}),
     "shared, window of unused layers": ("share_prompt", [other_windows, llama], SHARED, {}),
     "batches by tokens, streamed": ("max_tokens_per_batch", PAIR, BY_TOKENS, {"train_dataset": streamed}),
     "batches by tokens, long pair": (
@@ -456,9 +458,9 @@ def test_what_is_packed_untried_passes_where_it_can_be_tried(name, packing_train
     model = AutoModelForCausalLM.from_config(config)
     logits_of = functools.partial(packing_trainer._logits, model)
     for collator in (PackedPreferenceCollator(), SharedPromptCollator(), SharedPromptCollator(one_row=False)):
-        assert sequences_are_apart(model, collator, torch.float32, logits_of)
+        assert sequences_are_apart(model, collator, logits_of)
     monkeypatch.setattr("focalkern.trl.packing.is_whole", lambda model: False)
-    assert sequences_are_apart(model, collator, torch.float32, logits_of)
+    assert sequences_are_apart(model, collator, logits_of)
 
 
 def causal_mask(config, position_ids, seen_until):
@@ -471,26 +473,59 @@ def mask_by_place(config, position_ids, seen_until):
     return shared_attention_mask(config, torch.arange(position_ids.shape[1])[None], seen_until)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("make", "mask"), [(llama, causal_mask), (mistral, mask_by_place)])
-def test_a_model_with_another_mask_is_refused(make, mask, tmp_path, monkeypatch):
+def test_a_model_with_another_mask_is_refused(make, mask, dtype, tmp_path, monkeypatch):
     monkeypatch.setattr("focalkern.trl.trainer.shared_attention_mask", mask)
     with pytest.raises(ValueError, match="share_prompt must be False with"):
-        focal_trainer(tmp_path, seeded(make), seeded(make), share_prompt=True)
+        focal_trainer(tmp_path, *(seeded(make).to(dtype) for _ in range(2)), share_prompt=True)
 
 
-def test_a_model_that_counts_positions_by_itself_is_refused(tmp_path, monkeypatch):
+def test_a_gradient_from_another_sequence_is_seen_below_the_rounding(packing_trainer, monkeypatch):
+    """Where the leak is too small for the logits to show it."""
+    model = seeded(llama)
+    collator, logits_of = SharedPromptCollator(), functools.partial(packing_trainer._logits, model)
+    assert sequences_are_apart(model, collator, logits_of)
+    attend = modeling_llama.eager_attention_forward
+
+    def leak(module, query, key, value, attention_mask, **options):
+        return attend(module, query, key, value, attention_mask.clamp(min=-20.0), **options)
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", leak)
+    assert not sequences_are_apart(model, collator, logits_of)
+
+
+def test_flex_attention_has_one_row_and_what_it_cannot_do_is_refused_by_name(packing_trainer):
+    model, gpu = seeded(flex), torch.device("cuda")
+    collator, logits_of = SharedPromptCollator(), functools.partial(packing_trainer._logits, model)
+    prepare_model(model, collator, gpu, False, logits_of)
+    assert collator.one_row
+    model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
+    with pytest.raises(ValueError, match=r"attn_implementation must be .* a model on several devices"):
+        prepare_model(model, collator, gpu, False, logits_of)
+    del model.hf_device_map
+    model.config.attention_dropout = 0.1
+    with pytest.raises(ValueError, match=r"attn_implementation must be .* attention_dropout=0.1"):
+        prepare_model(model, collator, gpu, False, logits_of)
+
+
+def test_a_model_on_another_device_than_the_batches_is_tried_where_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(FocalPOTrainer, "_prepare_inputs", lambda *_: pytest.fail("moved to the trainer's"))
+    focal_trainer(tmp_path, *models(), share_prompt=True)
+
+
+def test_weights_with_nan_are_not_taken_for_leaking_layers(tmp_path):
+    model = seeded(llama)
+    model.lm_head.weight.data[0, 0] = torch.nan
+    focal_trainer(tmp_path, model, seeded(llama), share_prompt=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_counts_positions_by_itself_is_refused(dtype, tmp_path, monkeypatch):
     forward = LlamaModel.forward
     monkeypatch.setattr(LlamaModel, "forward", lambda *a, position_ids=None, **given: forward(*a, **given))
     with pytest.raises(ValueError, match="share_prompt must be False with Llama"):
-        focal_trainer(tmp_path, *models(), share_prompt=True)
-
-
-@pytest.mark.parametrize("layout", [PACKED, SHARED], ids=["packed", "shared"])
-def test_streams_that_one_rank_hands_out_are_refused(layout, tmp_path, monkeypatch):
-    monkeypatch.setattr(FocalPOConfig, "world_size", 2)
-    options = {"options": {"train_dataset": streamed()}, **layout}
-    with pytest.raises(ValueError, match="dispatch_batches of accelerator_config must be False"):
-        focal_trainer(tmp_path, *models(), **options)
+        focal_trainer(tmp_path, *(model.to(dtype) for model in models()), share_prompt=True)
 
 
 def test_the_reference_is_tried_too(tmp_path):

@@ -211,7 +211,8 @@ def _head(trainer: FocalPOTrainer) -> HeadParts:
 
 def _computed(trainer: FocalPOTrainer) -> torch.dtype:
     """That the head's product is in."""
-    return trainer._computed_in(_head(trainer).linear.weight.dtype)
+    narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return narrow.get(trainer.accelerator.mixed_precision, _head(trainer).linear.weight.dtype)
 
 
 def _allowed(table: dict[torch.dtype, float], trainer: FocalPOTrainer) -> float:

@@ -80,10 +80,10 @@ _TINY = {
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "query_pre_attn_scalar": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,  # at least, for FlexAttention
+    "query_pre_attn_scalar": 16,
     "max_position_embeddings": 512,
 }
 

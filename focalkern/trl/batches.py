@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch.utils.data import Sampler
 
 from focalkern.trl.config import FocalPOConfig
@@ -103,6 +104,11 @@ class TokenBatchSampler(Sampler[list[int]]):
         batches = np.split(self._by_length[order], self._ends[:-1])
         for i in generator.permutation(len(batches)):
             yield batches[i].tolist()
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for samplers of the same batches in every epoch."""
+        return Hasher.hash((self.seed, self._by_length.tolist(), self._classes.tolist(), self._ends.tolist()))
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch

@@ -72,7 +72,7 @@ class SharedPromptCollator:
     Takes what `PackedPreferenceCollator` takes. Returns:
 
     - `sequence_lengths` [2B] int64, prompts included, and the first entry as there.
-    - the tensors of `SharedPrompts`, with `labels` [1, N].
+    - the tensors of `SharedPrompts`; its labels as `completion_labels` [1, N].
     - `completion_lengths` [2B] int64, as there.
 
     Args:
@@ -83,7 +83,7 @@ class SharedPromptCollator:
 
     max_length: int | None = None
     truncation_mode: str = "keep_start"
-    one_row: bool = True
+    one_row: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         prompts, *completions = (
@@ -100,6 +100,7 @@ class SharedPromptCollator:
         )
         batch: dict[str, Any] = {"sequence_lengths": lengths.sum(1), **shared._asdict()}
         batch["completion_lengths"] = lengths[:, 1]
-        batch["labels"] = shared.labels[None]
+        # Not "labels": by that name trainers count tokens, and wait for the ranks.
+        batch["completion_labels"] = batch.pop("labels")[None]
         names = (name for name in _REF_LOGPS if name in examples[0])
         return batch | {name: torch.tensor([example[name] for example in examples]) for name in names}

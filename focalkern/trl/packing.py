@@ -10,7 +10,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import gather_object, is_peft_model
+from packaging.version import Version
 from transformers import PreTrainedModel
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
@@ -50,6 +51,8 @@ _EXAMPLES = [
     {"prompt_ids": [0, 1, 2], "chosen_ids": [3, 4, 5, 6], "rejected_ids": [7, 3]},
     {"prompt_ids": [8, 2], "chosen_ids": [5], "rejected_ids": [1, 6, 4]},
 ]
+# The first release whose FlexAttention casts under autocast, as sdpa does.
+_TORCH, _AUTOCAST = Version(torch.__version__), Version("2.13")
 _WINDOW = 3  # of sliding attention while a model is tried: shorter than these sequences
 
 
@@ -60,7 +63,7 @@ def layout_of(args: FocalPOConfig) -> str | None:
 
 def collator_of(args: FocalPOConfig) -> Collator:
     if args.share_prompt:
-        return SharedPromptCollator(args.max_length, args.truncation_mode, one_row=False)
+        return SharedPromptCollator(args.max_length, args.truncation_mode)
     return PackedPreferenceCollator(args.max_length, args.truncation_mode)
 
 
@@ -68,7 +71,6 @@ def check_packing(
     args: FocalPOConfig,
     model: Any,
     sample: dict[str, Any],
-    is_streamed: bool,
     data_collator: Any,
     compute_metrics: Any,
     peft_config: Any,
@@ -94,25 +96,20 @@ def check_packing(
     ):
         if given:
             raise ValueError(f"{name} must not be given with {layout_of(args)}=True: {why}")
-    if is_streamed and args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
-        raise ValueError(
-            f"dispatch_batches of accelerator_config must be False with {layout_of(args)}=True, several ranks"
-            " and a streamed train_dataset: else the main process cuts batches along their rows"
-        )
 
 
 def prepare_model(
     model: PreTrainedModel,
     collator: Collator,
-    device: torch.device,
-    dtype: torch.dtype,
+    trainer_device: torch.device,
+    is_autocast: bool,
     logits_of: Callable[[Batch], torch.Tensor],
 ) -> None:
     """Set the collator up for a model, and try the model on a few tokens.
 
     Args:
-        dtype: of the model's products.
-        logits_of: the model's logits of a batch.
+        is_autocast: whether the model is to run under autocast.
+        logits_of: the model's logits of a batch, without autocast.
 
     Raises:
         ValueError: the attention implementation, or the model, cannot tell sequences apart.
@@ -124,34 +121,49 @@ def prepare_model(
         name = "share_prompt"
         if takes_masks:
             shared_attention_mask(model.config, *torch.ones(2, 1, 1, dtype=torch.int64))
-        if implementation == "flex_attention" and device.type == "cpu":
-            raise ValueError(
-                "attn_implementation must be 'sdpa' or 'eager' with share_prompt=True on a CPU: FlexAttention"
-                " has no backward there; got 'flex_attention'"
-            )
-        collator.one_row |= implementation == "flex_attention"
+        if implementation == "flex_attention":
+            _check_flex_attention(model, trainer_device, is_autocast)
+            collator.one_row = True
     elif "flash" in implementation:
         collator.flash_attention = True
-    if not (takes_masks and sequences_are_apart(model, collator, dtype, logits_of)):
+    if not (takes_masks and sequences_are_apart(model, collator, logits_of)):
         raise ValueError(
-            f"{name} must be False with {type(model).__name__}: its layers do not tell the sequences of a row"
+            f"{name} must be False with {type(model).__name__}: its layers do not keep the sequences of a row"
             " apart, or it could not be seen"
         )
 
 
+def _check_flex_attention(model: PreTrainedModel, device: torch.device, is_autocast: bool) -> None:
+    """Raise ValueError where FlexAttention would fail in the first step, or compute something else."""
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    dropout = getattr(model.config.get_text_config(), "attention_dropout", 0.0) or 0.0
+    for given, why in (
+        (device.type == "cpu", "on a CPU, where it has no backward"),
+        (dropout > 0, f"with attention_dropout={dropout}, which it does not know"),
+        (len(devices) > 1, "with a model on several devices, between which its masks do not move"),
+        (
+            is_autocast and model.dtype == torch.float32 and _TORCH < _AUTOCAST,
+            f"with autocast over fp32 weights before torch 2.13; this is {torch.__version__}",
+        ),
+    ):
+        if given:
+            raise ValueError(
+                "attn_implementation must be 'sdpa' or 'eager', not 'flex_attention', with share_prompt=True"
+                f" {why}"
+            )
+
+
 def sequences_are_apart(
-    model: PreTrainedModel,
-    collator: Collator,
-    dtype: torch.dtype,
-    logits_of: Callable[[Batch], torch.Tensor],
+    model: PreTrainedModel, collator: Collator, logits_of: Callable[[Batch], torch.Tensor]
 ) -> bool:
     """Whether each sequence of a batch has its logits of a padded batch, and no gradient from the others.
 
     Not every architecture hands the position ids to its attention mask (transformers 5.23: AFMoE does not).
-    One that is sharded already cannot be run here, and must be known.
+    One that is sharded on a rank cannot be run here, and must be known.
     """
     config = model.config.get_text_config()
-    if not is_whole(model):
+    # The ranks decide together: one may hold all weights while the others hold none.
+    if not all(gather_object([is_whole(model)])):
         return config.model_type in PACKABLE
     embedded: list[torch.Tensor] = []
 
@@ -159,28 +171,46 @@ def sequences_are_apart(
         embedded.append(output.detach().requires_grad_())
         return embedded[-1].clone()  # which models may scale in place
 
+    embeddings = model.get_input_embeddings()
     with ExitStack() as stack:
-        hook = model.get_input_embeddings().register_forward_hook(leaf)
+        hook = embeddings.register_forward_hook(leaf)
         stack.callback(hook.remove)
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluating(model))
         if getattr(config, "sliding_window", None) is not None:
             stack.enter_context(replaced(config, sliding_window=_WINDOW))
+        if isinstance(collator, SharedPromptCollator) or embeddings.weight.device.type == "cpu":
+            # The mask is tried, not the kernel: FlexAttention would compile for these few tokens.
+            stack.enter_context(replaced(config, _attn_implementation="eager"))
         cut = (collator.max_length, collator.truncation_mode)
         padded = logits_of(DataCollatorForPreference(0, *cut)(_EXAMPLES))
+        if not padded.isfinite().all():
+            return True  # weights with NaN: the loss will say so
         batch = collator(_EXAMPLES)
-        logits = logits_of(batch).flatten(0, 1)
+        logits, inputs = logits_of(batch).flatten(0, 1), embedded[-1]
+        if isinstance(collator, SharedPromptCollator) and _ignores_positions(model, batch, logits, logits_of):
+            return False
         for row, places in enumerate(sequence_places(batch)):
-            found = logits[places]
-            if not same_to_rounding(found, padded[row, : len(places)], dtype):
+            found, expected = logits[places], padded[row, : len(places)]
+            alone = logits_of({"input_ids": batch["input_ids"].flatten()[places][None]})[0]
+            if not same_to_rounding(found, expected, alone, inputs.dtype):
                 return False
-            size = found.float().square().sum()
-            (gradient,) = torch.autograd.grad(size, embedded[-1], retain_graph=True)
+            (gradient,) = torch.autograd.grad(found.float().square().sum(), inputs, retain_graph=True)
             foreign = gradient.flatten(0, 1).abs().sum(-1) > 0
             foreign[places] = False
             if foreign.any():
                 return False
     return True
+
+
+def _ignores_positions(
+    model: PreTrainedModel, batch: Batch, logits: torch.Tensor, logits_of: Callable[[Batch], torch.Tensor]
+) -> bool:
+    """Whether other positions under the same mask leave every bit of the logits as it is."""
+    positions = batch["position_ids"]
+    mask = shared_attention_mask(model.config, positions, batch["seen_until"])
+    moved = {"input_ids": batch["input_ids"], "position_ids": 2 * positions, "attention_mask": mask}
+    return torch.equal(logits_of(moved).flatten(0, 1), logits)
 
 
 def sequence_places(batch: Batch) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers.trainer
 from accelerate import PartialState
-from accelerate.utils import is_peft_model
+from accelerate.utils import is_peft_model, send_to_device
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
@@ -57,7 +57,7 @@ _NOT_FOR_THE_MODEL = (
     "cu_seqlens",
     "seen_until",
     "hidden_index",
-    "labels",
+    "completion_labels",
 )
 
 
@@ -155,8 +155,7 @@ class FocalPOTrainer(DPOTrainer):
             )
         self._is_packed = layout_of(args) is not None
         if self._is_packed:
-            is_streamed = isinstance(train_dataset, IterableDataset)
-            check_packing(args, model, sample, is_streamed, data_collator, compute_metrics, peft_config)
+            check_packing(args, model, sample, data_collator, compute_metrics, peft_config)
             data_collator = collator_of(args)
         self.loss_fn = MixedLoss(args)
         self._left_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
@@ -232,9 +231,10 @@ class FocalPOTrainer(DPOTrainer):
                         f" counts the tokens of both prompts; got {self.router_aux_loss_coef}"
                     )
                 base = model.get_base_model() if is_peft_model(model) else model
+                # DeepSpeed casts the weights instead.
+                is_autocast = self.accelerator.mixed_precision != "no" and not self.is_deepspeed_enabled
                 logits_of = functools.partial(self._logits, base)
-                dtype = self._computed_in(base.dtype)
-                prepare_model(base, self.data_collator, self.args.device, dtype, logits_of)
+                prepare_model(base, self.data_collator, self.args.device, is_autocast, logits_of)
             add_fused_lm_head(
                 model, outputs=outputs, backward=args.backward, tau=args.tau, backend=args.backend
             )
@@ -463,20 +463,16 @@ class FocalPOTrainer(DPOTrainer):
             )
         return kwargs
 
-    def _computed_in(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype of products with weights of `dtype`."""
-        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return narrow.get(self.accelerator.mixed_precision, dtype)
-
     def _logits(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
-        with self.accelerator.autocast():
-            return model(**self._model_inputs(model, self._prepare_inputs(batch))).logits
+        """Without autocast, and where the model is: it may be moved later."""
+        inputs = send_to_device(batch, model.get_input_embeddings().weight.device)
+        return model(**self._model_inputs(model, inputs)).logits
 
     @staticmethod
     def _labels(inputs: dict[str, Any]) -> torch.Tensor:  # [2B, T], or packed [1, N]
         """Input ids with all but the completions masked."""
-        if "labels" in inputs:
-            return inputs["labels"]
+        if "completion_labels" in inputs:
+            return inputs["completion_labels"]
         return inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
 
     @staticmethod
@@ -562,7 +558,7 @@ class FocalPOTrainer(DPOTrainer):
             if self._gamma_steps is not None:
                 state["gamma_steps"] = self._gamma_steps.current
             if self._token_batches is not None:
-                state["token_batches"] = len(self._token_batches)
+                state["token_batches"] = self._token_batches.fingerprint
             torch.save(state, os.path.join(output_dir, STATE_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -583,7 +579,7 @@ class FocalPOTrainer(DPOTrainer):
             self._total_train_tokens = state["num_tokens"]
             if self._gamma_steps is not None:
                 self._gamma_steps.saved = state.get("gamma_steps")
-            batches = None if self._token_batches is None else len(self._token_batches)
+            batches = None if self._token_batches is None else self._token_batches.fingerprint
             if state.get("token_batches") != batches:
                 warnings.warn(
                     f"max_tokens_per_batch={self.args.max_tokens_per_batch} does not make the batches of"
