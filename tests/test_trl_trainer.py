@@ -396,6 +396,15 @@ UNEQUAL = [
     {"prompt": "a", "chosen": " b", "rejected": " c"},
     {"prompt": "The hat is", "chosen": " red.", "rejected": " not red, no." * 8},
 ]
+
+
+def logging_mixtral():
+    """Whose configuration asks for the logits of the router."""
+    model = mixtral()
+    model.config.output_router_logits = True
+    return model
+
+
 OTHER_MODELS = {
     "Qwen2": {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
     "Qwen3": {"head_dim": 16},
@@ -409,7 +418,7 @@ LAYOUT_CASES = {
         for kind, options in OTHER_MODELS.items()
     },
     "experts": {"make": mixtral, "layouts": ("padded", "packed")},
-    "experts without their loss": {"make": mixtral, "router_aux_loss_coef": 0.0},
+    "experts without their loss": {"make": logging_mixtral, "router_aux_loss_coef": 0.0},
     "very unequal lengths": {"make": mistral, "records": UNEQUAL},
     "cut at the end": {"max_length": 9, "records": UNEQUAL},
     "cut at the start": {"max_length": 9, "records": UNEQUAL, "truncation_mode": "keep_end"},
