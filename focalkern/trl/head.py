@@ -175,7 +175,7 @@ def _fused_forward(
         raise ValueError("labels must be given with fused_lm_head=True; got None")
     config = model.config.get_text_config()
     kwargs["use_cache"] = False
-    if getattr(config, "output_router_logits", False) and hidden_index is None:
+    if getattr(config, "output_router_logits", False):
         kwargs.setdefault("output_router_logits", True)
     if not (fused.is_tried or _would_unmerge(model)):
         count = targets.numel() if hidden_index is None else kwargs["position_ids"].numel()
@@ -191,7 +191,7 @@ def _fused_forward(
     count = label_mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     loss = -tokens.logps.sum() / count
     aux_loss = None
-    if kwargs.get("output_router_logits") and hidden_index is None:
+    if kwargs.get("output_router_logits"):
         aux_loss = load_balancing_loss_func(
             backbone.router_logits,
             # transformers < 5.6 has the number of GPT-OSS's experts on the model alone

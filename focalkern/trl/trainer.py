@@ -456,11 +456,13 @@ class FocalPOTrainer(DPOTrainer):
 
     def _model_inputs(self, model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         kwargs = {k: v for k, v in inputs.items() if k not in _NOT_FOR_THE_MODEL} | {"use_cache": False}
+        config = self.accelerator.unwrap_model(model).config
         if "seen_until" in inputs:
-            config = self.accelerator.unwrap_model(model).config
             kwargs["attention_mask"] = shared_attention_mask(
                 config, inputs["position_ids"], inputs["seen_until"]
             )
+        if self.args.share_prompt and getattr(config, "output_router_logits", False):
+            kwargs["output_router_logits"] = False  # the loss of them takes no mask of this kind
         return kwargs
 
     def _logits(self, model: Any, batch: dict[str, Any]) -> torch.Tensor:
