@@ -11,9 +11,10 @@ import pytest
 pytest.importorskip("trl")
 
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl_tiny import (
     RECORDS,
+    KillAt,
+    Killed,
     Recording,
     assert_same_history,
     assert_same_run,
@@ -195,19 +196,6 @@ def test_the_pairs_of_a_step_are_told_on_average(tmp_path):
     trainer.create_model_card("a-model")
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "| max_tokens_per_batch | 100 |\n| pairs a step, on average | 4 |" in card
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 @pytest.mark.parametrize(("accumulated", "saved"), [(1, 6), (2, 3)])

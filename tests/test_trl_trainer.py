@@ -19,7 +19,7 @@ pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset, load_from_disk
 from largest import Largest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
+from transformers import LlamaConfig, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import (
@@ -30,6 +30,8 @@ from trl_tiny import (
     TOKENIZER,
     VOCAB,
     WINDOW,
+    KillAt,
+    Killed,
     Recording,
     assert_same_history,
     assert_same_run,
@@ -490,19 +492,6 @@ def test_pairs_weigh_the_same_whatever_their_length(layout, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------ checkpoints
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 SCHEDULED_ALPHA = {**OBJECTIVES["alpha-DPO"], **OBJECTIVES["cosine"], "gamma": None}

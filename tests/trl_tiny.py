@@ -29,6 +29,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    TrainerCallback,
 )
 
 from focalkern.trl import FocalPOConfig, FocalPOTrainer
@@ -214,6 +215,19 @@ def assert_same_run(actual: Recording, expected: Recording, rtol: float) -> None
         for name in theirs:
             difference, size = (ours[name] - theirs[name]).norm(), theirs[name].norm()
             assert difference <= rtol * size, f"{name} at {i}: off by {difference / size:.1e}"
+
+
+class Killed(Exception):
+    """By `KillAt`, in the middle of a training."""
+
+
+class KillAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Killed
 
 
 _OF_THE_CLOCK = ("runtime", "per_second")
