@@ -163,7 +163,7 @@ def shared_attention_mask(
     implementation = config._attn_implementation
     if implementation not in _MASKS:
         raise ValueError(
-            f"attn_implementation must be out of {[*_MASKS]} with shared prompts: others take no such mask;"
+            f"attn_implementation must be one of {[*_MASKS]} with shared prompts: others take no such mask;"
             f" got {implementation!r}"
         )
     windows = attention_windows(config)
@@ -181,7 +181,7 @@ def attention_windows(config: Any) -> dict[str, int | None]:
         return {"full_attention" if window is None else "sliding_attention": window}
     known: dict[str, int | None] = {"full_attention": None, "sliding_attention": window}
     if unknown := set(kinds) - set(known):
-        raise ValueError(f"layer_types must be out of {[*known]} with shared prompts; got {sorted(unknown)}")
+        raise ValueError(f"layer_types must be of {[*known]} with shared prompts; got {sorted(unknown)}")
     return {kind: known[kind] for kind in sorted(set(kinds))}
 
 

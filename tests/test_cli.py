@@ -223,6 +223,14 @@ def test_a_recipe_takes_fields_from_the_command_line(small, tmp_path, monkeypatc
     assert load_file("merged/model.safetensors").keys() == load_file(small / "model/model.safetensors").keys()
 
 
+def test_batches_by_tokens_take_the_place_of_the_recipe_s():
+    recipe = ROOT / "examples/recipes/llama3-8b-focalpo.yaml"
+    args = job_of(recipe, "--max_tokens_per_batch", 8192, "--use_cpu", "true", "--bf16", "false").config
+    assert (args.max_tokens_per_batch, args.per_device_train_batch_size) == (8192, 8)
+    with pytest.raises(SystemExit, match="per_device_train_batch_size counts only with"):
+        job_of(recipe, "--max_tokens_per_batch=8192", "--per_device_train_batch_size=4", "--use_cpu=true")
+
+
 def test_the_page_lists_every_recipe():
     rows = re.findall(r"^\| [^|]+ \| `(\S+-)`: (.*) \|$", PAGE, re.M)
     listed = [prefix + name for prefix, names in rows for name in re.findall(r"`(\S+)`", names)]

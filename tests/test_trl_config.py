@@ -66,6 +66,12 @@ def test_the_defaults_are_focalpo(tmp_path):
     assert loss_fn.backward == "certified"
 
 
+@pytest.mark.parametrize("value", ["false", 1, None])
+def test_whether_prompts_are_shared_is_a_bool(value, tmp_path):
+    with pytest.raises(TypeError, match="share_prompt must be True or False"):
+        config(tmp_path, share_prompt=value)
+
+
 def test_every_option_reaches_the_loss(tmp_path):
     options = {
         "beta": 0.7,

@@ -197,6 +197,12 @@ def test_a_pair_is_counted_as_what_it_is(name):
         assert flags_of(both) == {flag: 2 * count for flag, count in expected.items()}
 
 
+def test_a_prompt_in_a_column_of_another_name_is_missed():
+    without = [([], [7, EOS], [5, EOS]), ([BOS], [6, EOS], [8, EOS])]
+    assert any("no prompt" in warning for warning in report_on(*without).warnings())
+    assert not report_on(*without, ROWS["good"]).warnings()
+
+
 @pytest.mark.parametrize("truncation_mode", ["keep_start", "keep_end"])
 @pytest.mark.parametrize("max_length", [1, 2, 3, 5, 8, 100])
 def test_what_is_cut_is_what_the_collator_cuts(max_length, truncation_mode):

@@ -105,6 +105,10 @@ def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[
         if given.recipe:
             _check_recipe(given.recipe, fields)
             overrides += ["--config", given.recipe]
+        if _given("max_tokens_per_batch", arguments) and not _given("per_device_train_batch_size", arguments):
+            # In place of the recipe's batches.
+            default = FocalPOConfig.__dataclass_fields__["per_device_train_batch_size"].default
+            overrides += ["--per_device_train_batch_size", str(default)]
         script, config, model, options = parser.parse_args_and_config([*arguments, *overrides])
         for field, value in (
             ("model_name_or_path", model.model_name_or_path),
@@ -130,6 +134,10 @@ def read_job(own: argparse.ArgumentParser, command: ModuleType, arguments: list[
 def on_this_machine(arguments: argparse.Namespace | None = None) -> list[str]:
     """For a look at a job made for GPUs: without one, transformers refuses bf16 but for the CPU."""
     return [] if torch.cuda.is_available() else ["--use_cpu", "true"]
+
+
+def _given(field: str, arguments: list[str]) -> bool:
+    return any(argument.partition("=")[0] == f"--{field}" for argument in arguments)
 
 
 def _check_recipe(path: str, fields: set[str]) -> None:

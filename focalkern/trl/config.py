@@ -302,6 +302,7 @@ class FocalPOConfig(DPOConfig):
         if len(set(self.loss_type)) < len(self.loss_type):
             raise ValueError(f"loss_type must name every loss once; got {self.loss_type}")
         HeadOptions(backward=self.backward, tau=self.tau, backend=self.backend)
+        checks.check_flag("share_prompt", self.share_prompt)
         if self.max_tokens_per_batch is not None:
             self._check_token_batches()
         if FOCALPO in self.loss_type and self.gamma is None and self.gamma_schedule is None:

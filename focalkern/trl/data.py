@@ -151,6 +151,7 @@ class DataReport:
     without_eos: int  # neither EOS nor another special token ends chosen, or rejected
     empty: int  # chosen or rejected says nothing
     identical: int  # chosen equals rejected, as far as max_length leaves them
+    unprompted: int  # without a prompt
     unpredicted: int  # chosen or rejected is one token at most, and no token before it predicts it
     first_pair: str  # as it is trained on, shortened
     is_sample: bool  # the first rows of a stream
@@ -173,6 +174,10 @@ class DataReport:
             (self.empty, "have an empty chosen or rejected: filter them out"),
             (self.identical, "have chosen equal to rejected: filter them out"),
             (self.unpredicted, "have a completion of one token and none before it: filter them out"),
+            (
+                (self.unprompted == self.pairs) * self.pairs,
+                "have no prompt: is it in a column of another name? dataset.rename_column() mends that",
+            ),
             (
                 cuts_much * self.dropped,
                 f"are dropped, their prompts fill max_length={self.max_length}: raise it",
@@ -225,7 +230,7 @@ def inspect_pairs(
         return not tokenizer.decode([i for i in ids if i not in special]).strip()
 
     counts = dict.fromkeys(
-        ("pairs", "cut", "doubled_bos", "without_eos", "empty", "identical", "unpredicted"), 0
+        ("pairs", "cut", "doubled_bos", "without_eos", "empty", "identical", "unprompted", "unpredicted"), 0
     )
     first_pair = ""
     for prompt, *completions in token_ids(dataset):
@@ -242,6 +247,7 @@ def inspect_pairs(
             "without_eos": any(special.isdisjoint(ids[-2:].tolist()) for ids in completions),
             "empty": any(len(ids) <= _SHORT and is_empty(*ids.tolist()) for ids in completions),
             "identical": np.array_equal(chosen, rejected),
+            "unprompted": bool((prompt == bos).all()),  # nothing, or BOS
             "unpredicted": len(chosen) <= (not len(start)) or len(rejected) <= (not len(other_start)),
         }
         counts = {trait: counts[trait] + traits[trait] for trait in counts}
