@@ -389,6 +389,7 @@ REFUSED = {
     "--mfu 0": "--mfu: must be a number above 0; got '0'",
     "--pairs many": "--pairs: must be a number above 0; got 'many'",
     "--engine ddp --gpus 1 --gpu-memory 999 --plot nowhere/x.png": "--plot nowhere/x.png cannot be drawn: ",
+    "--attn_implementation sdpa": "a plan knows no attn_implementation='sdpa': it needs flex_attention",
     "--optim adafactor": "a plan knows no optim='adafactor'",
     "--padding_free true --max_tokens_per_batch 4096 --per_device_train_batch_size 8": (
         "a plan knows no max_tokens_per_batch=4096"

@@ -165,24 +165,22 @@ class Budget:
         """Raises ValueError for fields that a plan does not know, by name."""
         args, model = job.config, job.model
         optimizer = getattr(args.optim, "value", args.optim)
-        for name, value, is_known in (
-            ("load_in_4bit", model.load_in_4bit, not model.load_in_4bit),
-            ("load_in_8bit", model.load_in_8bit, not model.load_in_8bit),
-            ("max_length", args.max_length, args.max_length is not None),
-            ("optim", optimizer, optimizer in OPTIMIZERS),
-            (
-                "attn_implementation",
-                model.attn_implementation,
-                model.attn_implementation == "flex_attention" or not args.share_prompt,
-            ),
-            ("max_tokens_per_batch", args.max_tokens_per_batch, args.max_tokens_per_batch is None),
+        attention, by_tokens = model.attn_implementation, args.max_tokens_per_batch
+        unquantised, batches = (
+            "weights that are not quantised",
+            "batches of per_device_train_batch_size pairs",
+        )
+        shares_as_known = attention == "flex_attention" or not args.share_prompt
+        for name, value, is_known, needs in (
+            ("load_in_4bit", model.load_in_4bit, not model.load_in_4bit, unquantised),
+            ("load_in_8bit", model.load_in_8bit, not model.load_in_8bit, unquantised),
+            ("max_length", args.max_length, args.max_length is not None, "a number"),
+            ("optim", optimizer, optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
+            ("attn_implementation", attention, shares_as_known, "flex_attention with share_prompt"),
+            ("max_tokens_per_batch", by_tokens, by_tokens is None, "batches of as many pairs"),
         ):
             if not is_known:
-                raise ValueError(
-                    f"a plan knows no {name}={value!r}: it needs max_length, weights that are not quantised,"
-                    f" batches of per_device_train_batch_size pairs, one of {', '.join(OPTIMIZERS)}, and with"
-                    " share_prompt flex_attention"
-                )
+                raise ValueError(f"a plan knows no {name}={value!r}: it needs {needs}")
         config = job.model_config().get_text_config()
         config._attn_implementation = model.attn_implementation or "sdpa"
         dtype = config.dtype or "float32" if model.dtype == "auto" else model.dtype or "float32"
