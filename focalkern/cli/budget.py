@@ -166,10 +166,7 @@ class Budget:
         args, model = job.config, job.model
         optimizer = getattr(args.optim, "value", args.optim)
         attention, by_tokens = model.attn_implementation, args.max_tokens_per_batch
-        unquantised, batches = (
-            "weights that are not quantised",
-            "batches of per_device_train_batch_size pairs",
-        )
+        unquantised = "weights that are not quantised"
         shares_as_known = attention == "flex_attention" or not args.share_prompt
         for name, value, is_known, needs in (
             ("load_in_4bit", model.load_in_4bit, not model.load_in_4bit, unquantised),
