@@ -115,7 +115,7 @@ def test_an_8b_model_is_counted_in_the_layouts_of_the_collators(monkeypatch):
     monkeypatch.setattr(trl_step, "step_operations", lambda config, *counts: counted.append(counts) or 1)
     padded = DataCollatorForPreference(pad_token_id=0)(pairs)
     trl_step.ratios_8b(padded["attention_mask"], padded["completion_mask"])
-    packed, shared = PackedPreferenceCollator()(pairs), SharedPromptCollator()(pairs)
+    packed, shared = PackedPreferenceCollator()(pairs), SharedPromptCollator(one_row=True)(pairs)
     seen = _bool_mask(shared["position_ids"], shared["seen_until"], None).sum()
     of_each = sum(n * (n + 1) // 2 for n in packed["sequence_lengths"].tolist())
     assert counted == [(4 * 8, of_each, 11), (23, of_each, 11), (shared["input_ids"].numel(), seen, 11)]
