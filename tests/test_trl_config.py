@@ -501,11 +501,13 @@ def test_a_gradient_from_another_sequence_is_seen_below_the_rounding(packing_tra
     assert not sequences_are_apart(model, collator, logits_of)
 
 
-def test_flex_attention_has_one_row_and_what_it_cannot_do_is_refused_by_name(packing_trainer):
+def test_flex_attention_has_one_row_and_what_it_cannot_do_is_refused_by_name(packing_trainer, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     model, gpu = seeded(flex), torch.device("cuda")
     collator, logits_of = SharedPromptCollator(), functools.partial(packing_trainer._logits, model)
     prepare_model(model, collator, gpu, False, logits_of)
     assert collator.one_row
+    assert torch._dynamo.config.recompile_limit == 32
     model.hf_device_map = {"model.layers.0": 0, "model.layers.1": 1}
     with pytest.raises(ValueError, match=r"attn_implementation must be .* a model on several devices"):
         prepare_model(model, collator, gpu, False, logits_of)

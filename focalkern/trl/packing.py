@@ -53,6 +53,7 @@ _EXAMPLES = [
 ]
 # The first release whose FlexAttention casts under autocast, as sdpa does.
 _TORCH, _AUTOCAST = Version(torch.__version__), Version("2.13")
+_COMPILATIONS = 32
 _WINDOW = 3  # of sliding attention while a model is tried: shorter than these sequences
 
 
@@ -124,6 +125,10 @@ def prepare_model(
         if implementation == "flex_attention":
             _check_flex_attention(model, trainer_device, is_autocast)
             collator.one_row = True
+            # Every mask, dtype and mode of autograd is a compilation. Beyond the limit, 8 by default,
+            # attention would hold all scores, with a warning.
+            limit = torch._dynamo.config.recompile_limit
+            torch._dynamo.config.recompile_limit = max(limit, _COMPILATIONS)
     elif "flash" in implementation:
         collator.flash_attention = True
     if not (takes_masks and sequences_are_apart(model, collator, logits_of)):
