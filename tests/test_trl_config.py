@@ -26,6 +26,8 @@ from transformers import (
     LlamaModel,
     MambaConfig,
     MambaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.models.llama import modeling_llama
 from trl import DPOConfig, TrlParser
@@ -354,6 +356,15 @@ def afmoe():
     return AfmoeForCausalLM(AfmoeConfig(vocab_size=VOCAB, hidden_size=16, **sizes))
 
 
+def t5():
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    return T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, **sizes))
+
+
+def with_images() -> Dataset:
+    return Dataset.from_list([record | {"image": None} for record in RECORDS])
+
+
 def flash():
     """As a model loaded with FlashAttention: it need not be installed to be refused."""
     model = llama()
@@ -418,6 +429,8 @@ REFUSED_BY_THE_TRAINER = {
     "shared, flash": ("attn_implementation .* 'flash_attention_2'", [flash, llama], SHARED, {}),
     "shared, flash of the reference": ("attn_implementation", [llama, flash], SHARED, {}),
     "shared, flex on a CPU": ("attn_implementation must be 'sdpa'", [flex, llama], SHARED, {}),
+    "shared, images": ("images", PAIR, SHARED, {"train_dataset": with_images}),
+    "shared, encoder-decoder": ("share_prompt must be False with T5", [t5, t5], SHARED, {}),
     "shared, NEFTune": ("neftune_noise_alpha", PAIR, SHARED | {"neftune_noise_alpha": 5.0}, {}),
     "shared, window of unused layers": ("share_prompt", [other_windows, llama], SHARED, {}),
     "batches by tokens, streamed": ("max_tokens_per_batch", PAIR, BY_TOKENS, {"train_dataset": streamed}),
