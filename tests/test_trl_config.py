@@ -429,7 +429,7 @@ REFUSED_BY_THE_TRAINER = {
     "shared, flash": ("attn_implementation .* 'flash_attention_2'", [flash, llama], SHARED, {}),
     "shared, flash of the reference": ("attn_implementation", [llama, flash], SHARED, {}),
     "shared, flex on a CPU": ("attn_implementation must be 'sdpa'", [flex, llama], SHARED, {}),
-    "shared, images": ("images", PAIR, SHARED, {"train_dataset": with_images}),
+    "shared, images": ("images must not be given", PAIR, SHARED, {"train_dataset": with_images}),
     "shared, encoder-decoder": ("share_prompt must be False with T5", [t5, t5], SHARED, {}),
     "shared, NEFTune": ("neftune_noise_alpha", PAIR, SHARED | {"neftune_noise_alpha": 5.0}, {}),
     "shared, window of unused layers": ("share_prompt", [other_windows, llama], SHARED, {}),
