@@ -16,6 +16,7 @@ import torch
 from focalkern import checks
 
 TRUNCATION_MODES = ("keep_start", "keep_end")
+PAIR_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # as TRL names the columns, too
 Ids = Sequence[int] | torch.Tensor  # 1-D
 
 
@@ -87,8 +88,8 @@ def share_prompts(
         )
     pairs, trees = len(prompt_ids), []
     for i, texts in enumerate(zip(prompt_ids, chosen_ids, rejected_ids, strict=True)):
-        names = ("prompt_ids", "chosen_ids", "rejected_ids")
-        prompt, *completions = (_checked(f"{name}[{i}]", ids) for name, ids in zip(names, texts, strict=True))
+        named = zip(PAIR_IDS, texts, strict=True)
+        prompt, *completions = (_checked(f"{name}[{i}]", ids) for name, ids in named)
         cut = [cut_sequence(prompt, ids, max_length, truncation_mode) for ids in completions]
         (start, chosen), (other_start, rejected) = cut
         if len(start) == len(other_start):
@@ -166,14 +167,14 @@ def shared_attention_mask(
             f"attn_implementation must be one of {[*_MASKS]} with shared prompts: others take no such mask;"
             f" got {implementation!r}"
         )
-    windows = attention_windows(config)
+    windows = _windows(config)
     masks = {
         kind: _MASKS[implementation](position_ids, seen_until, window) for kind, window in windows.items()
     }
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def attention_windows(config: Any) -> dict[str, int | None]:
+def _windows(config: Any) -> dict[str, int | None]:
     """The sliding window of each type of layer that a text config has, None where all tokens are seen."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)

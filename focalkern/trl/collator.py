@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 
-from focalkern.shared_prompts import cut_sequence, share_prompts
+from focalkern.shared_prompts import PAIR_IDS, cut_sequence, share_prompts
 
-_REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class PackedPreferenceCollator:
             longest = int(lengths.max())
             batch |= {"cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries}
             batch |= {"max_length_q": longest, "max_length_k": longest}
-        return batch | {name: padded[name] for name in _REF_LOGPS if name in padded}
+        return batch | {name: padded[name] for name in REF_LOGPS if name in padded}
 
 
 @dataclass
@@ -86,9 +86,7 @@ class SharedPromptCollator:
     one_row: bool = False
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        prompts, *completions = (
-            [example[name] for example in examples] for name in ("prompt_ids", "chosen_ids", "rejected_ids")
-        )
+        prompts, *completions = ([example[name] for example in examples] for name in PAIR_IDS)
         cut: dict[str, Any] = {"max_length": self.max_length, "truncation_mode": self.truncation_mode}
         shared = share_prompts(prompts, *completions, **cut, one_row=self.one_row)
         lengths = torch.tensor(
@@ -102,5 +100,5 @@ class SharedPromptCollator:
         batch["completion_lengths"] = lengths[:, 1]
         # Not "labels": by that name trainers count tokens, and wait for the ranks.
         batch["completion_labels"] = batch.pop("labels")[None]
-        names = (name for name in _REF_LOGPS if name in examples[0])
+        names = (name for name in REF_LOGPS if name in examples[0])
         return batch | {name: torch.tensor([example[name] for example in examples]) for name in names}

@@ -17,11 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import extract_prompt
 from trl.trainer.utils import global_then_local_main_first
 
-from focalkern.shared_prompts import cut_sequence
+from focalkern.shared_prompts import PAIR_IDS, cut_sequence
 
 STREAMED_ROWS = 1000  # of a stream: those after them are not looked at
 _TEXTS = ("prompt", "chosen", "rejected")
-_IDS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _BATCH_ROWS = 10_000
 _SHORT = 4  # tokens: an empty completion is no longer, with the end of its turn
 _SHOWN = 70  # characters of a text
@@ -275,8 +274,8 @@ def token_ids(dataset: Dataset) -> Iterator[list[np.ndarray]]:
 
 def id_columns(dataset: Dataset) -> Iterator[list[pa.ChunkedArray]]:
     """Prompt, chosen and rejected of some rows after the other, as columns of Arrow: rows take longer."""
-    for table in dataset.select_columns(list(_IDS)).with_format("arrow").iter(_BATCH_ROWS):
-        yield [table[column] for column in _IDS]
+    for table in dataset.select_columns(list(PAIR_IDS)).with_format("arrow").iter(_BATCH_ROWS):
+        yield [table[column] for column in PAIR_IDS]
 
 
 def _shortened(text: str) -> str:

@@ -30,6 +30,7 @@ from focalkern.schedules import GammaSchedule
 from focalkern.shared_prompts import shared_attention_mask
 from focalkern.trl.batches import TokenBatchSampler, check_longest, tokens_of, weighted_mean
 from focalkern.trl.card import PAPERS, complete_card, methods_of
+from focalkern.trl.collator import REF_LOGPS
 from focalkern.trl.config import FocalPOConfig
 from focalkern.trl.data import STREAMED_ROWS, DataReport, as_trl_takes_it, inspect_pairs
 from focalkern.trl.head import (
@@ -47,12 +48,11 @@ STATE_NAME = "focalpo_state.pt"
 _NARROW = (torch.bfloat16, torch.float16)
 # An update of AdamW is about as large as the learning rate: below this it is lost in a bf16 weight of 0.02.
 _LOST_IN_BF16 = 2e-5
-_REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 # What a batch holds beside the arguments of the model.
 _NOT_FOR_THE_MODEL = (
     "completion_mask",
     "completion_lengths",
-    *_REF_LOGPS,
+    *REF_LOGPS,
     "sequence_lengths",
     "cu_seqlens",
     "seen_until",
@@ -368,7 +368,7 @@ class FocalPOTrainer(DPOTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         # Under DeepSpeed floats are cast to the dtype of the model: sums of log-probs would be off by nats.
-        ref_logps = {name: inputs[name].to(self.args.device) for name in _REF_LOGPS if name in inputs}
+        ref_logps = {name: inputs[name].to(self.args.device) for name in REF_LOGPS if name in inputs}
         return super()._prepare_inputs(inputs) | ref_logps
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
