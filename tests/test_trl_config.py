@@ -514,8 +514,8 @@ def test_a_gradient_from_another_sequence_is_seen_below_the_rounding(packing_tra
     assert not sequences_are_apart(model, collator, logits_of)
 
 
-def test_flex_attention_has_one_row_and_what_it_cannot_do_is_refused_by_name(packing_trainer, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+@torch._dynamo.config.patch(recompile_limit=8)
+def test_flex_attention_has_one_row_and_what_it_cannot_do_is_refused_by_name(packing_trainer):
     model, gpu = seeded(flex), torch.device("cuda")
     collator, logits_of = SharedPromptCollator(), functools.partial(packing_trainer._logits, model)
     prepare_model(model, collator, gpu, False, logits_of)
