@@ -36,10 +36,10 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parser_of
-from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Case, Recipe, Shape, calibrate
 from benchmarks.peers import first_line
 from benchmarks.report import DTYPES, write_json
+from benchmarks.resources import compiled_launches, launch_head
 from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config
 from csrc_triton.linear_logps import linear_logps_fwd_kernel
 from focalkern import linear_logps, triton_launch
