@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, LogitTransform, transformed
-from benchmarks.objectives import Objective
+from benchmarks.inputs import Batch, LogitTransform, Objective, transformed
 from focalkern import FusedFocalPOLoss
 
 LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
@@ -34,7 +33,7 @@ LossFn = Callable[[Batch], PeerLoss]
 
 
 class Unavailable(Exception):
-    """The peer cannot run here, or not on this batch; the message says why."""
+    """The peer cannot run here, or not on this batch."""
 
 
 class Peer(NamedTuple):
@@ -67,8 +66,7 @@ def load_eager(device_type: str) -> LossFn:
 
 
 def load_compiled(device_type: str) -> LossFn:
-    """The log-probs of eager PyTorch through torch.compile in its default mode, for exactly the shapes of the
-    batch: it fuses what follows the GEMM of the logits, and keeps them for the backward."""
+    """The log-probs of eager PyTorch through torch.compile, for exactly the shapes of the batch."""
     require_compiler(device_type)
 
     @partial(torch.compile, dynamic=False)
@@ -84,13 +82,10 @@ def load_compiled(device_type: str) -> LossFn:
 
 
 def require_compiler(device_type: str) -> None:
-    """Raise `Unavailable` where torch.compile does not work, for want of a C++ compiler for one.
-
-    What was compiled for other batches is forgotten: after 8 recompilations torch would run eagerly.
-    """
+    """Raise `Unavailable` where torch.compile does not work, for want of a C++ compiler for one."""
     if problem := compiler_problem(device_type):
         raise Unavailable(f"torch.compile does not work here: {problem}")
-    torch.compiler.reset()
+    torch.compiler.reset()  # else, after 8 recompilations for other batches, torch would run eagerly
 
 
 @cache
@@ -130,11 +125,10 @@ def load_trl(device_type: str) -> LossFn:
 
 
 def load_liger(device_type: str) -> LossFn:
-    """Liger's `LigerFusedLinearDPOLoss` and SimPO's: one pair at a time, gradients already in the forward.
+    """Liger's `LigerFusedLinearDPOLoss` and SimPO's: compiled, one pair at a time, sequences padded.
 
-    By default it is compiled, and a chunk is one pair. Its DPO computes the reference log-probs itself, from
-    hidden states and head of the reference model: a GEMM over all logits that no other peer has to do. Here
-    it is given them, in the place of these hidden states. Shorter sequences are padded.
+    Its DPO computes the reference log-probs from the reference model's hidden states: a GEMM that no other
+    peer has to do. Here it is given the log-probs in their place.
     """
     require_compiler(device_type)
     with importing("liger-kernel"):
@@ -181,8 +175,7 @@ def given_reference(base: Any) -> None:
 def load_cce(impl: str, device_type: str) -> LossFn:
     """Apple's Cut Cross-Entropy, per token: its kernels ("cce"), or its "torch_compile" of plain PyTorch.
 
-    The kernels with their default filter (`filter_eps="high"`): tiles whose softmax is below eps/32 are left
-    out of the backward. It computes dweight also where the head is frozen.
+    The kernels filter by default: tiles whose softmax is below eps/32 are left out of the backward.
     """
     if impl == "cce" and device_type != "cuda":
         raise Unavailable("CCE's kernels need a CUDA device")
@@ -203,11 +196,9 @@ def load_cce(impl: str, device_type: str) -> LossFn:
 
 
 def load_torch_lce(rows: int | None, device_type: str) -> LossFn:
-    """`torch.nn.functional.linear_cross_entropy` per token (PyTorch 2.13), chunked over the tokens.
+    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or in chunks of `rows`.
 
-    In two settings: its "auto" chunks, which on CUDA are of few rows and save memory, and chunks of `rows`.
-    Either accumulates in fp32 ("auto"); the log-probs are rounded to the dtype of the inputs, which for large
-    ones exceeds the bound of the loss. (With reduction="sum", gradients of every sequence would be held.)
+    The log-probs are rounded to the dtype of the inputs, which for large ones exceeds the bound of the loss.
     """
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"PyTorch {torch.__version__} has no chunked linear_cross_entropy (2.13 has)")
@@ -225,9 +216,8 @@ def load_torch_lce(rows: int | None, device_type: str) -> LossFn:
 def load_quack(fused: bool, device_type: str) -> LossFn:
     """QuACK's chunked linear cross-entropy, with the gradients fused into its GEMMs (`fused`) or in steps.
 
-    Its loss is one sum, and the gradients are made in the forward: it is called once for each sequence, whose
-    log-probs' sum the objective needs, and holds the gradients of every sequence until the backward. Default
-    chunk of 4096 tokens, GEMMs tuned at the first call. Written from the source of 0.6.5; not yet run.
+    Its loss is one sum: it is called once for each sequence, and holds the gradients of all until the
+    backward. Written from the source of 0.6.5; not yet run.
     """
     if device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
         raise Unavailable("QuACK's linear cross-entropy is for Hopper GPUs")
@@ -261,7 +251,7 @@ def require(batch: Batch, name: str, *has: str) -> None:
             raise Unavailable(f"{name} has no {what}")
 
 
-def load_focalkern(name: str, tau: float | str, device_type: str) -> LossFn:
+def load_focalkern(name: str, device_type: str) -> LossFn:
     """This library."""
     backend, _, exact = name.partition("-")
     if backend == "triton" and device_type != "cuda":
@@ -271,24 +261,22 @@ def load_focalkern(name: str, tau: float | str, device_type: str) -> LossFn:
     def configured(objective: Objective, transform: LogitTransform) -> FusedFocalPOLoss:
         options = {name: value for name, value in vars(objective).items() if name != "name"}
         # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
-        options |= {"ema_momentum": 0.0, "backend": backend, "backward": exact or "certified", "tau": tau}
+        options |= {"ema_momentum": 0.0, "backend": backend, "backward": exact or "certified"}
         return FusedFocalPOLoss(**options, **transform._asdict()).to(device_type)
 
     def loss(batch: Batch) -> PeerLoss:
-        refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref_logps.chunk(2), strict=True))
-        options = {"bias": batch.bias, "cu_seqlens": batch.sequences.cu_seqlens, **refs}
-        loss_fn = configured(batch.objective, batch.transform)
-        out = loss_fn(batch.hidden, batch.weight, batch.labels, **options)
+        loss_fn, refs = configured(batch.objective, batch.transform), batch.ref_logps.chunk(2)
+        given = (batch.hidden, batch.weight, batch.labels, batch.bias, *refs)
+        out = loss_fn(*given, cu_seqlens=batch.sequences.cu_seqlens)
         return PeerLoss(out.loss, out.kept_share)
 
     return loss
 
 
-def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
-    """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
-
+def all_peers() -> dict[str, Peer]:
+    """Every peer by the name that `--only` takes."""
     ours = {
-        name: Peer(f"focalkern ({', '.join(name.split('-'))})", partial(load_focalkern, name, tau))
+        name: Peer(f"focalkern ({', '.join(name.split('-'))})", partial(load_focalkern, name))
         for name in ("triton", "triton-exact", "torch", "torch-exact")
     }
     return ours | {
