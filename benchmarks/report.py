@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -47,6 +48,8 @@ Json = dict[str, Any]
 
 
 def environment(device_type: str) -> Json:
+    installed = importlib.metadata.distributions()
+    found = {str(each.name).lower().replace("_", "-"): each.version for each in installed}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -56,16 +59,9 @@ def environment(device_type: str) -> Json:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found[name] for name in PACKAGES if name in found},
         "python": platform.python_version(),
     }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
@@ -75,18 +71,11 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit, marked "-dirty" when anything but results and the pages made of them differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        others = [":!benchmarks/results", ":!*.md", ":!*.png"]
-        changed = git("status", "--porcelain", "--untracked-files=no", ".", *others)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The commit, marked "-dirty" where a tracked file differs from it; None outside of a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    with contextlib.suppress(OSError):  # no git here
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def write_json(data: Json, path: Path) -> None:
@@ -197,21 +186,19 @@ def sweep(report: Json, over: str) -> list[tuple[str, pd.DataFrame]]:
     """Titles and peers of comparisons that differ in the tokens or the sharpness alone, in that order."""
     found = []
     for comparison in report["comparisons"]:
-        about, title = comparison["input"], title_of(comparison, over)
-        if over == "tokens":
-            place, scale = comparison["tokens"], about.get("scale")
-        else:
-            place, scale = math.inf if about["kind"] == "untrained" else about["entries"], None
-        found.append(frame(comparison).assign(place=place, title=title, scale=scale))
-    table = pd.concat(found).sort_values("place", kind="stable")
-    groups = table.groupby(["title", "scale"], sort=False, dropna=False)
-    return [(title, group) for (title, _), group in groups if group["place"].nunique() > 1]
+        about, place = comparison["input"], comparison["tokens"]
+        if over == "sharpness":
+            place = math.inf if about["kind"] == "untrained" else about["entries"]
+        found.append(frame(comparison).assign(place=place, title=title_of(comparison, over)))
+    groups = pd.concat(found).sort_values("place", kind="stable").groupby("title", sort=False)
+    return [(title, group) for title, group in groups if group["place"].nunique() > 1]
 
 
 def title_of(comparison: Json, over: str) -> str:
-    shape, saturated = comparison["shape"], comparison["saturated_pairs"]
+    shape, about, saturated = comparison["shape"], comparison["input"], comparison["saturated_pairs"]
     words = [f"{shape['hidden']} × {shape['vocab']}", comparison["dtype"], comparison["loss"]]
     words.append(f"{comparison['tokens']} tokens" if over == "sharpness" else kind_of(comparison))
+    words += [f"scale {about['scale']:g}"] if over == "tokens" and about.get("scale") else []
     words += ["frozen head"] if comparison["frozen_head"] else []
     return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
 
