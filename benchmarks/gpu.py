@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results
 
-It runs with the active python, installs nothing and needs no network; it says which package is missing. Each
-step is a process with a time limit; one that fails does not stop the others. <device>.json holds all results,
-and is written after each. The exit status is 1 where a step failed, 2 without a CUDA device or a package.
+It runs with the active python, installs nothing and needs no network. Each step is a process with a time
+limit; one that fails does not stop the others. <device>.json holds all results, and is written after each.
+The exit status is 1 where a step failed, 2 without a CUDA device or a package.
 """
 
 from __future__ import annotations
