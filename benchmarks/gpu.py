@@ -88,9 +88,9 @@ def steps(folder: Path) -> Iterator[Step]:
     yield test_step(folder, "tests", 130, "not 2_to_the_31", processes)
     yield test_step(folder, "tests of 2^31 elements", 40, "2_to_the_31", 1)
 
-    from benchmarks.peers import all_peers
+    from benchmarks.peers import PEERS
 
-    peers = [name for name in all_peers() if name not in SLOW_PEERS]
+    peers = [name for name in PEERS if name not in SLOW_PEERS]
     yield benchmark_step(folder, "shipped", 100, "--tokens", "8192", "--only", *peers)
     table = folder / "tuning.json"
     tune = [sys.executable, "benchmarks/tune.py", "--seconds", "80", "--json", str(table)]

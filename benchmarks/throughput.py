@@ -47,7 +47,7 @@ from benchmarks.capture_file import Capture, CapturedInput
 from benchmarks.check import Gate
 from benchmarks.inputs import OBJECTIVES, SHAPES, Batch, Case, Recipe, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step
-from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
+from benchmarks.peers import PEERS, LossFn, Unavailable, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
 from focalkern.torch_logits import HAS_BF16_PRODUCTS, matmul
 
@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
-    peers = list(all_peers())
+    peers = list(PEERS)
     add = parser.add_argument_group("size, by default 2048 x 512 x 32768, llama3-8b on CUDA").add_argument
     add("--shape", type=shape, help=f"H x V of the LM head, as 512x32768, or one of {', '.join(SHAPES)}")
     add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all")
@@ -179,7 +179,7 @@ def settle(options: argparse.Namespace) -> None:
         raise ValueError("--plot draws over several values of --tokens or --sharpness: give more than one")
     usual = ["fp32", "bf16"] if HAS_BF16_PRODUCTS else ["fp32"]
     options.dtype = options.dtype or (["bf16"] if on_cuda else usual[-1:] if options.quick else usual)
-    options.only = options.only or (QUICK_PEERS if options.quick else list(all_peers()))
+    options.only = options.only or (QUICK_PEERS if options.quick else list(PEERS))
     options.no_memory |= options.quick
     options.repeats = options.repeats or (20 if on_cuda and not options.quick else 3)
 
@@ -207,17 +207,17 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
-    rows, losses, source = {}, {}, case.source
-    for name, peer in all_peers().items():
-        if name in options.only:
-            rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
-            with recorded(rows[name]):
-                losses[name] = peer.load(options.device)
+    peers, source = {name: peer for name, peer in PEERS.items() if name in options.only}, case.source
+    rows: Rows = {
+        name: {"id": name, "peer": peer.name, "status": "ok", "note": ""} for name, peer in peers.items()
+    }
+    if any(peer.compiled for peer in peers.values()):
+        torch.compiler.reset()  # else, after 8 recompilations for other batches, torch would run eagerly
     gate = Gate(batch)
-    for name in tqdm(losses, desc="errors", leave=False, disable=None):
+    for name, peer in tqdm(peers.items(), desc="errors", leave=False, disable=None):
         with recorded(rows[name]):
-            check_peer(rows[name], losses[name], batch, gate)
-    passed = {name: loss for name, loss in losses.items() if rows[name]["status"] == "ok"}
+            check_peer(rows[name], peer.loss, batch, gate)
+    passed = {name: peer.loss for name, peer in peers.items() if rows[name]["status"] == "ok"}
     gemm = measure_times(rows, passed, batch, options.repeats)
     if not options.no_memory:
         measure_memory(rows, passed, batch, case)
@@ -318,14 +318,12 @@ def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Ca
 
 def cpu_memory(name: str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    peer = all_peers()[name]
-    loss = peer.load("cpu")
-    batch, _ = case.batch()
+    peer, (batch, _) = PEERS[name], case.batch()
     # Libraries and thread stacks come with the first step, whatever its size; compiled code is for this size.
     source = case.source
     small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
-    gradients_of(loss, batch if peer.compiled else replace(case, source=small).batch()[0])
-    return measure.peak_extra_bytes(partial(gradients_of, loss, batch), torch.device("cpu"))
+    gradients_of(peer.loss, batch if peer.compiled else replace(case, source=small).batch()[0])
+    return measure.peak_extra_bytes(partial(gradients_of, peer.loss, batch), torch.device("cpu"))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from benchmarks import check, report
 from benchmarks.check import Gate
 from benchmarks.inputs import BETA, PRESENT, Batch, LogitTransform, Recipe, Sequences, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.peers import all_peers
+from benchmarks.peers import PEERS
 from focalkern.reference import linear_logps
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def tiny_batch(transform: LogitTransform = PLAIN, dtype=torch.float32, bias: boo
 
 def step(name: str, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and gradients of a peer."""
-    loss = all_peers()[name].load("cpu")(batch).loss
+    loss = PEERS[name].loss(batch).loss
     return loss.detach(), list(torch.autograd.grad(loss, batch.differentiated()))
 
 

@@ -11,12 +11,12 @@ import sys
 
 import pytest
 import torch
-from test_benchmark import CAPPED, PLAIN, SCALED, tiny_batch
+from test_benchmark import CAPPED, PLAIN, SCALED, step, tiny_batch
 from test_benchmark_runs import RUN
 
 from benchmarks.check import Gate
 from benchmarks.inputs import OBJECTIVES, LogitTransform
-from benchmarks.peers import Unavailable, all_peers, compiler_problem
+from benchmarks.peers import PEERS, Unavailable, compiler_problem
 from benchmarks.report import ROOT
 
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
@@ -25,7 +25,7 @@ SCALE = LogitTransform(logit_scale=0.5)
 
 def require(name: str) -> None:
     pytest.importorskip(PACKAGES.get(name, "torch"), reason="the extra `bench` has it")
-    if all_peers()[name].compiled and (problem := compiler_problem("cpu")):
+    if PEERS[name].compiled and (problem := compiler_problem("cpu")):
         pytest.skip(f"torch.compile does not work here: {problem}")
 
 
@@ -48,16 +48,14 @@ def test_peers_compute_every_loss_they_have(name, transform):
     require(name)
     batches = [tiny_batch(transform, bias=name != "cce-compile") for _ in range(2)]
     batches[1].ref_logps *= 1.1  # alpha-DPO's statistics are those of the batch, not of the batches so far
-    loss_fn = all_peers()[name].load("cpu")
     for objective, batch in itertools.product(OBJECTIVES.values(), batches):
         batch.objective = objective
         if name == "liger" and objective.name in ("focalpo", "alpha-dpo"):
             with pytest.raises(Unavailable, match=f"Liger has no {objective.name}"):
-                loss_fn(batch)
+                step(name, batch)
             continue
-        gate, loss = Gate(batch), loss_fn(batch).loss
-        gradients = list(torch.autograd.grad(loss, batch.differentiated()))
-        assert gate.verdict(gate.errors(loss.detach(), gradients)) == "", objective.name
+        gate = Gate(batch)
+        assert gate.verdict(gate.errors(*step(name, batch))) == "", objective.name
 
 
 @pytest.mark.parametrize(
@@ -72,7 +70,7 @@ def test_peers_compute_every_loss_they_have(name, transform):
 def test_peer_that_lacks_what_the_head_needs_says_so(name, transform, reason):
     require(name)
     with pytest.raises(Unavailable, match=reason):
-        all_peers()[name].load("cpu")(tiny_batch(transform))
+        step(name, tiny_batch(transform))
 
 
 SKIPPED = """

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import throughput
 from benchmarks.inputs import Batch, Recipe, Sequences, Shape
-from benchmarks.peers import Peer, PeerLoss, all_peers, load_eager
+from benchmarks.peers import PEERS, LossFn, Peer, PeerLoss
 
 SIZE = "--device cpu --shape 48x1000 --tokens 64 --pairs 2"
 RUN = f"{SIZE} --dtype fp32 --repeats 2 --no-memory"
@@ -26,10 +26,9 @@ def run(options: str, path: Path, status: int = 0) -> dict:
     return json.loads(path.read_text())
 
 
-def row_of(monkeypatch, path: Path, name: str, load, status: int = 0) -> dict:
+def row_of(monkeypatch, path: Path, name: str, loss: LossFn, status: int = 0) -> dict:
     """The row of this peer in a run with eager PyTorch, which is measured whatever becomes of the other."""
-    known = {name: Peer(name, load), "eager": all_peers()["eager"]}
-    monkeypatch.setattr(throughput, "all_peers", lambda: known)
+    monkeypatch.setattr(throughput, "PEERS", {name: Peer(name, loss), "eager": PEERS["eager"]})
     first, second = run(RUN, path, status)["comparisons"][0]["rows"]
     assert second["status"] == "ok" and len(second["both_ms"]["samples"]) == 2
     return first
@@ -85,7 +84,7 @@ def noisy(x: torch.Tensor) -> torch.Tensor:
 
 
 def eager(batch: Batch, **changes: torch.Tensor) -> PeerLoss:
-    return load_eager("cpu")(dataclasses.replace(batch, **changes))
+    return PEERS["eager"].loss(dataclasses.replace(batch, **changes))
 
 
 def sequences_off_by_one(batch: Batch) -> PeerLoss:
@@ -115,7 +114,7 @@ ALL = "error of loss and dhidden and dweight"
     ],
 )
 def test_wrong_peer_fails_without_a_time_and_others_go_on(loss, reason, tmp_path, monkeypatch, capsys):
-    wrong = row_of(monkeypatch, tmp_path / "result.json", "wrong", lambda device_type: loss)
+    wrong = row_of(monkeypatch, tmp_path / "result.json", "wrong", loss)
     assert wrong["status"] == "failed" and reason in wrong["note"]
     assert not {"forward_ms", "backward_ms", "both_ms"} & set(wrong)
     assert "wrong: failed" in capsys.readouterr().out
@@ -123,7 +122,7 @@ def test_wrong_peer_fails_without_a_time_and_others_go_on(loss, reason, tmp_path
 
 @pytest.mark.parametrize(("name", "status"), [("torch", 1), ("torch-exact", 1), ("other", 0)])
 def test_exit_status_tells_of_our_own_failure(name, status, tmp_path, monkeypatch):
-    row_of(monkeypatch, tmp_path / "result.json", name, lambda device_type: raising, status)
+    row_of(monkeypatch, tmp_path / "result.json", name, raising, status)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others do not kill a process for its memory")
@@ -133,16 +132,14 @@ def test_peer_that_runs_out_of_memory_is_skipped_with_a_note(tmp_path, monkeypat
         return eager(batch)
 
     monkeypatch.setattr(throughput.measure, "available_bytes", lambda: 2**30)
-    row = row_of(monkeypatch, tmp_path / "result.json", "failing", lambda device_type: loss)
+    row = row_of(monkeypatch, tmp_path / "result.json", "failing", loss)
     assert (row["status"], row["note"]) == ("skipped", "ran out of memory") and "both_ms" not in row
     torch.empty(2**31, dtype=torch.uint8)  # the limit ends with the run
 
 
 def test_peer_that_fails_only_when_it_is_timed_has_no_time(tmp_path, monkeypatch):
     outcomes = iter([eager, eager, raising])
-    row = row_of(
-        monkeypatch, tmp_path / "result.json", "failing", lambda _: lambda batch: next(outcomes)(batch)
-    )
+    row = row_of(monkeypatch, tmp_path / "result.json", "failing", lambda batch: next(outcomes)(batch))
     assert row["status"] == "failed" and "no such kernel" in row["note"] and "both_ms" not in row
 
 
@@ -224,7 +221,7 @@ def test_on_a_gpu_every_peer_is_measured_or_says_why_not(tmp_path):
     assert len(report["comparisons"]) == 4
     for comparison in report["comparisons"]:
         rows = {row["id"]: row for row in comparison["rows"]}
-        assert list(rows) == list(all_peers())
+        assert list(rows) == list(PEERS)
         for name in ("triton", "triton-exact", "eager"):
             assert rows[name]["status"] == "ok" and rows[name]["extra_bytes"] >= 0
         assert all(row["note"] for row in rows.values() if row["status"] != "ok")
