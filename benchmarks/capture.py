@@ -6,8 +6,7 @@
 
 MODEL is any causal LM of transformers, a folder or an id. The file, a `Capture`, holds the completions'
 hidden states as the head receives them, their labels, and the head. Without `--reference`, the reference
-log-probs are the model's own, as at the first step of a training: every pair then stands at u = 0. Pairs come
-in random order, so that a few of them are a sample.
+log-probs are the model's own, as at the first step of a training: every pair then stands at u = 0.
 """
 
 from __future__ import annotations
@@ -44,7 +43,16 @@ Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or id")
+    add("--out", type=Path, required=True, metavar="PATH", help="the file to write")
+    add("--data", type=Path, metavar="JSONL", help="prompt, chosen, rejected a line; default: docstrings")
+    add("--reference", metavar="MODEL", help="reference model, with the same tokenizer; default: the model")
+    add("--tokens", type=at_least(1), default=2048, metavar="N", help="of completions; default: %(default)s")
+    add("--max-length", type=at_least(2), default=2048, help="leave longer pairs out; default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args(arguments)
     try:
         capture = captured(args)
         capture.save(args.out)
@@ -56,26 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"written to {args.out}")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="path or id")
-    add("--out", type=Path, required=True, metavar="PATH", help="the file to write")
-    add("--data", type=Path, metavar="JSONL", help="prompt, chosen, rejected a line; default: docstrings")
-    add("--reference", metavar="MODEL", help="reference model, with the same tokenizer; default: the model")
-    add("--tokens", type=at_least(1), default=2048, metavar="N", help="of completions; default: %(default)s")
-    add("--max-length", type=at_least(2), default=2048, help="leave longer pairs out; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser.parse_args(arguments)
-
-
 def captured(args: argparse.Namespace) -> Capture:
-    """Pairs until there are enough completion tokens.
-
-    Raises:
-        DataError: no usable pairs, or a model that cannot be captured; says why.
-        OSError: data or model cannot be read.
-    """
+    """Pairs until there are enough completion tokens; `DataError` says why there are none."""
     pairs = read_pairs(args.data) if args.data else docstring_pairs(seed=0)
     random.Random(0).shuffle(pairs)
     policy = load_policy(args.model, args.device, dtype="auto")

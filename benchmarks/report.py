@@ -161,10 +161,6 @@ def number(value: float) -> str:
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
 
 
-def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
-
-
 def scientific(value: float | str) -> str:
     """Two digits; NaN and infinity are words in the files."""
     return value if isinstance(value, str) else f"{value:.1e}".replace("e-0", "e-") if value else "0"
@@ -361,7 +357,7 @@ def cells(found: pd.DataFrame) -> pd.DataFrame:
         "backward": duration,
         "both": duration,
         "ratio": lambda value: f"{number(value)}×",
-        "kept": percent,
+        "kept": lambda share: f"{100 * share:.3g} %",
         "extra": "{:,.0f} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
@@ -433,23 +429,17 @@ def lengths_tables(results: Results) -> str:
 
 def lengths_table(found: Json) -> list[str]:
     rows, setup, completions = found["rows"], found["setup"], found["completion_tokens"]
-    trl = rows["TRL"]
     prompt, completion = (n / 2 / setup["pairs"] for n in (found["tokens"] - completions, completions))
     packed, shared = map(number, found["llama_8b_over_padded"].values())
-    padded_ms, shared_ms = (
-        rows[name]["ms"]["median"] for name in ("FocalPOTrainer", "FocalPOTrainer, shared")
-    )
-    gain = number(padded_ms / shared_ms)
-    ratios = [
-        (trl["ms"]["median"] / row["ms"]["median"], trl["operations"] / row["operations"])
-        for row in rows.values()
-    ]
+    ms = {name: row["ms"]["median"] for name, row in rows.items()}
+    gain = number(ms["FocalPOTrainer"] / ms["FocalPOTrainer, shared"])
+    counted = {name: rows["TRL"]["operations"] / row["operations"] for name, row in rows.items()}
     table = {
         "trainer": [name.replace("patch()", "`patch()`") for name in rows],
         "positions": [f"{row['positions']:,}" for row in rows.values()],
-        "step": [duration(row["ms"]["median"]) for row in rows.values()],
+        "step": list(map(duration, ms.values())),
         "tokens/s": [number(row["tokens_per_s"]) for row in rows.values()],
-        "over TRL (counted)": [f"{number(time)}× ({number(count)}×)" for time, count in ratios],
+        "over TRL (counted)": [f"{number(ms['TRL'] / ms[name])}× ({number(counted[name])}×)" for name in ms],
         "memory": [f"{row['extra_mib']:,.0f} MiB" for row in rows.values()],
     }
     return [
@@ -475,6 +465,8 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    from PIL import Image
+
     parser = parser_of(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if out of date")
     check = parser.parse_args(arguments).check
@@ -487,7 +479,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             text = updated
         if not check:
             (root / page).write_text(text, encoding="utf-8")
-    if drawn_from(root / FIGURE) != data_hash(results.files[SHARPNESS]):
+    drawn = Image.open(root / FIGURE).info.get("data") if (root / FIGURE).exists() else None
+    if drawn != data_hash(results.files[SHARPNESS]):
         stale.append(str(FIGURE))
         if not check:
             draw(results.files[SHARPNESS], "sharpness", root / FIGURE)
@@ -506,13 +499,6 @@ def with_part(text: str, name: str, content: str, page: str) -> str:
     if count != 1:
         raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
     return updated
-
-
-def drawn_from(path: Path) -> str | None:
-    """The hash that a figure carries."""
-    from PIL import Image
-
-    return Image.open(path).info.get("data") if path.exists() else None
 
 
 if __name__ == "__main__":

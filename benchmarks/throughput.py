@@ -169,8 +169,6 @@ def settle(options: argparse.Namespace) -> None:
                 f"--tokens {wrong[0]} is not a multiple of 2 x {options.pairs} sequences (--pairs)"
             )
     free = [name for name in options.loss if OBJECTIVES[name].reference_free]
-    if any(options.saturated) and options.pairs < 2:
-        raise ValueError("--saturated: of one pair, none can be saturated beside another that is not")
     if any(options.saturated) and free:
         raise ValueError(f"--saturated is by the reference, which the score of {free[0]} does not have")
     if options.json and options.json.is_dir():
@@ -217,10 +215,9 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     for name, peer in tqdm(peers.items(), desc="errors", leave=False, disable=None):
         with recorded(rows[name]):
             check_peer(rows[name], peer.loss, batch, gate)
-    passed = {name: peer.loss for name, peer in peers.items() if rows[name]["status"] == "ok"}
-    gemm = measure_times(rows, passed, batch, options.repeats)
+    gemm = measure_times(rows, batch, options.repeats)
     if not options.no_memory:
-        measure_memory(rows, passed, batch, case)
+        measure_memory(rows, batch, case)
     return {
         "shape": asdict(source.shape),
         "tokens": source.tokens,
@@ -270,11 +267,15 @@ def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate) -> N
         row |= {"status": "failed", "note": wrong}
 
 
-def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: int) -> dict[str, Any]:
+def passed(rows: Rows) -> dict[str, LossFn]:
+    return {name: PEERS[name].loss for name, row in rows.items() if row["status"] == "ok"}
+
+
+def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the peers, into their rows, and of the bare GEMM."""
     inputs, device = batch.differentiated(), batch.hidden.device
     steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()))}
-    for name, loss in losses.items():
+    for name, loss in passed(rows).items():
         forward, guard = partial(lambda loss: loss(batch).loss, loss), partial(recorded, rows[name])
         steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs), guard)
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
@@ -297,12 +298,10 @@ def bare_gemm(hidden: torch.Tensor, weight: torch.Tensor) -> None:
         matmul(rows, entries)
 
 
-def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Case) -> None:
+def measure_memory(rows: Rows, batch: Batch, case: Case) -> None:
     """Memory of the peers that were timed, into their rows."""
-    for name, loss in tqdm(losses.items(), desc="memory", leave=False, disable=None):
+    for name, loss in tqdm(passed(rows).items(), desc="memory", leave=False, disable=None):
         row = rows[name]
-        if row["status"] != "ok":
-            continue
         try:
             if batch.hidden.is_cuda:
                 memory = measure.peak_extra_bytes(partial(gradients_of, loss, batch), batch.hidden.device)

@@ -27,7 +27,7 @@ from benchmarks import gpu, throughput, tune
 from benchmarks.gpu import Step
 from benchmarks.report import ROOT
 from benchmarks.tune import Setting
-from csrc_triton.launch import LAUNCH_TABLE
+from csrc_triton.launch import LAUNCH_TABLE, Launch
 
 HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
 
@@ -44,10 +44,9 @@ def has_ended(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         for _ in range(400):
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                break
+                return True
             time.sleep(0.05)
-        else:
-            return False
+        return False
     return True
 
 
@@ -193,19 +192,18 @@ def test_candidates_begin_with_the_shipped_entry_and_the_nearest_compiles(arch):
     assert arch not in ("sm_80", "sm_90") or tune.compile_candidate(setting, jobs[10]) == (jobs[10], "")
 
 
+@pytest.mark.parametrize("changed", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_agree_within_rounding_and_a_lost_tile_shows_where_all_is_small(dtype):
+def test_results_agree_within_rounding_and_a_lost_tile_shows_where_all_is_small(dtype, changed):
     expected = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected[:10] *= 2**-12
     assert tune.agree(expected * (1 + torch.finfo(dtype).eps / 2), expected)
-    for changed in (0.0, torch.nan, torch.inf):
-        found = expected.clone()
-        found[5, :16] = changed
-        assert not tune.agree(found, expected)
+    found = expected.clone()
+    found[5, :16] = changed
+    assert not tune.agree(found, expected)
 
 
-RIGHT = torch.ones(8, 64, dtype=torch.bfloat16)
-OTHER = RIGHT.clone()
+RIGHT, OTHER = torch.ones(2, 8, 64, dtype=torch.bfloat16)
 OTHER[5, 5] += 0.0078125  # agrees, and is not the same
 ILLEGAL = RuntimeError("an illegal memory access was encountered")
 
@@ -221,7 +219,7 @@ ILLEGAL = RuntimeError("an illegal memory access was encountered")
     ],
 )
 def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results, status, monkeypatch):
-    steps = [x if isinstance(x, Exception) else ([x], [lambda: None]) for x in results]
+    steps = [x if isinstance(x, Exception) else ([x], []) for x in results]
     monkeypatch.setattr(tune, "launched", mock.Mock(side_effect=steps))
     monkeypatch.setattr(tune, "milliseconds", lambda launches: 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -230,47 +228,36 @@ def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results
     assert tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"] == status
 
 
-FAKE = """
-import os, time
-def measure(setting, name, entry):
+def fake_measure(setting: Setting, name: str, entry: Launch) -> dict:
     if entry.num_stages == 6:
         time.sleep(60)
     if entry.num_stages == 7:
         os._exit(7)
-    status = "lost" if entry.num_stages == 9 else "ok"
-    return {"status": status, "ms": float(entry.num_stages), "pid": os.getpid()}
-"""
+    return {"status": "lost" if entry.num_stages == 9 else "ok", "pid": os.getpid()}
 
 
-def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(tmp_path, monkeypatch):
-    (tmp_path / "fake_measurer.py").write_text(FAKE)
-    monkeypatch.syspath_prepend(tmp_path)
-    import fake_measurer
-
-    monkeypatch.setattr(tune, "measure", fake_measurer.measure)
+def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(monkeypatch):
+    monkeypatch.setattr(tune, "measure", fake_measure)
     monkeypatch.setattr(tune, "CANDIDATE_SECONDS", 2)
-    measurer = tune.Measurer()
     entries = [replace(HOPPER.shipped("fwd"), num_stages=stages) for stages in (4, 6, 3, 7, 9, 8)]
-    rows = [measurer.measure(HOPPER, ("fwd", entry)) for entry in entries]
-    measurer.close()
+    with contextlib.closing(tune.Measurer()) as measurer:
+        rows = [measurer.measure(HOPPER, ("fwd", entry)) for entry in entries]
     assert [row["status"] for row in rows] == ["ok", "lost", "ok", "lost", "lost", "ok"]
     assert rows[1]["note"] == "no answer in 2 s" and rows[3]["note"] == "ended the process"
     assert all(has_ended(row["pid"]) for row in rows if "pid" in row)
 
 
-def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(tmp_path):
-    shipped, path = HOPPER.shipped("fwd"), tmp_path / "tuned.json"
-    jobs = [("fwd", shipped), *(("fwd", replace(shipped, num_stages=9 + i)) for i in range(3))]
-
-    def entries_of(*ms: float) -> dict:
-        """Of the table, given the times of the shipped entry and others; 0 for a result that is wrong."""
-        rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms]
-        tune.write(dict(zip(jobs, rows, strict=False)), HOPPER, path)
-        return json.loads(path.read_text())["entries"]
-
-    assert entries_of(10.0, 9.8, 0) == entries_of(0, 5.0) == {}
-    fastest = {"fwd": asdict(replace(shipped, num_stages=10, source="measured"))}
-    assert entries_of(10.0, 9.0, 8.0, 11.0) == fastest
+@pytest.mark.parametrize(
+    ("ms", "fastest"),  # of the shipped entry and of others; 0 for a result that is wrong
+    [((10.0, 9.8, 0), None), ((0, 5.0), None), ((10.0, 9.0, 8.0, 11.0), 2)],
+)
+def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(ms, fastest, tmp_path):
+    jobs = [("fwd", HOPPER.shipped("fwd"))]
+    jobs += [("fwd", replace(jobs[0][1], num_stages=9 + i, source="measured")) for i in range(1, len(ms))]
+    rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms]
+    tune.write(dict(zip(jobs, rows, strict=True)), HOPPER, tmp_path / "tuned.json")
+    entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    assert entries == ({"fwd": asdict(jobs[fastest][1])} if fastest else {})
 
 
 # In a process of its own, whose kernels are decorated for the interpreter.
