@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import psutil
@@ -32,13 +33,6 @@ from csrc_triton.launch import LAUNCH_TABLE, Launch
 HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
 
 
-def output_of(*command: str, **variables: str) -> str:
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def has_ended(pid: int) -> bool:
     """On a busy machine a killed process goes later, and it may stay as a zombie."""
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -56,33 +50,29 @@ def has_ended(pid: int) -> bool:
 @pytest.fixture
 def make_gpu(tmp_path, monkeypatch):
     """`gpu.main` with other steps, where there seems to be a GPU: its status, theirs, and the report."""
-    about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr("benchmarks.report.environment", lambda device_type: dict(about))
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    monkeypatch.chdir(tmp_path)
+    Path("result.json").write_text("{}")
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*steps: Step, arguments: tuple[str, ...] = ()) -> tuple[int, list[str], dict]:
         monkeypatch.setattr(gpu, "steps", lambda folder: iter(steps))
-        status = gpu.main(["--out", str(tmp_path), *arguments])
-        report = json.loads((tmp_path / "nvidia-h200.json").read_text())
+        status = gpu.main(["--out", ".", *arguments])
+        report = json.loads(Path("nvidia-h200.json").read_text())
         return status, [step["status"] for step in report["steps"]], report
 
     yield run
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def step(tmp_path):
-    """A step that runs code in the folder of the test."""
-    begin = f"import os, shutil, signal, subprocess, time; os.chdir({str(tmp_path)!r})\n"
-    (tmp_path / "result.json").write_text("{}")
-
-    def made(name: str, code: str, seconds: float = 20, result: str = "result.json") -> Step:
-        return Step(name, seconds, [sys.executable, "-c", begin + code], tmp_path / result)
-
-    return made
+def step(name: str, code: str, seconds: float = 20, result: str = "result.json") -> Step:
+    """A step that runs code in this folder."""
+    begin = f"import os, shutil, signal, subprocess, time; os.chdir({os.getcwd()!r})\n"
+    return Step(name, seconds, [sys.executable, "-c", begin + code], Path(result))
 
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch, capsys):
@@ -103,7 +93,7 @@ time.sleep(60)
 """
 
 
-def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, make_gpu, step):
+def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(make_gpu):
     status, outcomes, report = make_gpu(
         step("good", """open("result.json", "w").write('{"comparisons": []}')"""),
         step("bad", "shutil.copy('nvidia-h200.json', 'seen.json'); raise SystemExit(3)"),
@@ -114,25 +104,25 @@ def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, mak
     )
     no_result = "failed: no result (FileNotFoundError), failed with exit status -9"
     assert (status, outcomes) == (1, ["ok", "failed with exit status 3", "cut after 8 s", no_result, "ok"])
-    assert has_ended(int((tmp_path / "pid").read_text()))
-    assert [step["name"] for step in json.loads((tmp_path / "seen.json").read_text())["steps"]] == ["good"]
+    assert has_ended(int(Path("pid").read_text()))
+    assert [step["name"] for step in json.loads(Path("seen.json").read_text())["steps"]] == ["good"]
     assert report["reports"]["hanging"] == {"comparisons": [], "commit": "abc"}
     assert report["tuning"] == {"comparisons": []}
 
 
-def test_a_step_is_cut_at_the_deadline_and_none_starts_after_it(make_gpu, step):
+def test_a_step_is_cut_at_the_deadline_and_none_starts_after_it(make_gpu):
     steps = [step(name, "time.sleep(30)", seconds=30) for name in ("first", "second")]
     status, outcomes, _ = make_gpu(*steps, arguments=("--minutes", str(4 / 60)))
     assert (status, outcomes) == (1, ["cut after 3 s", gpu.NO_TIME])
     assert make_gpu(steps[1], arguments=("--minutes", "0"))[:2] == (0, [gpu.NO_TIME])
 
 
-def test_a_run_that_is_terminated_takes_its_step_along_and_writes_its_report(tmp_path, make_gpu, step):
+def test_a_run_that_is_terminated_takes_its_step_along_and_writes_its_report(make_gpu):
     terminate = "open('pid', 'w').write(str(os.getpid())); os.kill(os.getppid(), 15); time.sleep(60)"
     with pytest.raises(SystemExit):
         make_gpu(step("long", terminate, seconds=60))
-    assert has_ended(int((tmp_path / "pid").read_text()))
-    assert '"failed: make gpu was ended"' in (tmp_path / "nvidia-h200.json").read_text()
+    assert has_ended(int(Path("pid").read_text()))
+    assert '"failed: make gpu was ended"' in Path("nvidia-h200.json").read_text()
 
 
 TESTS = """
@@ -156,11 +146,10 @@ def test_outcomes_of_tests_are_collected_also_after_a_crash_and_an_interrupt(tmp
     huge = gpu.test_step(tmp_path, "huge", 300, "2_to_the_31", 1)
     status, outcomes, report = make_gpu(selected, huge)
     assert (status, outcomes) == (1, ["failed with exit status 2", "ok"])
-    tests = report["gpu_tests"]
-    assert tests["passed"] == 2
-    assert "the reason" in tests["failed"]["tests.test_some::test_wrong"]
-    assert "not today" in tests["skipped"]["tests.test_some::test_skipped"]
-    assert any("test_fatal" in name and "crashed" in message for name, message in tests["failed"].items())
+    passed, failed, skipped = report["gpu_tests"].values()
+    assert passed == 2 and "the reason" in failed["tests.test_some::test_wrong"]
+    assert "not today" in skipped["tests.test_some::test_skipped"]
+    assert any("test_fatal" in name and "crashed" in message for name, message in failed.items())
 
 
 def test_every_step_calls_a_program_with_options_that_it_has(tmp_path, monkeypatch):
@@ -176,7 +165,7 @@ def test_every_step_calls_a_program_with_options_that_it_has(tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main(tuning.command[2:]) == 2  # it has the options, and asks for a GPU
     assert "2_to_the_31" in (ROOT / "tests" / "test_gpu.py").read_text()
-    assert "test_gpu.py" in output_of(*tests.command, "--collect-only")
+    assert "test_gpu.py" in subprocess.check_output([*tests.command, "--collect-only"], cwd=ROOT, text=True)
 
 
 # The sweep
@@ -279,6 +268,7 @@ tune.sweep(setting, jobs, Path(sys.argv[1]), 350)
 @pytest.mark.slow
 def test_the_sweep_runs_from_end_to_end_in_the_interpreter(tmp_path):
     path = tmp_path / "tuned.json"
-    output_of(sys.executable, "-c", SWEEP, str(path), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", SWEEP, str(path)], env=env, timeout=400, check=True)
     found = json.loads(path.read_text())["candidates"]
     assert [row["status"] for row in found] == ["ok"] * 3, found
