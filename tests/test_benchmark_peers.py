@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from test_benchmark import CAPPED, PLAIN, SCALED, step, tiny_batch
-from test_benchmark_runs import RUN
+from test_benchmark_runs import RUN, run
 
+from benchmarks import peers
 from benchmarks.check import Gate
 from benchmarks.inputs import OBJECTIVES, LogitTransform
 from benchmarks.peers import PEERS, Unavailable, compiler_problem
-from benchmarks.report import ROOT
 
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
 SCALE = LogitTransform(logit_scale=0.5)
@@ -73,27 +70,17 @@ def test_peer_that_lacks_what_the_head_needs_says_so(name, transform, reason):
         step(name, tiny_batch(transform))
 
 
-SKIPPED = """
-import sys
-from benchmarks import throughput
-sys.modules["trl"] = None
-sys.exit(throughput.main(sys.argv[1:]))
-"""
-
-
-def test_peers_that_cannot_run_are_skipped_by_name(tmp_path):
+def test_peers_that_cannot_run_are_skipped_by_name(tmp_path, monkeypatch, capsys):
     reasons = {
         "trl": "cannot be imported",
-        "compile": "torch.compile does not work here",
+        "compile": "torch.compile does not work here: no compiler",
         "cce": "CCE's kernels need a CUDA device",
         "quack-fused": "QuACK's linear cross-entropy is for Hopper GPUs",
     }
-    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    env |= {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SKIPPED, *RUN.split(), "--json", "out", "--only", *reasons]
-    done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    for row in json.loads((tmp_path / "out").read_text())["comparisons"][0]["rows"]:
+    monkeypatch.setitem(sys.modules, "trl.kernels", None)
+    monkeypatch.setattr(peers, "compiler_problem", lambda device_type: "no compiler")
+    (comparison,) = run(f"{RUN} --only {' '.join(reasons)}", tmp_path / "result.json")["comparisons"]
+    said = " ".join(capsys.readouterr().out.split())
+    for row in comparison["rows"]:
         assert row["status"] == "skipped" and reasons[row["id"]] in row["note"]
         assert row["peer"] in said and reasons[row["id"]] in said
