@@ -73,27 +73,40 @@ def captured(args: argparse.Namespace) -> Capture:
     if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise DataError(f"{args.reference} cannot be the reference of {args.model}: another vocabulary")
 
-    sides, found = ([], []), Counter()  # chosen, rejected
+    taken, found = [], Counter()
     with tqdm(total=args.tokens, desc="completion tokens") as bar:
         for pair in pairs:
             encoded, counts = encode_pairs([pair], policy.tokenizer, min(args.max_length, policy.max_length))
             found += counts
             if encoded:
                 batch = PreferenceSet(encoded, 1, args.device).batch([0])
-                for side, completion in zip(sides, completions(batch, policy, reference), strict=True):
-                    side.append(completion)
-                    bar.update(len(completion[1]))
+                taken.append(completions(batch, policy, reference))
+                bar.update(sum(len(labels) for _, labels, _ in taken[-1]))
             if bar.n >= args.tokens:
                 break
-    if not sides[0]:
+    if not taken:
         raise DataError(f"no pairs are left: {described(found)} with --max-length {args.max_length}")
     if bar.n < args.tokens:
         print(f"The data has {bar.n} completion tokens, not {args.tokens}; pairs: {described(found)}")
-    return pack(sides[0] + sides[1], policy, args)
+    chosen, rejected = zip(*taken, strict=True)
+    hidden, labels, ref_logps = zip(*chosen, *rejected, strict=True)
+    return Capture(
+        hidden=torch.cat(hidden).cpu(),
+        weight=policy.weight.detach().cpu(),
+        bias=None if policy.bias is None else policy.bias.detach().cpu(),
+        labels=torch.cat(labels).cpu(),
+        cu_seqlens=torch.tensor([0, *map(len, labels)]).cumsum(0),
+        ref_logps=torch.stack(ref_logps).cpu(),
+        **policy.logit_options,
+        model=public_name(args.model),
+        reference=public_name(args.reference or args.model),
+        data=args.data.name if args.data else "docstrings of Python's standard library",
+    )
 
 
 @torch.no_grad()
 def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Completion]:
+    """The chosen one, and the rejected."""
     scored = batch.labels[:, 1:] != IGNORE_INDEX
     labels, lengths = batch.labels[:, 1:][scored], scored.sum(-1).tolist()
     hidden, logits = policy.through_head(batch)
@@ -102,23 +115,6 @@ def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Complet
     ref_logps = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     sums = [logps.sum() for logps in ref_logps.split(lengths)]
     return list(zip(hidden.split(lengths), labels.split(lengths), sums, strict=True))
-
-
-def pack(sequences: list[Completion], policy: Policy, args: argparse.Namespace) -> Capture:
-    hidden, labels, ref_logps = zip(*sequences, strict=True)
-    lengths = torch.tensor([0, *map(len, labels)])
-    return Capture(
-        hidden=torch.cat(hidden).cpu(),
-        weight=policy.weight.detach().cpu(),
-        bias=None if policy.bias is None else policy.bias.detach().cpu(),
-        labels=torch.cat(labels).cpu(),
-        cu_seqlens=lengths.cumsum(0),
-        ref_logps=torch.stack(ref_logps).cpu(),
-        **policy.logit_options,
-        model=public_name(args.model),
-        reference=public_name(args.reference or args.model),
-        data=args.data.name if args.data else "docstrings of Python's standard library",
-    )
 
 
 def public_name(model: str) -> str:

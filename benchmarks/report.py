@@ -127,7 +127,7 @@ def size_of(comparison: Json) -> str:
 
 def terminal(comparison: Json) -> str:
     """What was compared, the times and errors of all peers, and why a peer has none: within 80 columns."""
-    about, rows = comparison["input"], comparison["rows"]
+    about = comparison["input"]
     gradients = "dhidden alone (frozen head)" if comparison["frozen_head"] else "dhidden and dweight"
     saturated, pairs = comparison["saturated_pairs"], comparison["pairs"]
     pairs = f"{pairs} pairs, {saturated} of them saturated" if saturated else f"{pairs} pairs"
@@ -143,11 +143,11 @@ def terminal(comparison: Json) -> str:
     shown = shown[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
     shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
     table = [shown.to_string()] if len(shown) else []
-    reasons = defaultdict(list)
-    for row in rows:
-        if row["status"] != "ok" or row["note"]:
-            reasons[": ".join(filter(None, (row["status"], row["note"])))].append(row["peer"])
-    notes = [f"{', '.join(peers)}: {reason}" for reason, peers in reasons.items()]
+    noted = pd.DataFrame(
+        [row for row in comparison["rows"] if row["note"]], columns=["peer", "status", "note"]
+    )
+    reasons = noted.groupby(["status", "note"], sort=False)["peer"].agg(", ".join)
+    notes = [f"{peers}: {status}: {note}" for (status, note), peers in reasons.items()]
     return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
 
 
@@ -199,15 +199,14 @@ def title_of(comparison: Json, over: str) -> str:
     return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
 
 
-def draw(report: Json, over: str, path: Path) -> None:
+def draw(report: Json, over: str, path: Path) -> Path:
     """A row of two panels for each setting, a line for each peer; focalkern's are thicker."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
     (axis, quantities), groups, handles = SWEEPS[over], sweep(report, over), {}
     figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
-    rows = [row["peer"] for comparison in report["comparisons"] for row in comparison["rows"]]
-    peers = list(dict.fromkeys(rows))
+    peers = list(pd.json_normalize(report["comparisons"], "rows")["peer"].unique())
     for (title, group), row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
         places = list(group["place"].unique())
         ticks = ["random\nweights" if place == math.inf else f"{place:.0f}" for place in places]
@@ -230,6 +229,7 @@ def draw(report: Json, over: str, path: Path) -> None:
     figure.legend(handles.values(), handles, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"data": data_hash(report)})
+    return path
 
 
 def data_hash(report: Json) -> str:
@@ -238,10 +238,8 @@ def data_hash(report: Json) -> str:
 
 def plots(report: Json, folder: Path) -> list[Path]:
     """Draw what the report has several values of; the paths of the plots."""
-    paths = {over: folder / f"over-{over}.png" for over in SWEEPS if sweep(report, over)}
-    for over, path in paths.items():
-        draw(report, over, path)
-    return list(paths.values())
+    found = [over for over in SWEEPS if sweep(report, over)]
+    return [draw(report, over, folder / f"over-{over}.png") for over in found]
 
 
 # Pages

@@ -88,20 +88,18 @@ class CompiledLaunch:
         return f"{self.name} {self.tile} {metadata.num_warps} warps, {metadata.num_stages} stages, {types}"
 
 
-def driver_of(capability: int) -> SimpleNamespace:
-    """Of a GPU that is not there. Each architecture is a device to the JIT, with kernels of its own."""
-    return SimpleNamespace(
+def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> list[CompiledLaunch]:
+    """The distinct kernels that `run()` launches, or one of them, with the tiles of this architecture."""
+    launches: dict[int, CompiledLaunch] = {}
+    compile_or_launch = JITFunction.run
+    capability = int(arch.removeprefix("sm_"))
+    # Each architecture is a device to the JIT, with kernels of its own.
+    no_gpu = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", capability, 32),
         get_current_device=lambda: capability,
         get_current_stream=lambda device: 0,
         get_active_torch_device=lambda: torch.device("meta"),
     )
-
-
-def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> list[CompiledLaunch]:
-    """The distinct kernels that `run()` launches, or one of them, with the tiles of this architecture."""
-    launches: dict[int, CompiledLaunch] = {}
-    compile_or_launch = JITFunction.run
 
     def compile_only(
         jit: JITFunction, *args: object, grid: tuple[int, ...], warmup: bool, **kwargs: object
@@ -116,7 +114,7 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
 
     with (
         mock.patch.object(triton_launch, "arch_of", lambda device: arch),
-        mock.patch.object(driver, "_active", driver_of(int(arch.removeprefix("sm_")))),
+        mock.patch.object(driver, "_active", no_gpu),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         run()

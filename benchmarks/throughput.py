@@ -56,8 +56,7 @@ CPU_SHAPE = Shape("small", 512, 32768)
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
 GEMM = "bare GEMM"  # its name among the peers
-GEMM_TILE = 2048  # rows and vocabulary entries, on a CPU
-GEMM_OUTPUT_BYTES = 2**31  # at most, on CUDA
+GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA twice as many rows, all entries
 
 Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in the JSON file
 
@@ -72,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(wrapped(f"{load}: other work on this machine disturbs the times."))
     if options.quick:
         print("--quick leaves compiled peers and memory out; a full run has them.")
-    report |= {"command": options.command, "repeats": options.repeats}
-    report |= {"finished": False, "comparisons": []}
+    report |= {"command": options.command, "repeats": options.repeats, "finished": False, "comparisons": []}
     with measure.memory_limit(options.device):
         for case in cases(options):
             report["comparisons"].append(compare(options, case))
@@ -206,9 +204,7 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
     peers, source = {name: peer for name, peer in PEERS.items() if name in options.only}, case.source
-    rows: Rows = {
-        name: {"id": name, "peer": peer.name, "status": "ok", "note": ""} for name, peer in peers.items()
-    }
+    rows = {name: {"id": name, "peer": peer.name, "status": "ok", "note": ""} for name, peer in peers.items()}
     if any(peer.compiled for peer in peers.values()):
         torch.compiler.reset()  # else, after 8 recompilations for other batches, torch would run eagerly
     gate = Gate(batch)
@@ -290,10 +286,7 @@ def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
 
 def bare_gemm(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """`hidden @ weight.T` and nothing else, tile by tile: the floor of every head."""
-    if hidden.is_cuda:
-        size = max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())), len(weight)
-    else:
-        size = GEMM_TILE, GEMM_TILE
+    size = (2 * GEMM_TILE, len(weight)) if hidden.is_cuda else (GEMM_TILE, GEMM_TILE)
     for rows, entries in itertools.product(hidden.split(size[0]), weight.split(size[1])):
         matmul(rows, entries)
 
@@ -308,8 +301,7 @@ def measure_memory(rows: Rows, batch: Batch, case: Case) -> None:
             else:
                 memory = measure.in_fresh_process(cpu_memory, name, case)
         except Exception as error:  # refused by the allocator, or the process was killed
-            unknown = f"its memory could not be measured: {first_line(error)}"
-            row["note"] = "; ".join(filter(None, (row["note"], unknown)))
+            row["note"] = f"its memory could not be measured: {first_line(error)}"
             measure.release_cached()
         else:
             row |= {"extra_bytes": memory.extra, "extra_bytes_is_upper_limit": memory.upper_limit}
