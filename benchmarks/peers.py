@@ -229,20 +229,20 @@ def ours(backend: str, backward: str, batch: Batch) -> PeerLoss:
     device = batch.hidden.device
     if backend == "triton" and device.type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
-    loss_fn, refs = configured(backend, backward, batch.objective, batch.transform), batch.ref_logps.chunk(2)
-    given = (batch.hidden, batch.weight, batch.labels, batch.bias, *refs)
-    out = loss_fn.to(device)(*given, cu_seqlens=batch.sequences.cu_seqlens)
+    loss_fn = configured(backend, backward, batch.objective, batch.transform, device)
+    given = (batch.hidden, batch.weight, batch.labels, batch.bias, *batch.ref_logps.chunk(2))
+    out = loss_fn(*given, cu_seqlens=batch.sequences.cu_seqlens)
     return PeerLoss(out.loss, out.kept_share)
 
 
 @cache
 def configured(
-    backend: str, backward: str, objective: Objective, transform: LogitTransform
+    backend: str, backward: str, objective: Objective, transform: LogitTransform, device: torch.device
 ) -> FusedFocalPOLoss:
     options = {name: value for name, value in vars(objective).items() if name != "name"}
     # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
     options |= {"ema_momentum": 0.0, "backend": backend, "backward": backward}
-    return FusedFocalPOLoss(**options, **transform._asdict())
+    return FusedFocalPOLoss(**options, **transform._asdict()).to(device)
 
 
 # By the name that `--only` takes.
