@@ -6,8 +6,7 @@
 
 MODEL is any causal LM of transformers, a folder or an id. The file, a `Capture`, holds the completions'
 hidden states as the head receives them, their labels, and the head. Without `--reference`, the reference
-log-probs are the model's own, as at the first step of a training: every pair then stands at u = 0. Pairs come
-in random order, so that a few of them are a sample.
+log-probs are the model's own, as at the first step of a training: every pair then stands at u = 0.
 """
 
 from __future__ import annotations
@@ -44,7 +43,16 @@ Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], l
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = parse_arguments(arguments)
+    parser = parser_of(__doc__)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="path or id")
+    add("--out", type=Path, required=True, metavar="PATH", help="the file to write")
+    add("--data", type=Path, metavar="JSONL", help="prompt, chosen, rejected a line; default: docstrings")
+    add("--reference", metavar="MODEL", help="reference model, with the same tokenizer; default: the model")
+    add("--tokens", type=at_least(1), default=2048, metavar="N", help="of completions; default: %(default)s")
+    add("--max-length", type=at_least(2), default=2048, help="leave longer pairs out; default: %(default)s")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    args = parser.parse_args(arguments)
     try:
         capture = captured(args)
         capture.save(args.out)
@@ -56,26 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"written to {args.out}")
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="path or id")
-    add("--out", type=Path, required=True, metavar="PATH", help="the file to write")
-    add("--data", type=Path, metavar="JSONL", help="prompt, chosen, rejected a line; default: docstrings")
-    add("--reference", metavar="MODEL", help="reference model, with the same tokenizer; default: the model")
-    add("--tokens", type=at_least(1), default=2048, metavar="N", help="of completions; default: %(default)s")
-    add("--max-length", type=at_least(2), default=2048, help="leave longer pairs out; default: %(default)s")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    return parser.parse_args(arguments)
-
-
 def captured(args: argparse.Namespace) -> Capture:
-    """Pairs until there are enough completion tokens.
-
-    Raises:
-        DataError: no usable pairs, or a model that cannot be captured; says why.
-        OSError: data or model cannot be read.
-    """
+    """Pairs until there are enough completion tokens; `DataError` says why there are none."""
     pairs = read_pairs(args.data) if args.data else docstring_pairs(seed=0)
     random.Random(0).shuffle(pairs)
     policy = load_policy(args.model, args.device, dtype="auto")
@@ -83,27 +73,40 @@ def captured(args: argparse.Namespace) -> Capture:
     if reference.tokenizer.get_vocab() != policy.tokenizer.get_vocab():
         raise DataError(f"{args.reference} cannot be the reference of {args.model}: another vocabulary")
 
-    sides, found = ([], []), Counter()  # chosen, rejected
+    taken, found = [], Counter()
     with tqdm(total=args.tokens, desc="completion tokens") as bar:
         for pair in pairs:
             encoded, counts = encode_pairs([pair], policy.tokenizer, min(args.max_length, policy.max_length))
             found += counts
             if encoded:
                 batch = PreferenceSet(encoded, 1, args.device).batch([0])
-                for side, completion in zip(sides, completions(batch, policy, reference), strict=True):
-                    side.append(completion)
-                    bar.update(len(completion[1]))
+                taken.append(completions(batch, policy, reference))
+                bar.update(sum(len(labels) for _, labels, _ in taken[-1]))
             if bar.n >= args.tokens:
                 break
-    if not sides[0]:
+    if not taken:
         raise DataError(f"no pairs are left: {described(found)} with --max-length {args.max_length}")
     if bar.n < args.tokens:
         print(f"The data has {bar.n} completion tokens, not {args.tokens}; pairs: {described(found)}")
-    return pack(sides[0] + sides[1], policy, args)
+    chosen, rejected = zip(*taken, strict=True)
+    hidden, labels, ref_logps = zip(*chosen, *rejected, strict=True)
+    return Capture(
+        hidden=torch.cat(hidden).cpu(),
+        weight=policy.weight.detach().cpu(),
+        bias=None if policy.bias is None else policy.bias.detach().cpu(),
+        labels=torch.cat(labels).cpu(),
+        cu_seqlens=torch.tensor([0, *map(len, labels)]).cumsum(0),
+        ref_logps=torch.stack(ref_logps).cpu(),
+        **policy.logit_options,
+        model=public_name(args.model),
+        reference=public_name(args.reference or args.model),
+        data=args.data.name if args.data else "docstrings of Python's standard library",
+    )
 
 
 @torch.no_grad()
 def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Completion]:
+    """The chosen one, and the rejected."""
     scored = batch.labels[:, 1:] != IGNORE_INDEX
     labels, lengths = batch.labels[:, 1:][scored], scored.sum(-1).tolist()
     hidden, logits = policy.through_head(batch)
@@ -112,23 +115,6 @@ def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Complet
     ref_logps = logits.float().log_softmax(-1).gather(-1, labels[:, None])[:, 0]
     sums = [logps.sum() for logps in ref_logps.split(lengths)]
     return list(zip(hidden.split(lengths), labels.split(lengths), sums, strict=True))
-
-
-def pack(sequences: list[Completion], policy: Policy, args: argparse.Namespace) -> Capture:
-    hidden, labels, ref_logps = zip(*sequences, strict=True)
-    lengths = torch.tensor([0, *map(len, labels)])
-    return Capture(
-        hidden=torch.cat(hidden).cpu(),
-        weight=policy.weight.detach().cpu(),
-        bias=None if policy.bias is None else policy.bias.detach().cpu(),
-        labels=torch.cat(labels).cpu(),
-        cu_seqlens=lengths.cumsum(0),
-        ref_logps=torch.stack(ref_logps).cpu(),
-        **policy.logit_options,
-        model=public_name(args.model),
-        reference=public_name(args.reference or args.model),
-        data=args.data.name if args.data else "docstrings of Python's standard library",
-    )
 
 
 def public_name(model: str) -> str:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pickle
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks.inputs import Batch, Sequences, Shape, Sharpness, Source, label_logps, saturated
 
@@ -62,34 +61,15 @@ class Capture:
         vocab, hidden = self.weight.shape
         return Shape(self.model, hidden, vocab, self.softcap, self.logit_scale)
 
-    def pairs_within(self, tokens: int) -> int:
-        """How many pairs from the first on have at most this many tokens together."""
-        chosen, rejected = self.cu_seqlens.diff().chunk(2)
-        return int(((chosen + rejected).cumsum(0) <= tokens).sum())
-
-    def first(self, pairs: int) -> Capture:
-        """The first pairs alone."""
-        lengths = self.cu_seqlens.diff()
-        sequences = torch.arange(2 * self.pairs) % self.pairs < pairs
-        tokens = sequences.repeat_interleave(lengths)
-        return replace(
-            self,
-            hidden=self.hidden[tokens],
-            labels=self.labels[tokens],
-            cu_seqlens=F.pad(lengths[sequences].cumsum(0), (1, 0)),
-            ref_logps=self.ref_logps[sequences],
-        )
-
 
 @dataclass(frozen=True)
 class CapturedInput(Source):
-    """Benchmark input of the first pairs of a capture, in a dtype, on a device."""
+    """A capture in a dtype, on a device."""
 
     path: Path
 
     def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
-        """The captured batch; the sharpness is that of the tensors in this dtype."""
-        capture, transform = Capture.load(self.path).first(self.pairs), self.shape.transform
+        capture, transform = Capture.load(self.path), self.shape.transform
         # Copies: pages of the mapped file would count as memory of the step that touches them first.
         hidden, weight, bias = (
             x if x is None else x.to(self.device, self.dtype, copy=True)

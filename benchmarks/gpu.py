@@ -2,9 +2,9 @@
 
     python benchmarks/gpu.py --minutes 8 --out benchmarks/results
 
-It runs with the active python, installs nothing and needs no network; it says which package is missing. Each
-step is a process with a time limit; one that fails does not stop the others. <device>.json holds all results,
-and is written after each. The exit status is 1 where a step failed, 2 without a CUDA device or a package.
+It runs with the active python, installs nothing and needs no network. Each step is a process with a time
+limit; one that fails does not stop the others. <device>.json holds all results, and is written after each.
+The exit status is 1 where a step failed, 2 without a CUDA device or a package.
 """
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ def steps(folder: Path) -> Iterator[Step]:
     yield test_step(folder, "tests", 130, "not 2_to_the_31", processes)
     yield test_step(folder, "tests of 2^31 elements", 40, "2_to_the_31", 1)
 
-    from benchmarks.peers import all_peers
+    from benchmarks.peers import PEERS
 
-    peers = [name for name in all_peers() if name not in SLOW_PEERS]
+    peers = [name for name in PEERS if name not in SLOW_PEERS]
     yield benchmark_step(folder, "shipped", 100, "--tokens", "8192", "--only", *peers)
     table = folder / "tuning.json"
     tune = [sys.executable, "benchmarks/tune.py", "--seconds", "80", "--json", str(table)]

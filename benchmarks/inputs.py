@@ -1,4 +1,4 @@
-"""Benchmark input: hidden states, head and preference batch whose softmax is as sharp as a trained LM's.
+"""Benchmark input: losses, and batches whose softmax is as sharp as a trained LM's.
 
 `throughput.py` calls `calibrate` for a `Recipe`, then its `batch`. Real models' input: `capture_file.py`.
 """
@@ -9,15 +9,16 @@ import bisect
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from benchmarks.objectives import BETA, OBJECTIVES, Objective
+from focalkern import FusedFocalPOLoss
 from focalkern.records import LogitTransform
+from focalkern.reference import pair_losses
 
 ROWS_PER_CHUNK = 256  # rows whose logits are held at once
 CALIBRATION_ROWS = 128
@@ -26,6 +27,9 @@ PRESENT = 2.0**-12
 # The reference model's log-probs differ from the policy's by this much per sequence (standard deviation), so
 # that u = beta * (score_w - score_l) of DPO is of order one and no pair is saturated.
 SCORE_STD = 10.0
+# Averages over tokens differ from pair to pair by this much through fp32 rounding alone, in units of their
+# size: then M* is 0, as in `focalkern.pairs.adaptive_margin`.
+ROUNDING = 8 * torch.finfo(torch.float32).eps
 SATURATED_U = 20.0  # dL/du = -sigmoid(-20) = -2e-9: next to no gradient
 UNTRAINED_STD = 0.02  # of the weights as transformers initialises them (`initializer_range`)
 
@@ -62,11 +66,60 @@ SHAPES = {shape.name: shape for shape in _MODELS}
 
 
 @dataclass(frozen=True)
+class Objective:
+    """A preference loss, by the arguments of `FusedFocalPOLoss` and, float64 included, by its formula."""
+
+    name: str
+    beta: float
+    gamma: float
+    margin: float
+    alpha: float
+    reference_free: bool
+    length_normalize: bool
+
+    def losses(
+        self,
+        logps: torch.Tensor,  # [2B] sums over the tokens of a sequence, chosen first; fp32 or float64
+        ref_logps: torch.Tensor,  # [2B]
+        lengths: torch.Tensor,  # [2B]
+    ) -> torch.Tensor:  # [B]
+        ref_logps = ref_logps.to(logps.dtype)
+        if self.length_normalize:
+            logps, ref_logps = logps / lengths, ref_logps / lengths
+        margin = self.margin
+        if self.alpha:
+            margin = margin + self.alpha * self._adaptive_margin(logps.detach(), ref_logps)
+        refs = (0.0, 0.0) if self.reference_free else ref_logps.chunk(2)
+        return pair_losses(*logps.chunk(2), *refs, beta=self.beta, gamma=self.gamma, margin=margin)
+
+    def _adaptive_margin(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:  # [B]
+        """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
+        chosen, rejected = (logps - ref_logps).chunk(2)
+        margin = self.beta * (chosen - rejected)
+        rounding = ROUNDING * self.beta * (logps.abs().max() + ref_logps.abs().max())
+        std = margin.std(correction=min(1, len(margin) - 1))
+        return torch.where(std > rounding, (margin - margin.mean()) / std, 0.0)
+
+
+_PRESETS = {
+    "dpo": FusedFocalPOLoss.dpo(),
+    "focalpo": FusedFocalPOLoss(),
+    "alpha-dpo": FusedFocalPOLoss.alpha_dpo(),
+    "simpo": FusedFocalPOLoss.simpo(),
+}
+_OPTIONS = [field.name for field in fields(Objective)][1:]
+OBJECTIVES = {
+    name: Objective(name, *(getattr(preset, option) for option in _OPTIONS))
+    for name, preset in _PRESETS.items()
+}
+BETA = OBJECTIVES["dpo"].beta
+
+
+@dataclass(frozen=True)
 class Source:
     """Where hidden states and head come from. Small, and pickled: every process builds the same tensors.
 
-    `batch(saturated_pairs)` gives what the peers receive, its first pairs saturated (next to no gradient),
-    and how sharp it is. `about()` gives the kind of input, and what else it takes to make it again.
+    `batch(saturated_pairs)` gives the peers' input and its `Sharpness`; `about()` how to make it again.
     """
 
     shape: Shape
@@ -87,11 +140,8 @@ class Recipe(Source):
         """Hidden states `[N, H]` and head `[V, H]`, without a bias.
 
         The logit of token v is `scale * N(0, 1) - log(1 + v)`: Gaussian evidence from the context on top of
-        Zipf's law, with ids ordered by frequency as a tokenizer's are. A trained LM of the same sharpness has
-        smaller logits (its evidence is not Gaussian): the rounding of bf16 logits shows less there than here.
-
-        Untrained, the head is `N(0, 0.02^2)` and a hidden state N(0, 1) in each component, as a final norm
-        leaves it: logits `N(0, 0.02^2 * H)`, and a softmax that is almost flat.
+        Zipf's law, with ids ordered by frequency as a tokenizer's are. Untrained: `N(0, 0.02^2 * H)`, which
+        makes a softmax that is almost flat.
         """
         shape = self.shape
         generator = torch.Generator(self.device).manual_seed(self.seed)
@@ -183,7 +233,6 @@ class Batch:
 class Sharpness:
     """How peaked the softmax is: means over the rows."""
 
-    rows: int
     nll: float
     entropy: float
     entries: float  # above 2^-12 per row
@@ -206,24 +255,33 @@ class Case:
 
 def calibrate(recipe: Recipe, entries: float) -> Recipe:
     """The recipe whose softmax has about this many entries above 2^-12 per row."""
-    return replace(recipe, scale=scale_for(recipe.shape, recipe.device, recipe.seed, entries))
+    return replace(recipe, scale=_scale(recipe.shape, recipe.device, recipe.seed, entries))
 
 
 @functools.cache
-def scale_for(shape: Shape, device: str, seed: int, entries: float) -> float:
-    """The scale of a recipe of this sharpness, by bisection: it depends on neither tokens nor dtype."""
+def _scale(shape: Shape, device: str, seed: int, entries: float) -> float:  # of any tokens and dtype
     sample = Recipe(shape, CALIBRATION_ROWS, 1, torch.float32, device, seed=seed + 1)
     context, weight, _ = sample.build()
-    evidence = (context - 1.0) @ weight.T  # [rows, V]
-    frequency = weight.sum(dim=1)  # [V]
+    evidence, frequency = (context - 1.0) @ weight.T, weight.sum(dim=1)  # [rows, V], [V]
+
+    def logits_at(scale: float) -> torch.Tensor:
+        return transformed(torch.add(frequency, evidence, alpha=scale), shape.transform)
+
+    return sharpening(logits_at, entries, 3, 64)
+
+
+def sharpening(logits_at: Callable[[float], torch.Tensor], entries: float, least: int, most: int) -> float:
+    """The scale, by bisection, at which a row of logits has about this many softmax entries above 2^-12.
+
+    Below `least` the count may fall again: a flat softmax over a large vocabulary has no such entry.
+    """
 
     def entries_at(scale: float) -> float:
-        z = transformed(torch.add(frequency, evidence, alpha=scale), shape.transform)
+        z = logits_at(scale)
         return (z > z.logsumexp(-1, keepdim=True) + math.log(PRESENT)).sum(-1).double().mean().item()
 
-    # Below a scale of 3 the count may fall again: a flat softmax over a large vocabulary has no such entry.
-    steps = bisect.bisect(range(3_000, 64_000), -entries, key=lambda scale: -entries_at(scale / 1000))
-    return (3_000 + steps) / 1000
+    thousandths = range(1000 * least, 1000 * most)
+    return least + bisect.bisect(thousandths, -entries, key=lambda x: -entries_at(x / 1000)) / 1000
 
 
 @torch.no_grad()
@@ -247,9 +305,8 @@ def label_logps(
         logps[rows] = row_logps.gather(-1, labels[rows, None])[:, 0]
         entries += (probs > PRESENT).sum()
         entropy -= probs.mul_(row_logps).sum(-1).double().sum()
-    count = len(hidden)
-    nll = -logps.double().mean().item()
-    return labels, logps, Sharpness(count, nll, entropy.item() / count, entries.item() / count)
+    nll, count = -logps.double().mean().item(), len(hidden)
+    return labels, logps, Sharpness(nll, entropy.item() / count, entries.item() / count)
 
 
 def saturated(scores: torch.Tensor, pairs: int) -> torch.Tensor:  # [2B]

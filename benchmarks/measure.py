@@ -22,13 +22,13 @@ T = TypeVar("T")
 
 
 class Step(NamedTuple):
-    """A forward pass, and the backward pass that takes its result (None where there is none).
+    """A forward pass, and the backward pass that takes its result.
 
     A step that raises within `guard()`, which does not let the exception out, takes no further part.
     """
 
     forward: Callable[[], Any]
-    backward: Callable[[Any], Any] | None
+    backward: Callable[[Any], object] = lambda result: None
     guard: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
 
@@ -78,8 +78,7 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
         start.record()
         result = step.forward()
         middle.record()
-        if step.backward is not None:
-            step.backward(result)
+        step.backward(result)
         end.record()
         torch.cuda.synchronize(device)
         return start.elapsed_time(middle) / 1e3, start.elapsed_time(end) / 1e3
@@ -87,8 +86,7 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
     began = time.perf_counter()
     result = step.forward()
     forward = time.perf_counter() - began
-    if step.backward is not None:
-        step.backward(result)
+    step.backward(result)
     return forward, time.perf_counter() - began
 
 
@@ -109,9 +107,8 @@ class PeakMemory(NamedTuple):
 def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.device) -> PeakMemory:
     """Peak memory of one call. What it returns (a step's gradients) is counted out: any method must hold it.
 
-    On CUDA the allocator knows it. On a CPU, VmHWM is the largest resident size of the process, GEMM packing
-    buffers included. Writing 5 to /proc/self/clear_refs sets it back to the present size. Call it in a fresh
-    process (`in_fresh_process`): an old one has freed memory that the call would find.
+    On a CPU it is the largest resident size of the process. Call it `in_fresh_process`: an old process has
+    freed memory that the call would find.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -121,7 +118,7 @@ def peak_extra_bytes(call: Callable[[], list[torch.Tensor]], device: torch.devic
         torch.cuda.synchronize(device)
         return PeakMemory(max(0, torch.cuda.max_memory_allocated(device) - before - returned))
 
-    with contextlib.suppress(OSError):  # where it is not allowed, the old peak stands: an upper limit
+    with contextlib.suppress(OSError):  # where this reset is not allowed, the old peak is an upper limit
         Path("/proc/self/clear_refs").write_text("5")
     before, peak_before = psutil.Process().memory_info().rss, peak_resident_bytes()
     returned = sum(tensor.nbytes for tensor in call())
@@ -144,15 +141,11 @@ def peak_resident_bytes() -> int:
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed.
 
-    There glibc gives freed tensors back to the system. Else it keeps blocks of up to 32 MiB in a heap, and
-    the peak depends on how that came to be fragmented: the same step of eager PyTorch took 5.0 or 6.0 times
-    its logits, always 3.0 with this.
+    There glibc gives freed tensors back to the system. Else the peak depends on how its heap is fragmented:
+    the same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
     """
-    spawn = multiprocessing.get_context("spawn")
-    with (
-        mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)),
-        ProcessPoolExecutor(1, spawn) as pool,
-    ):
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)), pool:
         return pool.submit(function, *arguments).result()
 
 

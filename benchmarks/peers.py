@@ -1,7 +1,6 @@
 """The peers of the benchmark: each computes the loss of a `Batch` its own way.
 
-A peer's loader is called once for each comparison: it imports the peer's package and returns the loss
-function. Both raise `Unavailable` with the reason where the peer cannot run.
+A peer raises `Unavailable`, with the reason, where it cannot run or not on this batch.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, LogitTransform, transformed
-from benchmarks.objectives import Objective
+from benchmarks.inputs import Batch, LogitTransform, Objective, transformed
 from focalkern import FusedFocalPOLoss
 
 LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
@@ -34,14 +32,14 @@ LossFn = Callable[[Batch], PeerLoss]
 
 
 class Unavailable(Exception):
-    """The peer cannot run here, or not on this batch; the message says why."""
+    """The peer cannot run here, or not on this batch."""
 
 
 class Peer(NamedTuple):
-    """One way to compute the loss: its name in the table, and how to get it."""
+    """One way to compute the loss, and its name in the table."""
 
     name: str
-    load: Callable[[str], LossFn]  # takes the device type
+    loss: LossFn
     compiled: bool = False  # by torch.compile, whose own memory at the first call is not the peer's
 
 
@@ -54,43 +52,34 @@ def loss_of_tokens(batch: Batch, logps: torch.Tensor) -> PeerLoss:  # [N]
     return PeerLoss(batch.losses(batch.sequences.sums(logps)).mean())
 
 
-def load_eager(device_type: str) -> LossFn:
+def eager(batch: Batch) -> PeerLoss:
     """TRL's way before its fused head: logits, upcast to fp32, gather minus logsumexp."""
-
-    def loss(batch: Batch) -> PeerLoss:
-        logits = transformed(F.linear(batch.hidden, batch.weight, batch.bias).float(), batch.transform)
-        target = logits.gather(-1, batch.labels[:, None])[:, 0]
-        lse = torch.cat([sequence.logsumexp(-1) for sequence in logits.split(batch.sequences.lengths)])
-        return loss_of_tokens(batch, target - lse)
-
-    return loss
+    logits = transformed(F.linear(batch.hidden, batch.weight, batch.bias).float(), batch.transform)
+    target = logits.gather(-1, batch.labels[:, None])[:, 0]
+    lse = torch.cat([sequence.logsumexp(-1) for sequence in logits.split(batch.sequences.lengths)])
+    return loss_of_tokens(batch, target - lse)
 
 
-def load_compiled(device_type: str) -> LossFn:
-    """The log-probs of eager PyTorch through torch.compile in its default mode, for exactly the shapes of the
-    batch: it fuses what follows the GEMM of the logits, and keeps them for the backward."""
-    require_compiler(device_type)
+def compiled(batch: Batch) -> PeerLoss:
+    """The log-probs of eager PyTorch through torch.compile, for exactly the shapes of the batch."""
+    require_compiler(batch.hidden.device.type)
+    logps = compiled_logps()(batch.hidden, batch.weight, batch.bias, batch.labels, batch.transform)
+    return loss_of_tokens(batch, logps)
 
-    @partial(torch.compile, dynamic=False)
+
+@cache
+def compiled_logps() -> Callable[..., torch.Tensor]:
     def token_logps(hidden, weight, bias, labels, transform):
         logits = transformed(F.linear(hidden, weight, bias).float(), transform)
         return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
 
-    def loss(batch: Batch) -> PeerLoss:
-        logps = token_logps(batch.hidden, batch.weight, batch.bias, batch.labels, batch.transform)
-        return loss_of_tokens(batch, logps)
-
-    return loss
+    return torch.compile(token_logps, dynamic=False)
 
 
 def require_compiler(device_type: str) -> None:
-    """Raise `Unavailable` where torch.compile does not work, for want of a C++ compiler for one.
-
-    What was compiled for other batches is forgotten: after 8 recompilations torch would run eagerly.
-    """
+    """Raise `Unavailable` where torch.compile does not work, for want of a C++ compiler for one."""
     if problem := compiler_problem(device_type):
         raise Unavailable(f"torch.compile does not work here: {problem}")
-    torch.compiler.reset()
 
 
 @cache
@@ -114,50 +103,41 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
 
-def load_trl(device_type: str) -> LossFn:
+def trl(batch: Batch) -> PeerLoss:
     """TRL's fused head with its default vocabulary chunk, asked for the log-probs alone."""
     with importing("TRL with a fused LM head (>= 1.16)"):
         from trl.kernels import ChunkedLogProbFunction
         from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
-
-    def loss(batch: Batch) -> PeerLoss:
-        head = (batch.hidden, batch.weight, batch.bias, batch.labels)
-        temperature, softcap, scale = 1.0, batch.transform.softcap, batch.transform.logit_scale
-        options = (temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, scale, ("log_probs",))
-        return loss_of_tokens(batch, ChunkedLogProbFunction.apply(*head, *options)[0])
-
-    return loss
+    head = (batch.hidden, batch.weight, batch.bias, batch.labels)
+    temperature, softcap, scale = 1.0, batch.transform.softcap, batch.transform.logit_scale
+    options = (temperature, _CHUNKED_LOGPROB_CHUNK_SIZE, softcap, scale, ("log_probs",))
+    return loss_of_tokens(batch, ChunkedLogProbFunction.apply(*head, *options)[0])
 
 
-def load_liger(device_type: str) -> LossFn:
-    """Liger's `LigerFusedLinearDPOLoss` and SimPO's: one pair at a time, gradients already in the forward.
+def liger(batch: Batch) -> PeerLoss:
+    """Liger's `LigerFusedLinearDPOLoss` and SimPO's: compiled, one pair at a time, sequences padded.
 
-    By default it is compiled, and a chunk is one pair. Its DPO computes the reference log-probs itself, from
-    hidden states and head of the reference model: a GEMM over all logits that no other peer has to do. Here
-    it is given them, in the place of these hidden states. Shorter sequences are padded.
+    Its DPO computes the reference log-probs from the reference model's hidden states: a GEMM that no other
+    peer has to do. Here it is given the log-probs in their place.
     """
-    require_compiler(device_type)
+    require_compiler(batch.hidden.device.type)
     with importing("liger-kernel"):
         from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss, LigerFusedLinearSimPOLoss
         from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
     given_reference(LigerFusedLinearPreferenceBase)
-
-    def loss(batch: Batch) -> PeerLoss:
-        require(batch, "Liger's head", "bias")
-        objective = batch.objective
-        hidden, labels = batch.sequences.padded(batch.hidden), batch.sequences.padded(batch.labels, fill=-100)
-        reference = {}
-        if objective.name == "dpo":
-            head = LigerFusedLinearDPOLoss(beta=objective.beta)
-            reference["ref_input"] = batch.ref_logps[:, None].expand_as(labels)
-        elif objective.name == "simpo":
-            options = {"beta": objective.beta, "gamma": objective.margin, "compute_nll_loss": False}
-            head = LigerFusedLinearSimPOLoss(**options)
-        else:
-            raise Unavailable(f"Liger has no {objective.name}")
-        return PeerLoss(head(batch.weight, hidden, labels, bias=batch.bias, **reference)[0])
-
-    return loss
+    require(batch, "Liger's head", "bias")
+    objective = batch.objective
+    hidden, labels = batch.sequences.padded(batch.hidden), batch.sequences.padded(batch.labels, fill=-100)
+    reference = {}
+    if objective.name == "dpo":
+        head = LigerFusedLinearDPOLoss(beta=objective.beta)
+        reference["ref_input"] = batch.ref_logps[:, None].expand_as(labels)
+    elif objective.name == "simpo":
+        options = {"beta": objective.beta, "gamma": objective.margin, "compute_nll_loss": False}
+        head = LigerFusedLinearSimPOLoss(**options)
+    else:
+        raise Unavailable(f"Liger has no {objective.name}")
+    return PeerLoss(head(batch.weight, hidden, labels, bias=batch.bias, **reference)[0])
 
 
 def given_reference(base: Any) -> None:
@@ -178,75 +158,58 @@ def given_reference(base: Any) -> None:
     base.chunk_forward = staticmethod(chunk_forward)
 
 
-def load_cce(impl: str, device_type: str) -> LossFn:
+def cce(impl: str, batch: Batch) -> PeerLoss:
     """Apple's Cut Cross-Entropy, per token: its kernels ("cce"), or its "torch_compile" of plain PyTorch.
 
-    The kernels with their default filter (`filter_eps="high"`): tiles whose softmax is below eps/32 are left
-    out of the backward. It computes dweight also where the head is frozen.
+    The kernels filter by default: tiles whose softmax is below eps/32 are left out of the backward.
     """
-    if impl == "cce" and device_type != "cuda":
-        raise Unavailable("CCE's kernels need a CUDA device")
     if impl == "torch_compile":
-        require_compiler(device_type)
+        require_compiler(batch.hidden.device.type)
+    elif not batch.hidden.is_cuda:
+        raise Unavailable("CCE's kernels need a CUDA device")
+    elif batch.hidden.dtype == torch.float32:
+        raise Unavailable("CCE's kernels take bf16 and fp16 alone")
     with importing("cut-cross-entropy"):
         from cut_cross_entropy import linear_cross_entropy
-
-    def loss(batch: Batch) -> PeerLoss:
-        if impl == "cce" and batch.hidden.dtype == torch.float32:
-            raise Unavailable("CCE's kernels take bf16 and fp16 alone")
-        require(batch, "CCE", "softcap")
-        options = {"softcap": batch.transform.softcap, "reduction": "none", "impl": impl}
-        nll = linear_cross_entropy(batch.hidden, batch.weight, batch.labels, **options)
-        return loss_of_tokens(batch, -nll)
-
-    return loss
+    require(batch, "CCE", "softcap")
+    options = {"softcap": batch.transform.softcap, "reduction": "none", "impl": impl}
+    return loss_of_tokens(batch, -linear_cross_entropy(batch.hidden, batch.weight, batch.labels, **options))
 
 
-def load_torch_lce(rows: int | None, device_type: str) -> LossFn:
-    """`torch.nn.functional.linear_cross_entropy` per token (PyTorch 2.13), chunked over the tokens.
+def torch_lce(rows: int | None, batch: Batch) -> PeerLoss:
+    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or in chunks of `rows`.
 
-    In two settings: its "auto" chunks, which on CUDA are of few rows and save memory, and chunks of `rows`.
-    Either accumulates in fp32 ("auto"); the log-probs are rounded to the dtype of the inputs, which for large
-    ones exceeds the bound of the loss. (With reduction="sum", gradients of every sequence would be held.)
+    The log-probs are rounded to the dtype of the inputs, which for large ones exceeds the bound of the loss.
     """
     if not hasattr(F, "linear_cross_entropy") or not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise Unavailable(f"PyTorch {torch.__version__} has no chunked linear_cross_entropy (2.13 has)")
+    require(batch, "linear_cross_entropy", "bias")
     options = {"reduction": "none", "options": torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)}
-
-    def loss(batch: Batch) -> PeerLoss:
-        require(batch, "linear_cross_entropy", "bias")
-        given = (batch.hidden, batch.weight, batch.labels)
-        nll = F.linear_cross_entropy(*given, linear_bias=batch.bias, **options)
-        return loss_of_tokens(batch, -nll.float())
-
-    return loss
+    given = (batch.hidden, batch.weight, batch.labels)
+    nll = F.linear_cross_entropy(*given, linear_bias=batch.bias, **options)
+    return loss_of_tokens(batch, -nll.float())
 
 
-def load_quack(fused: bool, device_type: str) -> LossFn:
+def quack(fused: bool, batch: Batch) -> PeerLoss:
     """QuACK's chunked linear cross-entropy, with the gradients fused into its GEMMs (`fused`) or in steps.
 
-    Its loss is one sum, and the gradients are made in the forward: it is called once for each sequence, whose
-    log-probs' sum the objective needs, and holds the gradients of every sequence until the backward. Default
-    chunk of 4096 tokens, GEMMs tuned at the first call. Written from the source of 0.6.5; not yet run.
+    Its loss is one sum: it is called once for each sequence, and holds the gradients of all until the
+    backward. Written from the source of 0.6.5; not yet run.
     """
-    if device_type != "cuda" or torch.cuda.get_device_capability() != (9, 0):
+    if not batch.hidden.is_cuda or torch.cuda.get_device_capability() != (9, 0):
         raise Unavailable("QuACK's linear cross-entropy is for Hopper GPUs")
     with importing("quack-kernels (>= 0.6)"):
         from quack.linear_cross_entropy import chunked_linear_cross_entropy, scaled_exp_lce_supported
-
-    def loss(batch: Batch) -> PeerLoss:
-        require(batch, "QuACK's chunked linear cross-entropy")
-        if fused and not scaled_exp_lce_supported(batch.hidden, batch.weight, QUACK_ROWS, "sum"):
-            raise Unavailable("QuACK's fused pipeline takes bf16 and a vocabulary of whole tiles alone")
-        lengths = batch.sequences.lengths
-        if not fused and any(length % 8 for length in lengths):
-            raise Unavailable("QuACK's chunks need sequences of a multiple of 8 tokens")
-        sequences = zip(batch.hidden.split(lengths), batch.labels.split(lengths), strict=True)
-        nll_of = partial(chunked_linear_cross_entropy, reduction="sum", use_scaled_exp=fused)
-        sums = [nll_of(hidden, batch.weight, labels, QUACK_ROWS) for hidden, labels in sequences]
-        return PeerLoss(batch.losses(-torch.stack(sums).float()).mean())
-
-    return loss
+    require(batch, "QuACK's chunked linear cross-entropy")
+    if fused and not scaled_exp_lce_supported(batch.hidden, batch.weight, QUACK_ROWS, "sum"):
+        raise Unavailable("QuACK's fused pipeline takes bf16 and a vocabulary of whole tiles alone")
+    lengths = batch.sequences.lengths
+    if not fused and any(length % 8 for length in lengths):
+        raise Unavailable("QuACK's chunks need sequences of a multiple of 8 tokens")
+    sequences = zip(batch.hidden.split(lengths), batch.labels.split(lengths), strict=True)
+    nll_of = partial(chunked_linear_cross_entropy, reduction="sum", use_scaled_exp=fused)
+    sums = [nll_of(hidden, batch.weight, labels, QUACK_ROWS) for hidden, labels in sequences]
+    return PeerLoss(batch.losses(-torch.stack(sums).float()).mean())
 
 
 def require(batch: Batch, name: str, *has: str) -> None:
@@ -261,45 +224,41 @@ def require(batch: Batch, name: str, *has: str) -> None:
             raise Unavailable(f"{name} has no {what}")
 
 
-def load_focalkern(name: str, tau: float | str, device_type: str) -> LossFn:
+def ours(backend: str, backward: str, batch: Batch) -> PeerLoss:
     """This library."""
-    backend, _, exact = name.partition("-")
-    if backend == "triton" and device_type != "cuda":
+    device = batch.hidden.device
+    if backend == "triton" and device.type != "cuda":
         raise Unavailable("the triton backend needs a CUDA device")
-
-    @cache
-    def configured(objective: Objective, transform: LogitTransform) -> FusedFocalPOLoss:
-        options = {name: value for name, value in vars(objective).items() if name != "name"}
-        # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
-        options |= {"ema_momentum": 0.0, "backend": backend, "backward": exact or "certified", "tau": tau}
-        return FusedFocalPOLoss(**options, **transform._asdict()).to(device_type)
-
-    def loss(batch: Batch) -> PeerLoss:
-        refs = dict(zip(("ref_chosen_logps", "ref_rejected_logps"), batch.ref_logps.chunk(2), strict=True))
-        options = {"bias": batch.bias, "cu_seqlens": batch.sequences.cu_seqlens, **refs}
-        loss_fn = configured(batch.objective, batch.transform)
-        out = loss_fn(batch.hidden, batch.weight, batch.labels, **options)
-        return PeerLoss(out.loss, out.kept_share)
-
-    return loss
+    loss_fn = configured(backend, backward, batch.objective, batch.transform, device)
+    given = (batch.hidden, batch.weight, batch.labels, batch.bias, *batch.ref_logps.chunk(2))
+    out = loss_fn(*given, cu_seqlens=batch.sequences.cu_seqlens)
+    return PeerLoss(out.loss, out.kept_share)
 
 
-def all_peers(tau: float | str = "auto") -> dict[str, Peer]:
-    """Every peer by the name that `--only` takes; `tau` is of focalkern's certified backward."""
+@cache
+def configured(
+    backend: str, backward: str, objective: Objective, transform: LogitTransform, device: torch.device
+) -> FusedFocalPOLoss:
+    options = {name: value for name, value in vars(objective).items() if name != "name"}
+    # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
+    options |= {"ema_momentum": 0.0, "backend": backend, "backward": backward}
+    return FusedFocalPOLoss(**options, **transform._asdict()).to(device)
 
-    ours = {
-        name: Peer(f"focalkern ({', '.join(name.split('-'))})", partial(load_focalkern, name, tau))
-        for name in ("triton", "triton-exact", "torch", "torch-exact")
-    }
-    return ours | {
-        "eager": Peer("eager PyTorch", load_eager),
-        "compile": Peer("compiled PyTorch", load_compiled, compiled=True),
-        "trl": Peer("TRL head", load_trl),
-        "liger": Peer("Liger", load_liger, compiled=True),
-        "cce": Peer("CCE", partial(load_cce, "cce")),
-        "cce-compile": Peer("CCE (torch_compile)", partial(load_cce, "torch_compile"), compiled=True),
-        "torch-lce": Peer("PyTorch LCE", partial(load_torch_lce, None)),
-        "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(load_torch_lce, LCE_ROWS)),
-        "quack": Peer("QuACK chunked", partial(load_quack, False)),
-        "quack-fused": Peer("QuACK fused", partial(load_quack, True)),
-    }
+
+# By the name that `--only` takes.
+PEERS = {
+    "triton": Peer("focalkern (triton)", partial(ours, "triton", "certified")),
+    "triton-exact": Peer("focalkern (triton, exact)", partial(ours, "triton", "exact")),
+    "torch": Peer("focalkern (torch)", partial(ours, "torch", "certified")),
+    "torch-exact": Peer("focalkern (torch, exact)", partial(ours, "torch", "exact")),
+    "eager": Peer("eager PyTorch", eager),
+    "compile": Peer("compiled PyTorch", compiled, compiled=True),
+    "trl": Peer("TRL head", trl),
+    "liger": Peer("Liger", liger, compiled=True),
+    "cce": Peer("CCE", partial(cce, "cce")),
+    "cce-compile": Peer("CCE (torch_compile)", partial(cce, "torch_compile"), compiled=True),
+    "torch-lce": Peer("PyTorch LCE", partial(torch_lce, None)),
+    "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(torch_lce, LCE_ROWS)),
+    "quack": Peer("QuACK chunked", partial(quack, False)),
+    "quack-fused": Peer("QuACK fused", partial(quack, True)),
+}

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -47,6 +48,8 @@ Json = dict[str, Any]
 
 
 def environment(device_type: str) -> Json:
+    installed = importlib.metadata.distributions()
+    found = {str(each.name).lower().replace("_", "-"): each.version for each in installed}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -56,16 +59,9 @@ def environment(device_type: str) -> Json:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found[name] for name in PACKAGES if name in found},
         "python": platform.python_version(),
     }
-
-
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def cpu_name() -> str:
@@ -75,18 +71,11 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit, marked "-dirty" when anything but results and the pages made of them differs from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
-        return done.stdout.strip()
-
-    try:
-        others = [":!benchmarks/results", ":!*.md", ":!*.png"]
-        changed = git("status", "--porcelain", "--untracked-files=no", ".", *others)
-        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    """The commit, marked "-dirty" where a tracked file differs from it; None outside of a repository."""
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    with contextlib.suppress(OSError):  # no git here
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def write_json(data: Json, path: Path) -> None:
@@ -138,7 +127,7 @@ def size_of(comparison: Json) -> str:
 
 def terminal(comparison: Json) -> str:
     """What was compared, the times and errors of all peers, and why a peer has none: within 80 columns."""
-    about, rows = comparison["input"], comparison["rows"]
+    about = comparison["input"]
     gradients = "dhidden alone (frozen head)" if comparison["frozen_head"] else "dhidden and dweight"
     saturated, pairs = comparison["saturated_pairs"], comparison["pairs"]
     pairs = f"{pairs} pairs, {saturated} of them saturated" if saturated else f"{pairs} pairs"
@@ -154,11 +143,11 @@ def terminal(comparison: Json) -> str:
     shown = shown[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
     shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
     table = [shown.to_string()] if len(shown) else []
-    reasons = defaultdict(list)
-    for row in rows:
-        if row["status"] != "ok" or row["note"]:
-            reasons[": ".join(filter(None, (row["status"], row["note"])))].append(row["peer"])
-    notes = [f"{', '.join(peers)}: {reason}" for reason, peers in reasons.items()]
+    noted = pd.DataFrame(
+        [row for row in comparison["rows"] if row["note"]], columns=["peer", "status", "note"]
+    )
+    reasons = noted.groupby(["status", "note"], sort=False)["peer"].agg(", ".join)
+    notes = [f"{peers}: {status}: {note}" for (status, note), peers in reasons.items()]
     return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
 
 
@@ -170,10 +159,6 @@ def number(value: float) -> str:
     """Three digits: 0.0123, 1.23, 12.3, 123, 1,230."""
     rounded = float(f"{value:.2e}")
     return f"{rounded:,.0f}" if rounded >= 100 else f"{rounded:#.3g}"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.3g} %"
 
 
 def scientific(value: float | str) -> str:
@@ -197,34 +182,31 @@ def sweep(report: Json, over: str) -> list[tuple[str, pd.DataFrame]]:
     """Titles and peers of comparisons that differ in the tokens or the sharpness alone, in that order."""
     found = []
     for comparison in report["comparisons"]:
-        about, title = comparison["input"], title_of(comparison, over)
-        if over == "tokens":
-            place, scale = comparison["tokens"], about.get("scale")
-        else:
-            place, scale = math.inf if about["kind"] == "untrained" else about["entries"], None
-        found.append(frame(comparison).assign(place=place, title=title, scale=scale))
-    table = pd.concat(found).sort_values("place", kind="stable")
-    groups = table.groupby(["title", "scale"], sort=False, dropna=False)
-    return [(title, group) for (title, _), group in groups if group["place"].nunique() > 1]
+        about, place = comparison["input"], comparison["tokens"]
+        if over == "sharpness":
+            place = math.inf if about["kind"] == "untrained" else about["entries"]
+        found.append(frame(comparison).assign(place=place, title=title_of(comparison, over)))
+    groups = pd.concat(found).sort_values("place", kind="stable").groupby("title", sort=False)
+    return [(title, group) for title, group in groups if group["place"].nunique() > 1]
 
 
 def title_of(comparison: Json, over: str) -> str:
-    shape, saturated = comparison["shape"], comparison["saturated_pairs"]
+    shape, about, saturated = comparison["shape"], comparison["input"], comparison["saturated_pairs"]
     words = [f"{shape['hidden']} × {shape['vocab']}", comparison["dtype"], comparison["loss"]]
     words.append(f"{comparison['tokens']} tokens" if over == "sharpness" else kind_of(comparison))
+    words += [f"scale {about['scale']:g}"] if over == "tokens" and about.get("scale") else []
     words += ["frozen head"] if comparison["frozen_head"] else []
     return ", ".join([*words, f"{saturated} pairs saturated"] if saturated else words)
 
 
-def draw(report: Json, over: str, path: Path) -> None:
+def draw(report: Json, over: str, path: Path) -> Path:
     """A row of two panels for each setting, a line for each peer; focalkern's are thicker."""
     from matplotlib.figure import Figure  # no pyplot: it would look for a display
 
     (axis, quantities), groups, handles = SWEEPS[over], sweep(report, over), {}
     figure = Figure(figsize=(12.8, 4.2 * len(groups) + 0.9), layout="constrained")
     figure.suptitle(f"{report['device']}, {report['date'][:10]}", fontsize="medium")
-    rows = [row["peer"] for comparison in report["comparisons"] for row in comparison["rows"]]
-    peers = list(dict.fromkeys(rows))
+    peers = list(pd.json_normalize(report["comparisons"], "rows")["peer"].unique())
     for (title, group), row in zip(groups, figure.subplots(len(groups), 2, squeeze=False), strict=True):
         places = list(group["place"].unique())
         ticks = ["random\nweights" if place == math.inf else f"{place:.0f}" for place in places]
@@ -247,6 +229,7 @@ def draw(report: Json, over: str, path: Path) -> None:
     figure.legend(handles.values(), handles, **options)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100, metadata={"data": data_hash(report)})
+    return path
 
 
 def data_hash(report: Json) -> str:
@@ -255,10 +238,8 @@ def data_hash(report: Json) -> str:
 
 def plots(report: Json, folder: Path) -> list[Path]:
     """Draw what the report has several values of; the paths of the plots."""
-    paths = {over: folder / f"over-{over}.png" for over in SWEEPS if sweep(report, over)}
-    for over, path in paths.items():
-        draw(report, over, path)
-    return list(paths.values())
+    found = [over for over in SWEEPS if sweep(report, over)]
+    return [draw(report, over, folder / f"over-{over}.png") for over in found]
 
 
 # Pages
@@ -374,7 +355,7 @@ def cells(found: pd.DataFrame) -> pd.DataFrame:
         "backward": duration,
         "both": duration,
         "ratio": lambda value: f"{number(value)}×",
-        "kept": percent,
+        "kept": lambda share: f"{100 * share:.3g} %",
         "extra": "{:,.0f} MiB".format,
         "dhidden": scientific,
         "dweight": scientific,
@@ -446,23 +427,17 @@ def lengths_tables(results: Results) -> str:
 
 def lengths_table(found: Json) -> list[str]:
     rows, setup, completions = found["rows"], found["setup"], found["completion_tokens"]
-    trl = rows["TRL"]
     prompt, completion = (n / 2 / setup["pairs"] for n in (found["tokens"] - completions, completions))
     packed, shared = map(number, found["llama_8b_over_padded"].values())
-    padded_ms, shared_ms = (
-        rows[name]["ms"]["median"] for name in ("FocalPOTrainer", "FocalPOTrainer, shared")
-    )
-    gain = number(padded_ms / shared_ms)
-    ratios = [
-        (trl["ms"]["median"] / row["ms"]["median"], trl["operations"] / row["operations"])
-        for row in rows.values()
-    ]
+    ms = {name: row["ms"]["median"] for name, row in rows.items()}
+    gain = number(ms["FocalPOTrainer"] / ms["FocalPOTrainer, shared"])
+    counted = {name: rows["TRL"]["operations"] / row["operations"] for name, row in rows.items()}
     table = {
         "trainer": [name.replace("patch()", "`patch()`") for name in rows],
         "positions": [f"{row['positions']:,}" for row in rows.values()],
-        "step": [duration(row["ms"]["median"]) for row in rows.values()],
+        "step": list(map(duration, ms.values())),
         "tokens/s": [number(row["tokens_per_s"]) for row in rows.values()],
-        "over TRL (counted)": [f"{number(time)}× ({number(count)}×)" for time, count in ratios],
+        "over TRL (counted)": [f"{number(ms['TRL'] / ms[name])}× ({number(counted[name])}×)" for name in ms],
         "memory": [f"{row['extra_mib']:,.0f} MiB" for row in rows.values()],
     }
     return [
@@ -488,6 +463,8 @@ PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
+    from PIL import Image
+
     parser = parser_of(__doc__)
     parser.add_argument("--check", action="store_true", help="change nothing; status 1 if out of date")
     check = parser.parse_args(arguments).check
@@ -500,7 +477,8 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             text = updated
         if not check:
             (root / page).write_text(text, encoding="utf-8")
-    if drawn_from(root / FIGURE) != data_hash(results.files[SHARPNESS]):
+    drawn = Image.open(root / FIGURE).info.get("data") if (root / FIGURE).exists() else None
+    if drawn != data_hash(results.files[SHARPNESS]):
         stale.append(str(FIGURE))
         if not check:
             draw(results.files[SHARPNESS], "sharpness", root / FIGURE)
@@ -519,13 +497,6 @@ def with_part(text: str, name: str, content: str, page: str) -> str:
     if count != 1:
         raise SystemExit(f"{page}: needs one {begin} and after it one {end}")
     return updated
-
-
-def drawn_from(path: Path) -> str | None:
-    """The hash that a figure carries."""
-    from PIL import Image
-
-    return Image.open(path).info.get("data") if path.exists() else None
 
 
 if __name__ == "__main__":

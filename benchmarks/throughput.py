@@ -13,18 +13,16 @@ Each peer's loss and gradients are compared with float64 first; a wrong peer is 
     fwd, both      medians of runs that alternate between the peers. Compilation and tuning come before
     x focalkern    the peer's time of both over that of focalkern: below 1, the peer is faster
     kept           share of the (token, vocabulary block) pairs that the certified backward computed
-    extra          peak memory beyond inputs and gradients; on a CPU in a process of its own, ≤ where only a
-                   limit could be told
+    extra          peak memory beyond inputs and gradients; ≤ where only a limit could be told
     error          relative L2 error of dhidden against float64
 
-JSON has more: all runs, backward, errors of loss and dweight, time over the bare GEMM `hidden @ weight.T`.
+JSON has more: all runs, backward, errors of loss and dweight, the bare GEMM `hidden @ weight.T`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import itertools
 import math
 import os
@@ -34,7 +32,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Where other processes want the cores too, threads that spin at every barrier cost several times the work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -45,12 +43,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure, parser_of
-from benchmarks.capture_file import Capture, CapturedInput, CaptureError
+from benchmarks.capture_file import Capture, CapturedInput
 from benchmarks.check import Gate
-from benchmarks.inputs import SHAPES, Batch, Case, Recipe, Shape, calibrate
+from benchmarks.inputs import OBJECTIVES, SHAPES, Batch, Case, Recipe, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step
-from benchmarks.objectives import OBJECTIVES
-from benchmarks.peers import LossFn, Unavailable, all_peers, first_line, gradients_of
+from benchmarks.peers import PEERS, LossFn, Unavailable, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
 from focalkern.torch_logits import HAS_BF16_PRODUCTS, matmul
 
@@ -59,8 +56,7 @@ CPU_SHAPE = Shape("small", 512, 32768)
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
 GEMM = "bare GEMM"  # its name among the peers
-GEMM_TILE = 2048  # rows and vocabulary entries, on a CPU
-GEMM_OUTPUT_BYTES = 2**31  # at most, on CUDA
+GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA twice as many rows, all entries
 
 Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in the JSON file
 
@@ -75,8 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         print(wrapped(f"{load}: other work on this machine disturbs the times."))
     if options.quick:
         print("--quick leaves compiled peers and memory out; a full run has them.")
-    report |= {name: getattr(options, name) for name in ("command", "repeats", "tau")}
-    report |= {"finished": False, "comparisons": []}
+    report |= {"command": options.command, "repeats": options.repeats, "finished": False, "comparisons": []}
     with measure.memory_limit(options.device):
         for case in cases(options):
             report["comparisons"].append(compare(options, case))
@@ -100,13 +95,10 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
-    entries = number(int, "a positive integer", 1, word=FLAT)
-    tau = number(float, "at least 0", 0, word="auto")
-    peers = list(all_peers())
+    peers = list(PEERS)
     add = parser.add_argument_group("size, by default 2048 x 512 x 32768, llama3-8b on CUDA").add_argument
     add("--shape", type=shape, help=f"H x V of the LM head, as 512x32768, or one of {', '.join(SHAPES)}")
-    add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all; of a "
-        "capture, the first pairs that have no more")  # fmt: skip
+    add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all")
     add("--pairs", type=positive, metavar="B", help="preference pairs (default: 4)")
     add("--dtype", nargs="+", choices=DTYPES, help="default: bf16 on CUDA; fp32 on a CPU, and bf16 if it has "
         "instructions for it")  # fmt: skip
@@ -115,38 +107,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
     add("--head", nargs="+", choices=HEADS, default=["full"], help="full: gradients of hidden and weight "
         "(default); frozen: of hidden alone, as for LoRA")  # fmt: skip
-    add("--sharpness", type=entries, nargs="+", metavar="K", help="softmax entries above 2^-12 per row "
-        f"(default: 50, a trained LM); {FLAT}: random weights")  # fmt: skip
+    add("--sharpness", type=lambda text: text if text == FLAT else positive(text), nargs="+", metavar="K",
+        help=f"softmax entries above 2^-12 per row (default: 50, a trained LM); {FLAT}: random")  # fmt: skip
     add("--capture", type=Path, metavar="PATH", help="hidden states and head of a model, from capture.py")
     add("--saturated", type=share, nargs="+", default=[0.0], metavar="SHARE",
         help="share of the pairs that are saturated, with next to no gradient (default: 0)")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     add("--only", nargs="+", choices=peers, metavar="PEER", help=f"of {' '.join(peers)}")
-    add("--tau", type=tau, default="auto", help="threshold of the certified backward, or auto (default)")
     add("--repeats", type=positive, help="timed runs (default: 3 on a CPU, 20 on CUDA)")
     add("--no-memory", action="store_true", help="leave the memory out")
     add("--json", type=Path, metavar="PATH", help="write all numbers here, after each comparison")
     add("--plot", type=Path, metavar="DIR", help="draw the times over tokens and over sharpness")
     options = parser.parse_args(argv)
     options.command = shlex.join(["throughput.py", *(sys.argv[1:] if argv is None else argv)])
-
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_cuda = options.device == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        fail("--device cuda: torch sees no CUDA device")
-    settle_size(options, on_cuda) if options.capture is None else settle_capture(options)
-    settle_run(options, on_cuda)
+    try:
+        settle(options)
+    except ValueError as error:
+        parser.error(str(error))
     return options
 
 
-def number(kind: type, range_: str, least: float, below: float = math.inf, word: str = "") -> Callable:
-    """A type for argparse: a number in this range, or the word."""
+def number(kind: type, range_: str, least: float, below: float = math.inf) -> Callable[[str], float]:
+    """A type for argparse: a number in this range."""
 
-    def parsed(text: str) -> float | str:
-        if text != word and not least <= kind(text) < below:
-            raise argparse.ArgumentTypeError(f"expected {range_}{word and f' or {word}'}, got {text}")
-        return text if text == word else kind(text)
+    def parsed(text: str) -> float:
+        if not least <= kind(text) < below:
+            raise argparse.ArgumentTypeError(f"expected {range_}, got {text}")
+        return kind(text)
 
     return parsed
 
@@ -155,57 +143,39 @@ def shape(text: str) -> Shape:
     return SHAPES.get(text) or Shape("explicit size", *map(number(int, "positive sizes", 1), text.split("x")))
 
 
-def fail(message: str) -> NoReturn:
-    print(f"throughput.py: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def settle_size(options: argparse.Namespace, on_cuda: bool) -> None:
-    """Shape, tokens, pairs and sharpness of generated input."""
-    options.shape = options.shape or (SHAPES["llama3-8b"] if on_cuda else CPU_SHAPE)
-    usual = (8192 if on_cuda else 2048) // (4 if options.quick else 1)
-    options.sharpness, options.pairs = options.sharpness or [50], options.pairs or 4
-    options.sizes = [(tokens, options.pairs) for tokens in options.tokens or [usual]]
-    for tokens, pairs in options.sizes:
-        if tokens % (2 * pairs):
-            fail(f"--tokens {tokens} is not a multiple of 2 x {pairs} sequences (--pairs)")
-
-
-def settle_capture(options: argparse.Namespace) -> None:
-    """Shape and sizes of the capture, or of as many of its first pairs as --tokens has room for."""
-    names = ("sharpness", "shape", "pairs", "quick")
-    if given := [f"--{name}" for name in names if getattr(options, name)]:
-        fail(f"--capture brings its own hidden states and pairs: leave out {' and '.join(given)}")
-    try:
+def settle(options: argparse.Namespace) -> None:
+    """Defaults of what was not given; `ValueError` for what cannot be."""
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = options.device == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
+    if options.capture is not None:
+        names = ("sharpness", "shape", "tokens", "pairs", "quick")
+        if given := [f"--{name}" for name in names if getattr(options, name)]:
+            raise ValueError(
+                f"--capture brings its own hidden states and pairs: leave out {' and '.join(given)}"
+            )
         capture = Capture.load(options.capture)
-    except CaptureError as error:
-        fail(f"--capture: {error}")
-    options.shape, options.sizes = capture.shape, []
-    for tokens in options.tokens or [len(capture.labels)]:
-        pairs = capture.pairs_within(tokens)
-        if not pairs:
-            fail(f"--tokens {tokens}: the first pair of {options.capture} has more")
-        options.sizes.append((len(capture.first(pairs).labels), pairs))
-
-
-def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
-    """Peers, dtypes and repeats; refuses combinations that cannot be."""
+        options.shape, options.tokens, options.pairs = capture.shape, [len(capture.labels)], capture.pairs
+    else:
+        options.shape = options.shape or (SHAPES["llama3-8b"] if on_cuda else CPU_SHAPE)
+        usual = (8192 if on_cuda else 2048) // (4 if options.quick else 1)
+        options.tokens, options.pairs = options.tokens or [usual], options.pairs or 4
+        options.sharpness = options.sharpness or [50]
+        if wrong := [tokens for tokens in options.tokens if tokens % (2 * options.pairs)]:
+            raise ValueError(
+                f"--tokens {wrong[0]} is not a multiple of 2 x {options.pairs} sequences (--pairs)"
+            )
     free = [name for name in options.loss if OBJECTIVES[name].reference_free]
-    if any(options.saturated) and min(pairs for _, pairs in options.sizes) < 2:
-        fail("--saturated: of one pair, none can be saturated beside another that is not")
     if any(options.saturated) and free:
-        fail(f"--saturated is by the reference, which the score of {free[0]} does not have")
+        raise ValueError(f"--saturated is by the reference, which the score of {free[0]} does not have")
     if options.json and options.json.is_dir():
-        fail(f"--json {options.json}: is a folder, expected a file")
-    if options.plot and importlib.util.find_spec("matplotlib") is None:
-        fail("--plot needs matplotlib, which the extra `bench` of this package installs")
-    if options.plot and options.plot.is_file():
-        fail(f"--plot {options.plot}: is a file, expected a folder")
-    if options.plot and max(len(options.sizes), len(options.sharpness or [])) < 2:
-        fail("--plot draws over several values of --tokens or --sharpness: give more than one")
+        raise ValueError(f"--json {options.json}: is a folder, expected a file")
+    if options.plot and max(len(options.tokens), len(options.sharpness or [])) < 2:
+        raise ValueError("--plot draws over several values of --tokens or --sharpness: give more than one")
     usual = ["fp32", "bf16"] if HAS_BF16_PRODUCTS else ["fp32"]
     options.dtype = options.dtype or (["bf16"] if on_cuda else usual[-1:] if options.quick else usual)
-    options.only = options.only or (QUICK_PEERS if options.quick else list(all_peers()))
+    options.only = options.only or (QUICK_PEERS if options.quick else list(PEERS))
     options.no_memory |= options.quick
     options.repeats = options.repeats or (20 if on_cuda and not options.quick else 3)
 
@@ -215,7 +185,8 @@ def settle_run(options: argparse.Namespace, on_cuda: bool) -> None:
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Every combination of what was asked for."""
-    for dtype, (tokens, pairs) in itertools.product(options.dtype, options.sizes):
+    pairs = options.pairs
+    for dtype, tokens in itertools.product(options.dtype, options.tokens):
         size = options.shape, tokens, pairs, DTYPES[dtype], options.device
         if options.capture is not None:
             sources = [CapturedInput(*size, options.capture)]
@@ -232,20 +203,17 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
     batch, sharpness = case.batch()
-    rows, losses, source = {}, {}, case.source
-    for name, peer in all_peers(options.tau).items():
-        if name in options.only:
-            rows[name] = {"id": name, "peer": peer.name, "status": "ok", "note": ""}
-            with recorded(rows[name]):
-                losses[name] = peer.load(options.device)
+    peers, source = {name: peer for name, peer in PEERS.items() if name in options.only}, case.source
+    rows = {name: {"id": name, "peer": peer.name, "status": "ok", "note": ""} for name, peer in peers.items()}
+    if any(peer.compiled for peer in peers.values()):
+        torch.compiler.reset()  # else, after 8 recompilations for other batches, torch would run eagerly
     gate = Gate(batch)
-    for name in tqdm(losses, desc="errors", leave=False, disable=None):
+    for name, peer in tqdm(peers.items(), desc="errors", leave=False, disable=None):
         with recorded(rows[name]):
-            check_peer(rows[name], losses[name], batch, gate, options.tau if name in OURS else "auto")
-    passed = {name: loss for name, loss in losses.items() if rows[name]["status"] == "ok"}
-    gemm = measure_times(rows, passed, batch, options.repeats)
+            check_peer(rows[name], peer.loss, batch, gate)
+    gemm = measure_times(rows, batch, options.repeats)
     if not options.no_memory:
-        measure_memory(rows, passed, batch, case, options.tau)
+        measure_memory(rows, batch, case)
     return {
         "shape": asdict(source.shape),
         "tokens": source.tokens,
@@ -257,8 +225,7 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
         "input": {**source.about(), **asdict(sharpness)},
         "fp32_logits_bytes": 4 * source.tokens * source.shape.vocab,
         "plain_pytorch_errors": finite(gate.plain.norms),
-        "plain_pytorch_scale_errors": finite(gate.plain.scale),
-        "error_bound": finite(gate.bound()),
+        "error_bound": finite(gate.bound),
         "bare_gemm_ms": gemm,
         "rows": list(rows.values()),
     }
@@ -284,7 +251,7 @@ def recorded(row: dict[str, Any]) -> Iterator[None]:
         measure.release_cached()
 
 
-def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau: float | str) -> None:
+def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate) -> None:
     """Run the peer once and compare; a wrong result makes it a failed row."""
     out = loss(batch)
     gradients = list(torch.autograd.grad(out.loss, batch.differentiated()))
@@ -292,15 +259,19 @@ def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate, tau:
     row |= {"errors": finite(found.norms), "scale_errors": finite(found.scale)}
     if out.kept_share is not None:
         row["kept_share"] = out.kept_share.item()
-    if wrong := gate.verdict(found, 0.0 if tau == "auto" else float(tau)):
+    if wrong := gate.verdict(found):
         row |= {"status": "failed", "note": wrong}
 
 
-def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: int) -> dict[str, Any]:
+def passed(rows: Rows) -> dict[str, LossFn]:
+    return {name: PEERS[name].loss for name, row in rows.items() if row["status"] == "ok"}
+
+
+def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the peers, into their rows, and of the bare GEMM."""
     inputs, device = batch.differentiated(), batch.hidden.device
-    steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()), None)}
-    for name, loss in losses.items():
+    steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()))}
+    for name, loss in passed(rows).items():
         forward, guard = partial(lambda loss: loss(batch).loss, loss), partial(recorded, rows[name])
         steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs), guard)
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
@@ -309,49 +280,41 @@ def measure_times(rows: Rows, losses: dict[str, LossFn], batch: Batch, repeats: 
         times = measure.interleaved_times(steps, device, warmup, repeats, bar.update)
     gemm = times.pop(GEMM)["both_ms"]
     for name, found in times.items():
-        rows[name] |= {**found, "x_floor": found["both_ms"]["median"] / gemm["median"]}
+        rows[name] |= found
     return gemm
 
 
 def bare_gemm(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """`hidden @ weight.T` and nothing else, tile by tile: the floor of every head."""
-    if hidden.is_cuda:
-        size = max(1, GEMM_OUTPUT_BYTES // (len(weight) * weight.element_size())), len(weight)
-    else:
-        size = GEMM_TILE, GEMM_TILE
+    size = (2 * GEMM_TILE, len(weight)) if hidden.is_cuda else (GEMM_TILE, GEMM_TILE)
     for rows, entries in itertools.product(hidden.split(size[0]), weight.split(size[1])):
         matmul(rows, entries)
 
 
-def measure_memory(rows: Rows, losses: dict[str, LossFn], batch: Batch, case: Case, tau: float | str) -> None:
+def measure_memory(rows: Rows, batch: Batch, case: Case) -> None:
     """Memory of the peers that were timed, into their rows."""
-    for name, loss in tqdm(losses.items(), desc="memory", leave=False, disable=None):
+    for name, loss in tqdm(passed(rows).items(), desc="memory", leave=False, disable=None):
         row = rows[name]
-        if row["status"] != "ok":
-            continue
         try:
             if batch.hidden.is_cuda:
                 memory = measure.peak_extra_bytes(partial(gradients_of, loss, batch), batch.hidden.device)
             else:
-                memory = measure.in_fresh_process(cpu_memory, name, tau, case)
+                memory = measure.in_fresh_process(cpu_memory, name, case)
         except Exception as error:  # refused by the allocator, or the process was killed
-            unknown = f"its memory could not be measured: {first_line(error)}"
-            row["note"] = "; ".join(filter(None, (row["note"], unknown)))
+            row["note"] = f"its memory could not be measured: {first_line(error)}"
             measure.release_cached()
         else:
             row |= {"extra_bytes": memory.extra, "extra_bytes_is_upper_limit": memory.upper_limit}
 
 
-def cpu_memory(name: str, tau: float | str, case: Case) -> PeakMemory:
+def cpu_memory(name: str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    peer = all_peers(tau)[name]
-    loss = peer.load("cpu")
-    batch, _ = case.batch()
+    peer, (batch, _) = PEERS[name], case.batch()
     # Libraries and thread stacks come with the first step, whatever its size; compiled code is for this size.
     source = case.source
     small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
-    gradients_of(loss, batch if peer.compiled else replace(case, source=small).batch()[0])
-    return measure.peak_extra_bytes(partial(gradients_of, loss, batch), torch.device("cpu"))
+    gradients_of(peer.loss, batch if peer.compiled else replace(case, source=small).batch()[0])
+    return measure.peak_extra_bytes(partial(gradients_of, peer.loss, batch), torch.device("cpu"))
 
 
 if __name__ == "__main__":

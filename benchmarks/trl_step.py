@@ -4,22 +4,17 @@
     python benchmarks/trl_step.py --lengths ultrafeedback --dtype fp32   # layers dominate: 8 minutes
     python benchmarks/trl_step.py --quick              # whether all of it runs
 
-A step is `training_step` of a real trainer on docstrings of Python's standard library: forward of policy and
-reference, loss, metrics, backward. The optimizer's step is the same for all and left out. Loss and gradients
-are compared with those of TRL in fp32. Steps are timed in one interleaved run. Memory, beyond model and
-gradients, is measured in a process of its own. The weights are random, and the final norm's scale makes the
-softmax as sharp as a trained model's. Only 4096 words of the vocabulary are ever a label. On a CPU TRL's head
-computes every position, on a GPU only those of completions. With `--lengths` the docstrings, one after the
-other, are cut to lengths drawn from log-normal distributions. Operations are counted beside the times, and
-those of an 8B model at the same lengths.
+A step is `training_step` of a real trainer on docstrings of Python's standard library, without that of the
+optimizer. Loss and gradients are compared with those of TRL in fp32. Steps are timed in one interleaved run;
+memory, beyond model and gradients, in a process of its own. The weights are random; the final norm's scale
+makes the softmax as sharp as a trained model's. On a CPU TRL's head computes every position, on a GPU only
+those of completions. With `--lengths` the docstrings are cut to lengths from log-normal distributions.
 """
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import itertools
-import math
 import sys
 import tempfile
 import warnings
@@ -43,9 +38,9 @@ from preference_data import Pair, docstring_pairs
 from quickstart_parts import train_tokenizer
 
 from benchmarks import parser_of
-from benchmarks.inputs import PRESENT
+from benchmarks.inputs import sharpening
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.report import MIB, environment, write_json
+from benchmarks.report import MIB, environment, lengths_table, write_json
 from focalkern.cli.models import load_config
 from focalkern.trl import FocalPOConfig, FocalPOTrainer, patch
 
@@ -69,7 +64,7 @@ MAX_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Setup:
-    """What is measured: everything that a fresh process needs to build it again."""
+    """What is measured; a fresh process builds it again."""
 
     hidden: int
     layers: int
@@ -148,7 +143,7 @@ def timed(setup: Setup) -> dict[str, Any]:
         contestants = {name: build(name, setup, folder) for name in NAMES}
         in_fp32 = replace(setup, dtype="fp32")
         errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32, folder))
-    steps = {name: Step(contestant.step, None) for name, contestant in contestants.items()}
+    steps = {name: Step(contestant.step) for name, contestant in contestants.items()}
     with tqdm(total=len(NAMES) * setup.repeats, desc=f"{setup.dtype}, time", leave=False) as bar:
 
         def tick() -> None:
@@ -167,13 +162,13 @@ def timed(setup: Setup) -> dict[str, Any]:
         count, width = contestant.inputs["input_ids"].shape
         head_rows = count * (width - 1) if name == TRL else completion_tokens
         scores = count * width**2  # a dense mask skips none
+        kept = contestant.trainer._metrics["train"].get("focal/kept_share")
         rows[name] = {
             "ms": times[name]["both_ms"],
             "tokens_per_s": tokens / seconds,
-            "pairs_per_s": setup.pairs / seconds,
             "positions": count * width,
             "operations": step_operations(contestant.model.config, count * width, scores, head_rows),
-            "kept_share": kept_share(contestant),
+            "kept_share": float(kept[-1]) if kept else None,
             **errors[name],
             "agrees": all(error <= allowed[what] for what, error in errors[name].items()),
         }
@@ -210,31 +205,11 @@ def step_operations(config: Any, positions: int, scores: int, head_rows: int) ->
     return config.num_hidden_layers * layer + 5 * 2 * config.hidden_size * config.vocab_size * head_rows
 
 
-def kept_share(contestant: Contestant) -> float | None:
-    recorded = contestant.trainer._metrics["train"].get("focal/kept_share")
-    return float(recorded[-1]) if recorded else None
-
-
 def show(found: dict[str, Any]) -> None:
-    setup, rows, completions = found["setup"], found["rows"], found["completion_tokens"]
-    means = [count / (2 * setup["pairs"]) for count in (found["tokens"] - completions, completions)]
-    print(
-        f"A DPO step in {setup['dtype']}: Llama, {setup['layers']} layers of {setup['hidden']}, "
-        f"vocabulary {setup['vocab']};\n{setup['pairs']} pairs, {found['tokens']} tokens, "
-        f"{completions} of completions, {found['padded_positions']} positions when padded;\n"
-        f"{setup['lengths']}: prompts {means[0]:.0f}, completions {means[1]:.0f} on average; "
-        f"longest sequence {found['longest']}"
-    )
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    table.insert(0, "x TRL", rows[TRL]["ms"]["median"] / table["ms"].map(lambda times: times["median"]))
-    table.insert(1, "counted", rows[TRL]["operations"] / table["operations"])
-    print(table.drop(columns="ms").to_string(float_format="{:.3g}".format))
-    packed, shared = found["llama_8b_over_padded"].values()
-    print(
-        "x TRL: by medians; counted: by operations; extra_mib: memory beyond model and gradients; errors:\n"
-        "relative to TRL in fp32. Llama-3-8B with attention that skips hidden entries, counted, padded over\n"
-        f"packed {packed:.3g}, over shared {shared:.3g}.\n"
-    )
+    print(*lengths_table(found), sep="\n\n")
+    columns = ["kept_share", "loss_error", "gradient_error", "agrees"]
+    errors = pd.DataFrame.from_dict(found["rows"], orient="index")[columns]
+    print(f"\nErrors relative to TRL in fp32:\n{errors.to_string(float_format='{:.3g}'.format)}\n")
 
 
 def build(name: str, setup: Setup, folder: str) -> Contestant:
@@ -312,17 +287,11 @@ def llama(setup: Setup, perturbation: float = 0.0) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def scale_for(setup: Setup) -> float:
-    """Of the final norm, for about as many softmax entries above 2^-12 as asked for; by bisection."""
+    """Of the final norm, for about as many softmax entries above 2^-12 as asked for."""
     pairs, tokenizer = text()
     ids = tokenizer(str(pairs[0].prompt) + str(pairs[0].chosen), return_tensors="pt").input_ids
     logits = llama(setup)(ids[:, :128]).logits[0]
-
-    def entries_at(scale: float) -> float:
-        return ((scale * logits).log_softmax(-1) > math.log(PRESENT)).sum(-1).double().mean().item()
-
-    # Where it is nearly flat there is none; then more and more, and from here on fewer.
-    hundredths = range(16_00, 4096_00)
-    return bisect.bisect(hundredths, -setup.entries, key=lambda x: -entries_at(x / 100)) / 100 + 16
+    return sharpening(lambda scale: scale * logits, setup.entries, 16, 4096)
 
 
 def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str, dict[str, float]]:
@@ -331,9 +300,7 @@ def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str
     size = torch.nn.utils.get_total_norm(true_gradients)
     found = {}
     for name, contestant in contestants.items():
-        loss, gradients = true_loss, true_gradients
-        if contestant is not truth:
-            loss, gradients = contestant.step().item(), contestant.gradients()
+        loss, gradients = contestant.step().item(), contestant.gradients()
         errors = [mine - true for mine, true in zip(gradients, true_gradients, strict=True)]
         found[name] = {
             "loss_error": abs(loss - true_loss) / abs(true_loss),

@@ -2,10 +2,9 @@
 
     python benchmarks/tune.py --seconds 90 --json tuned.json
 
-The table has the entries that are clearly faster than those of `csrc_triton/launch.py`. A candidate takes the
-place of the shipped entry in a call of `linear_logps` on LM-like input. Its results must agree with the
-shipped entry's and repeat bit for bit; then its kernel is timed. Several processes compile candidates into
-Triton's cache, without the GPU. One process measures them; if a candidate ends it, another one starts.
+The table has the entries that are clearly faster than those of `csrc_triton/launch.py`. A candidate's results
+must agree with the shipped entry's and repeat bit for bit; then its kernel is timed. Several processes
+compile candidates into Triton's cache. One process measures them; if a candidate ends it, another one starts.
 """
 
 from __future__ import annotations
@@ -36,10 +35,10 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parser_of
-from benchmarks.aot import compiled_launches, launch_head
 from benchmarks.inputs import Case, Recipe, Shape, calibrate
 from benchmarks.peers import first_line
 from benchmarks.report import DTYPES, write_json
+from benchmarks.resources import compiled_launches, launch_head
 from csrc_triton.launch import VOCAB_BLOCK, Launch, launch_config
 from csrc_triton.linear_logps import linear_logps_fwd_kernel
 from focalkern import linear_logps, triton_launch
@@ -224,8 +223,7 @@ def launched(setting: Setting, name: str, entry: Launch) -> tuple[list[torch.Ten
 
 def step(setting: Setting, name: str) -> list[torch.Tensor]:
     """The log-probs, or the gradients of a backward."""
-    hidden, weight, labels, g = inputs(setting)
-    rows = slice(setting.tokens_for(name))
+    (hidden, weight, labels, g), rows = inputs(setting), slice(setting.tokens_for(name))
     backward = "certified" if name.startswith("certified") else "exact"
     options = TUNED[name] | {"backward": backward, "tau": 2.0**-13, "backend": "triton"}
     with torch.set_grad_enabled(not name.startswith("fwd")):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import statistics
 import subprocess
 
 import pytest
@@ -13,7 +14,7 @@ from benchmarks import check, report
 from benchmarks.check import Gate
 from benchmarks.inputs import BETA, PRESENT, Batch, LogitTransform, Recipe, Sequences, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.peers import all_peers
+from benchmarks.peers import PEERS
 from focalkern.reference import linear_logps
 
 CPU = torch.device("cpu")
@@ -26,14 +27,13 @@ def tiny_batch(transform: LogitTransform = PLAIN, dtype=torch.float32, bias: boo
     shape = Shape("tiny", 24, 300, transform.softcap, transform.logit_scale)
     batch, _ = Recipe(shape, 48, 2, dtype, "cpu", scale=4.0).batch()
     batch.sequences = Sequences(torch.tensor([0, 12, 13, 18, 48]))
-    if bias:
-        batch.bias = torch.randn(300, generator=torch.Generator().manual_seed(0)).to(dtype)
+    batch.bias = torch.linspace(-1, 1, 300).to(dtype) if bias else None
     return batch.requires_grad_(frozen_head=False)
 
 
 def step(name: str, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Loss and gradients of a peer."""
-    loss = all_peers()[name].load("cpu")(batch).loss
+    loss = PEERS[name].loss(batch).loss
     return loss.detach(), list(torch.autograd.grad(loss, batch.differentiated()))
 
 
@@ -79,22 +79,14 @@ def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, 
     assert [what for what, found in steps.items() if not gate.verdict(gate.errors(*found))] == []
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nan_outside_the_sample_is_seen(value, monkeypatch):
+def test_nan_outside_the_sample_is_seen(monkeypatch):
     monkeypatch.setattr(check, "VOCAB_ROWS", 16)
     batch = tiny_batch()
     gate = Gate(batch)
     loss, gradients = step("eager", batch)
     outside = next(row for row in range(300) if row not in gate.vocab.tolist())
-    gradients[1][outside, 3] = value
+    gradients[1][outside, 3] = torch.nan
     assert gate.verdict(gate.errors(loss, gradients)) == "wrong: error of dweight beyond the bound"
-
-
-def test_a_coarser_threshold_is_held_to_the_error_of_the_dtype_it_belongs_to():
-    gate = Gate(tiny_batch())
-    assert gate.bound()["dhidden"] < 1e-5
-    assert gate.bound(2.0**-13)["dhidden"] == check.ERROR_FACTOR * torch.finfo(torch.bfloat16).eps
-    assert gate.bound(2.0**-13)["loss"] == gate.bound()["loss"]
 
 
 @pytest.mark.parametrize("entries", [16, 200])
@@ -105,7 +97,7 @@ def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
     assert sharpness.entries == pytest.approx(entries, rel=0.25)
     logps = (batch.hidden @ batch.weight.T).log_softmax(-1)
     present = (logps.exp() > PRESENT).sum(-1).double().mean().item()
-    assert sharpness.rows == 512 and sharpness.entries == pytest.approx(present, rel=1e-3)
+    assert sharpness.entries == pytest.approx(present, rel=1e-3)
     assert sharpness.entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-3)
     # Labels drawn from the softmax have its entropy as their expected NLL.
     assert sharpness.nll == pytest.approx(sharpness.entropy, rel=0.25)
@@ -128,13 +120,14 @@ def test_runs_alternate_and_one_that_fails_takes_no_further_part():
         return name
 
     steps = {name: Step(lambda name=name: run(name), lambda name: order.append(f"d{name}")) for name in "ab"}
-    steps["c"] = Step(lambda: run("c"), None, lambda: contextlib.suppress(RuntimeError))
+    steps["c"] = Step(lambda: run("c"), guard=lambda: contextlib.suppress(RuntimeError))
     times = interleaved_times(steps, CPU, 1, 3)
     assert order == [*["a", "da", "b", "db", "c"] * 2, *["a", "da", "b", "db"] * 2]
     assert list(times) == ["a", "b"]
     for found in times.values():
         forward, backward, both = (found[f"{part}_ms"]["samples"] for part in ("forward", "backward", "both"))
         assert len(both) == 3  # without the warm-up
+        assert found["both_ms"]["median"] == statistics.median(both)
         for f, b, whole in zip(forward, backward, both, strict=True):
             assert 0 <= f <= whole and f + b == pytest.approx(whole, abs=1e-3)
 
@@ -160,18 +153,14 @@ def test_peak_memory_is_that_of_the_call_beyond_what_it_returns(before, temporar
         assert found.extra / 2**20 == pytest.approx(temporary, abs=5)
 
 
-def test_commit_is_marked_when_anything_but_results_has_changed(tmp_path, monkeypatch):
+def test_commit_is_marked_when_a_file_has_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.commit() is None  # not a repository
-    result, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "code.py"
-    result.parent.mkdir(parents=True)
-    result.write_text("1")
-    code.write_text("1")
+    (tmp_path / "code.py").write_text("1")
     identity = "-c user.name=tests -c user.email=tests@example.com"
     commands = f"git init && git add . && git {identity} commit --message one"
     subprocess.run(commands, shell=True, cwd=tmp_path, check=True, capture_output=True)
-    result.write_text("2")
     clean = report.commit()
     assert len(clean) == 40
-    code.write_text("2")
+    (tmp_path / "code.py").write_text("2")
     assert report.commit() == f"{clean}-dirty"

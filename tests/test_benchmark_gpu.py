@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from unittest import mock
 
 import psutil
@@ -27,16 +28,9 @@ from benchmarks import gpu, throughput, tune
 from benchmarks.gpu import Step
 from benchmarks.report import ROOT
 from benchmarks.tune import Setting
-from csrc_triton.launch import LAUNCH_TABLE
+from csrc_triton.launch import LAUNCH_TABLE, Launch
 
 HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
-
-
-def output_of(*command: str, **variables: str) -> str:
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def has_ended(pid: int) -> bool:
@@ -44,10 +38,9 @@ def has_ended(pid: int) -> bool:
     with contextlib.suppress(psutil.NoSuchProcess):
         for _ in range(400):
             if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                break
+                return True
             time.sleep(0.05)
-        else:
-            return False
+        return False
     return True
 
 
@@ -57,33 +50,29 @@ def has_ended(pid: int) -> bool:
 @pytest.fixture
 def make_gpu(tmp_path, monkeypatch):
     """`gpu.main` with other steps, where there seems to be a GPU: its status, theirs, and the report."""
-    about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr("benchmarks.report.environment", lambda device_type: dict(about))
     monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    monkeypatch.chdir(tmp_path)
+    Path("result.json").write_text("{}")
     before = signal.getsignal(signal.SIGTERM)
 
     def run(*steps: Step, arguments: tuple[str, ...] = ()) -> tuple[int, list[str], dict]:
         monkeypatch.setattr(gpu, "steps", lambda folder: iter(steps))
-        status = gpu.main(["--out", str(tmp_path), *arguments])
-        report = json.loads((tmp_path / "nvidia-h200.json").read_text())
+        status = gpu.main(["--out", ".", *arguments])
+        report = json.loads(Path("nvidia-h200.json").read_text())
         return status, [step["status"] for step in report["steps"]], report
 
     yield run
     signal.signal(signal.SIGTERM, before)
 
 
-@pytest.fixture
-def step(tmp_path):
-    """A step that runs code in the folder of the test."""
-    begin = f"import os, shutil, signal, subprocess, time; os.chdir({str(tmp_path)!r})\n"
-    (tmp_path / "result.json").write_text("{}")
-
-    def made(name: str, code: str, seconds: float = 20, result: str = "result.json") -> Step:
-        return Step(name, seconds, [sys.executable, "-c", begin + code], tmp_path / result)
-
-    return made
+def step(name: str, code: str, seconds: float = 20, result: str = "result.json") -> Step:
+    """A step that runs code in this folder."""
+    begin = f"import os, shutil, signal, subprocess, time; os.chdir({os.getcwd()!r})\n"
+    return Step(name, seconds, [sys.executable, "-c", begin + code], Path(result))
 
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch, capsys):
@@ -104,7 +93,7 @@ time.sleep(60)
 """
 
 
-def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, make_gpu, step):
+def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(make_gpu):
     status, outcomes, report = make_gpu(
         step("good", """open("result.json", "w").write('{"comparisons": []}')"""),
         step("bad", "shutil.copy('nvidia-h200.json', 'seen.json'); raise SystemExit(3)"),
@@ -115,25 +104,25 @@ def test_steps_that_fail_or_hang_are_recorded_and_the_next_goes_on(tmp_path, mak
     )
     no_result = "failed: no result (FileNotFoundError), failed with exit status -9"
     assert (status, outcomes) == (1, ["ok", "failed with exit status 3", "cut after 8 s", no_result, "ok"])
-    assert has_ended(int((tmp_path / "pid").read_text()))
-    assert [step["name"] for step in json.loads((tmp_path / "seen.json").read_text())["steps"]] == ["good"]
+    assert has_ended(int(Path("pid").read_text()))
+    assert [step["name"] for step in json.loads(Path("seen.json").read_text())["steps"]] == ["good"]
     assert report["reports"]["hanging"] == {"comparisons": [], "commit": "abc"}
     assert report["tuning"] == {"comparisons": []}
 
 
-def test_a_step_is_cut_at_the_deadline_and_none_starts_after_it(make_gpu, step):
+def test_a_step_is_cut_at_the_deadline_and_none_starts_after_it(make_gpu):
     steps = [step(name, "time.sleep(30)", seconds=30) for name in ("first", "second")]
     status, outcomes, _ = make_gpu(*steps, arguments=("--minutes", str(4 / 60)))
     assert (status, outcomes) == (1, ["cut after 3 s", gpu.NO_TIME])
     assert make_gpu(steps[1], arguments=("--minutes", "0"))[:2] == (0, [gpu.NO_TIME])
 
 
-def test_a_run_that_is_terminated_takes_its_step_along_and_writes_its_report(tmp_path, make_gpu, step):
+def test_a_run_that_is_terminated_takes_its_step_along_and_writes_its_report(make_gpu):
     terminate = "open('pid', 'w').write(str(os.getpid())); os.kill(os.getppid(), 15); time.sleep(60)"
     with pytest.raises(SystemExit):
         make_gpu(step("long", terminate, seconds=60))
-    assert has_ended(int((tmp_path / "pid").read_text()))
-    assert '"failed: make gpu was ended"' in (tmp_path / "nvidia-h200.json").read_text()
+    assert has_ended(int(Path("pid").read_text()))
+    assert '"failed: make gpu was ended"' in Path("nvidia-h200.json").read_text()
 
 
 TESTS = """
@@ -157,11 +146,10 @@ def test_outcomes_of_tests_are_collected_also_after_a_crash_and_an_interrupt(tmp
     huge = gpu.test_step(tmp_path, "huge", 300, "2_to_the_31", 1)
     status, outcomes, report = make_gpu(selected, huge)
     assert (status, outcomes) == (1, ["failed with exit status 2", "ok"])
-    tests = report["gpu_tests"]
-    assert tests["passed"] == 2
-    assert "the reason" in tests["failed"]["tests.test_some::test_wrong"]
-    assert "not today" in tests["skipped"]["tests.test_some::test_skipped"]
-    assert any("test_fatal" in name and "crashed" in message for name, message in tests["failed"].items())
+    passed, failed, skipped = report["gpu_tests"].values()
+    assert passed == 2 and "the reason" in failed["tests.test_some::test_wrong"]
+    assert "not today" in skipped["tests.test_some::test_skipped"]
+    assert any("test_fatal" in name and "crashed" in message for name, message in failed.items())
 
 
 def test_every_step_calls_a_program_with_options_that_it_has(tmp_path, monkeypatch):
@@ -177,7 +165,7 @@ def test_every_step_calls_a_program_with_options_that_it_has(tmp_path, monkeypat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main(tuning.command[2:]) == 2  # it has the options, and asks for a GPU
     assert "2_to_the_31" in (ROOT / "tests" / "test_gpu.py").read_text()
-    assert "test_gpu.py" in output_of(*tests.command, "--collect-only")
+    assert "test_gpu.py" in subprocess.check_output([*tests.command, "--collect-only"], cwd=ROOT, text=True)
 
 
 # The sweep
@@ -193,19 +181,18 @@ def test_candidates_begin_with_the_shipped_entry_and_the_nearest_compiles(arch):
     assert arch not in ("sm_80", "sm_90") or tune.compile_candidate(setting, jobs[10]) == (jobs[10], "")
 
 
+@pytest.mark.parametrize("changed", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_results_agree_within_rounding_and_a_lost_tile_shows_where_all_is_small(dtype):
+def test_results_agree_within_rounding_and_a_lost_tile_shows_where_all_is_small(dtype, changed):
     expected = torch.randn(1000, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
     expected[:10] *= 2**-12
     assert tune.agree(expected * (1 + torch.finfo(dtype).eps / 2), expected)
-    for changed in (0.0, torch.nan, torch.inf):
-        found = expected.clone()
-        found[5, :16] = changed
-        assert not tune.agree(found, expected)
+    found = expected.clone()
+    found[5, :16] = changed
+    assert not tune.agree(found, expected)
 
 
-RIGHT = torch.ones(8, 64, dtype=torch.bfloat16)
-OTHER = RIGHT.clone()
+RIGHT, OTHER = torch.ones(2, 8, 64, dtype=torch.bfloat16)
 OTHER[5, 5] += 0.0078125  # agrees, and is not the same
 ILLEGAL = RuntimeError("an illegal memory access was encountered")
 
@@ -221,7 +208,7 @@ ILLEGAL = RuntimeError("an illegal memory access was encountered")
     ],
 )
 def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results, status, monkeypatch):
-    steps = [x if isinstance(x, Exception) else ([x], [lambda: None]) for x in results]
+    steps = [x if isinstance(x, Exception) else ([x], []) for x in results]
     monkeypatch.setattr(tune, "launched", mock.Mock(side_effect=steps))
     monkeypatch.setattr(tune, "milliseconds", lambda launches: 1.0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -230,47 +217,36 @@ def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results
     assert tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"] == status
 
 
-FAKE = """
-import os, time
-def measure(setting, name, entry):
+def fake_measure(setting: Setting, name: str, entry: Launch) -> dict:
     if entry.num_stages == 6:
         time.sleep(60)
     if entry.num_stages == 7:
         os._exit(7)
-    status = "lost" if entry.num_stages == 9 else "ok"
-    return {"status": status, "ms": float(entry.num_stages), "pid": os.getpid()}
-"""
+    return {"status": "lost" if entry.num_stages == 9 else "ok", "pid": os.getpid()}
 
 
-def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(tmp_path, monkeypatch):
-    (tmp_path / "fake_measurer.py").write_text(FAKE)
-    monkeypatch.syspath_prepend(tmp_path)
-    import fake_measurer
-
-    monkeypatch.setattr(tune, "measure", fake_measurer.measure)
+def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(monkeypatch):
+    monkeypatch.setattr(tune, "measure", fake_measure)
     monkeypatch.setattr(tune, "CANDIDATE_SECONDS", 2)
-    measurer = tune.Measurer()
     entries = [replace(HOPPER.shipped("fwd"), num_stages=stages) for stages in (4, 6, 3, 7, 9, 8)]
-    rows = [measurer.measure(HOPPER, ("fwd", entry)) for entry in entries]
-    measurer.close()
+    with contextlib.closing(tune.Measurer()) as measurer:
+        rows = [measurer.measure(HOPPER, ("fwd", entry)) for entry in entries]
     assert [row["status"] for row in rows] == ["ok", "lost", "ok", "lost", "lost", "ok"]
     assert rows[1]["note"] == "no answer in 2 s" and rows[3]["note"] == "ended the process"
     assert all(has_ended(row["pid"]) for row in rows if "pid" in row)
 
 
-def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(tmp_path):
-    shipped, path = HOPPER.shipped("fwd"), tmp_path / "tuned.json"
-    jobs = [("fwd", shipped), *(("fwd", replace(shipped, num_stages=9 + i)) for i in range(3))]
-
-    def entries_of(*ms: float) -> dict:
-        """Of the table, given the times of the shipped entry and others; 0 for a result that is wrong."""
-        rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms]
-        tune.write(dict(zip(jobs, rows, strict=False)), HOPPER, path)
-        return json.loads(path.read_text())["entries"]
-
-    assert entries_of(10.0, 9.8, 0) == entries_of(0, 5.0) == {}
-    fastest = {"fwd": asdict(replace(shipped, num_stages=10, source="measured"))}
-    assert entries_of(10.0, 9.0, 8.0, 11.0) == fastest
+@pytest.mark.parametrize(
+    ("ms", "fastest"),  # of the shipped entry and of others; 0 for a result that is wrong
+    [((10.0, 9.8, 0), None), ((0, 5.0), None), ((10.0, 9.0, 8.0, 11.0), 2)],
+)
+def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(ms, fastest, tmp_path):
+    jobs = [("fwd", HOPPER.shipped("fwd"))]
+    jobs += [("fwd", replace(jobs[0][1], num_stages=9 + i, source="measured")) for i in range(1, len(ms))]
+    rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms]
+    tune.write(dict(zip(jobs, rows, strict=True)), HOPPER, tmp_path / "tuned.json")
+    entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
+    assert entries == ({"fwd": asdict(jobs[fastest][1])} if fastest else {})
 
 
 # In a process of its own, whose kernels are decorated for the interpreter.
@@ -292,6 +268,7 @@ tune.sweep(setting, jobs, Path(sys.argv[1]), 350)
 @pytest.mark.slow
 def test_the_sweep_runs_from_end_to_end_in_the_interpreter(tmp_path):
     path = tmp_path / "tuned.json"
-    output_of(sys.executable, "-c", SWEEP, str(path), TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", SWEEP, str(path)], env=env, timeout=400, check=True)
     found = json.loads(path.read_text())["candidates"]
     assert [row["status"] for row in found] == ["ok"] * 3, found

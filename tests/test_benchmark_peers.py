@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from test_benchmark import CAPPED, PLAIN, SCALED, tiny_batch
-from test_benchmark_runs import RUN
+from test_benchmark import CAPPED, PLAIN, SCALED, step, tiny_batch
+from test_benchmark_runs import RUN, run
 
+from benchmarks import peers
 from benchmarks.check import Gate
-from benchmarks.inputs import LogitTransform
-from benchmarks.objectives import OBJECTIVES
-from benchmarks.peers import Unavailable, all_peers, compiler_problem
-from benchmarks.report import ROOT
-from focalkern import FusedFocalPOLoss
+from benchmarks.inputs import OBJECTIVES, LogitTransform
+from benchmarks.peers import PEERS, Unavailable, compiler_problem
 
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
 SCALE = LogitTransform(logit_scale=0.5)
@@ -27,21 +22,8 @@ SCALE = LogitTransform(logit_scale=0.5)
 
 def require(name: str) -> None:
     pytest.importorskip(PACKAGES.get(name, "torch"), reason="the extra `bench` has it")
-    if all_peers()[name].compiled and (problem := compiler_problem("cpu")):
+    if PEERS[name].compiled and (problem := compiler_problem("cpu")):
         pytest.skip(f"torch.compile does not work here: {problem}")
-
-
-@pytest.mark.parametrize(
-    ("name", "preset"),
-    [
-        ("dpo", FusedFocalPOLoss.dpo()),
-        ("focalpo", FusedFocalPOLoss()),
-        ("alpha-dpo", FusedFocalPOLoss.alpha_dpo()),
-        ("simpo", FusedFocalPOLoss.simpo()),
-    ],
-)
-def test_objectives_are_the_presets(name, preset):
-    assert {key: getattr(preset, key, name) for key in vars(OBJECTIVES[name])} == vars(OBJECTIVES[name])
 
 
 def test_pairs_that_differ_by_rounding_alone_have_no_adaptive_margin():
@@ -63,17 +45,14 @@ def test_peers_compute_every_loss_they_have(name, transform):
     require(name)
     batches = [tiny_batch(transform, bias=name != "cce-compile") for _ in range(2)]
     batches[1].ref_logps *= 1.1  # alpha-DPO's statistics are those of the batch, not of the batches so far
-    loss_fn = all_peers()[name].load("cpu")
     for objective, batch in itertools.product(OBJECTIVES.values(), batches):
         batch.objective = objective
         if name == "liger" and objective.name in ("focalpo", "alpha-dpo"):
             with pytest.raises(Unavailable, match=f"Liger has no {objective.name}"):
-                loss_fn(batch)
+                step(name, batch)
             continue
         gate = Gate(batch)
-        loss = loss_fn(batch).loss
-        gradients = list(torch.autograd.grad(loss, batch.differentiated()))
-        assert gate.verdict(gate.errors(loss.detach(), gradients)) == "", objective.name
+        assert gate.verdict(gate.errors(*step(name, batch))) == "", objective.name
 
 
 @pytest.mark.parametrize(
@@ -88,31 +67,20 @@ def test_peers_compute_every_loss_they_have(name, transform):
 def test_peer_that_lacks_what_the_head_needs_says_so(name, transform, reason):
     require(name)
     with pytest.raises(Unavailable, match=reason):
-        all_peers()[name].load("cpu")(tiny_batch(transform))
+        step(name, tiny_batch(transform))
 
 
-SKIPPED = """
-import sys
-from benchmarks import throughput
-sys.modules |= {"trl": None, "liger_kernel": None}
-sys.exit(throughput.main(sys.argv[1:]))
-"""
-
-
-def test_peers_that_cannot_run_are_skipped_by_name(tmp_path):
+def test_peers_that_cannot_run_are_skipped_by_name(tmp_path, monkeypatch, capsys):
     reasons = {
         "trl": "cannot be imported",
-        "liger": "torch.compile does not work here",
-        "compile": "torch.compile does not work here",
+        "compile": "torch.compile does not work here: no compiler",
         "cce": "CCE's kernels need a CUDA device",
         "quack-fused": "QuACK's linear cross-entropy is for Hopper GPUs",
     }
-    env = {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    env |= {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", SKIPPED, *RUN.split(), "--json", "out", "--only", *reasons]
-    done = subprocess.run(command, env=os.environ | env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    said = " ".join(done.stdout.split())
-    for row in json.loads((tmp_path / "out").read_text())["comparisons"][0]["rows"]:
+    monkeypatch.setitem(sys.modules, "trl.kernels", None)
+    monkeypatch.setattr(peers, "compiler_problem", lambda device_type: "no compiler")
+    (comparison,) = run(f"{RUN} --only {' '.join(reasons)}", tmp_path / "result.json")["comparisons"]
+    said = " ".join(capsys.readouterr().out.split())
+    for row in comparison["rows"]:
         assert row["status"] == "skipped" and reasons[row["id"]] in row["note"]
         assert row["peer"] in said and reasons[row["id"]] in said

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from triton.compiler.errors import CompilationError
 
-from benchmarks.aot import compiled_launches, launch_head, launch_kl, meta
+from benchmarks.resources import compiled_launches, launch_head, launch_kl, meta
 from csrc_triton.launch import KERNELS, LAUNCH_TABLE, launch_config
 from focalkern import triton_launch
 from focalkern.logps.triton_form import exact_backward

@@ -91,49 +91,37 @@ def test_results_of_a_gpu_come_first(copy):
     assert "\n| triton |" in page
 
 
-def test_runs_at_lengths_of_preference_data_are_tables(copy):
-    name = f"{report.LENGTHS}-long-prompts.json"
-    data = result(copy, name)
-    found = data["comparisons"][0]
+def test_runs_at_lengths_of_preference_data_are_tables():
+    found = result(report.ROOT, f"{report.LENGTHS}-long-prompts.json")["comparisons"][0]
     found |= {"longest": 900, "llama_8b_over_padded": {"packed": 1.25, "shared": 1.5}}
     for trainer, ms, operations in (("TRL", 3000, 3e9), ("FocalPOTrainer", 1500, 2e9)):
         found["rows"][trainer] |= {"ms": {"median": ms}, "operations": operations}
     found["rows"]["FocalPOTrainer, shared"]["ms"]["median"] = 1000
-    write(copy, name, data)
-    assert report.main([], copy) == 0
-    page = (copy / "docs/trl.md").read_text()
-    said = page.split("begin lengths ")[1].split("<!--")[0]
-    assert "2 pairs, prompts of 1500 and completions of 200 tokens on average, longest sequence 900" in said
-    assert "| FocalPOTrainer | 7,572 | 1.50 s | 287 | 2.00× (1.50×) | 3,583 MiB |" in said
-    assert "Shared prompts over the padded `FocalPOTrainer`: 1.50×." in " ".join(said.split())
-    assert "padded has 1.25× as many as packed, 1.50× as many as shared." in " ".join(said.split())
+    intro, table, note = report.lengths_table(found)
+    assert "2 pairs, prompts of 1500 and completions of 200 tokens on average, longest sequence 900" in intro
+    assert "| FocalPOTrainer | 7,572 | 1.50 s | 287 | 2.00× (1.50×) | 3,583 MiB |" in table
+    assert "Shared prompts over the padded `FocalPOTrainer`: 1.50×." in note
+    assert "padded has 1.25× as many as packed, 1.50× as many as shared." in note
 
 
 def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):
-    path = copy / "README.md"
-    text = path.read_text()
-    path.write_text(text.replace("<!-- measured: end results -->", ""))
+    page = (copy / "README.md").read_text()
+    (copy / "README.md").write_text(page.replace("<!-- measured: end results -->", ""))
     with pytest.raises(SystemExit, match=r"README\.md: needs one "):
         report.main(["--check"], copy)
-    path.write_text(text)
     write(copy, "cpu-new.json", result(copy) | {"finished": False})
     with pytest.raises(SystemExit, match=r"cpu-new\.json: its run has not ended"):
         report.main(["--check"], copy)
 
 
-def test_tables_fit_into_80_columns_on_a_terminal_and_have_six_columns_on_a_page(copy):
-    names = {path.name for path in (copy / report.RESULTS).iterdir() if "cpu-trl" not in path.name}
-    for comparison in (found for name in names for found in result(copy, name)["comparisons"]):
+def test_tables_fit_into_80_columns_on_a_terminal_and_have_six_columns_on_a_page():
+    for comparison in report.Results(report.ROOT).comparisons(report.LARGE, report.SMALL, report.SHARPNESS):
         said = report.terminal(comparison)
-        assert max(map(len, said.splitlines())) <= 80 and "focalkern (torch)" in said, said
+        assert max(map(len, said.splitlines())) <= 80, said
+        ours = next(row for row in comparison["rows"] if row["id"] == "torch")
+        (line,) = (line for line in said.splitlines() if line.startswith("focalkern (torch) "))
+        times = [report.duration(ours[f"{part}_ms"]["median"]) for part in ("forward", "both")]
+        assert " ".join(line.split()).startswith(f"focalkern (torch) {' '.join(times)} 1.00×")
     for page in report.PAGES:
-        measured = re.findall("measured: begin.*?measured: end", (copy / page).read_text(), re.DOTALL)
+        measured = re.findall("measured: begin.*?measured: end", (report.ROOT / page).read_text(), re.DOTALL)
         assert all(line.count("|") <= 7 for part in measured for line in part.splitlines())
-
-
-@pytest.mark.parametrize(
-    "value, text",
-    [(0.0123456, "0.0123"), (0.9996, "1.00"), (1.2, "1.20"), (99.96, "100"), (16513.7, "16,500")],
-)
-def test_numbers_have_three_digits(value, text):
-    assert report.number(value) == text

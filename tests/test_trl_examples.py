@@ -73,7 +73,6 @@ def test_the_benchmark_of_a_step_runs_and_its_trainers_agree(
         assert row["agrees"]
         assert len(row["ms"]["samples"]) == 2
         assert row["tokens_per_s"] == pytest.approx(1e3 * found["tokens"] / row["ms"]["median"], rel=1e-3)
-        assert row["pairs_per_s"] == pytest.approx(1e3 * 3 / row["ms"]["median"], rel=1e-3)
     assert found["rows"][trl_step.PACKED]["kept_share"] == 1  # in fp32 next to nothing may be left out
     positions = [row["positions"] for row in found["rows"].values()]
     padded = found["padded_positions"]
