@@ -8,22 +8,23 @@ all logits,
 
 off by at most 2^-8 of itself, whatever its size, in the time of the product alone. The sum of y over a
 vocabulary block is the block's mass. Blocks with more than `_TAU` of a row's mass, and the label's, are
-then computed in fp32. The roundings of the others are independent of each other: their error is 3e-7 of the
-row's mass, root mean square, and 1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11).
-Equal rows of weight round alike: with 1 % of the mass on them it is 3e-6.
+then computed by `two_products`, and entries with more than `_LARGE` of it in fp32, one by one. The roundings
+of the others are independent of each other: their error is 3e-7 of the row's mass, root mean square, and
+1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11). Equal rows of weight round alike: with
+1 % of the mass on them it is 3e-6.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.checks import warn_once
 from focalkern.logps.selection import count_pairs, list_pairs
-from focalkern.logps.torch_pairs import Group, PairLogits
+from focalkern.logps.torch_pairs import Group, PairLogits, extended, joined
 from focalkern.records import BlockStatistics, Head, LogitTransform
 from focalkern.torch_logits import (
     HAS_BF16_PRODUCTS,
@@ -36,8 +37,10 @@ from focalkern.torch_logits import (
 
 # The dropped mass comes from sums of y: 2^-15 keeps it exact to 1e-6.
 _TAU = 2.0**-15
-# Where more pairs than this take fp32, one fp32 product of all is faster; the estimate of the share is high.
-_MAX_SHARE, _MAX_ESTIMATE = 0.3, 0.45
+# The logits of two products are off by 2^-18 of themselves, a logsumexp then by 3e-6.
+_LARGE = 2.0**-7
+# Where more pairs than this take two products, one fp32 product of all is faster; the estimate is high.
+_MAX_SHARE, _MAX_ESTIMATE = 0.8, 0.9
 _SAMPLED_BLOCKS = 4
 # How far the logsumexp of a row may be below S: nearer, y is not exp(z − S); further, small y are 0 in bf16.
 NEAREST, FURTHEST = 5.0, 64.0
@@ -47,6 +50,8 @@ _MAX_DIFFERENCE = 2.0**-6
 # Below this many multiplications the calls cost more than the product.
 _MIN_SIZE = 2**31
 _WORKSPACE_BYTES = 64 * 2**20
+# Numbers of hidden or weight that are gathered at once for single entries.
+_GATHERED = 2**22
 
 
 def coarse_exp(hidden: torch.Tensor, weight: torch.Tensor, shift: float) -> torch.Tensor:
@@ -55,14 +60,27 @@ def coarse_exp(hidden: torch.Tensor, weight: torch.Tensor, shift: float) -> torc
     return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "sigmoid", [], "")
 
 
+def two_products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ bᵀ in fp32, to 2^-17 of itself: the second product gives what the first one rounded off."""
+    first = torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    rest = torch.ops.mkldnn._linear_pointwise.binary(a, first.neg(), b, None, "add")
+    return first.float().add_(rest.float())
+
+
 def _is_accurate() -> bool:
-    # The operator is private to torch, and the accuracy of its logistic function nowhere stated.
-    z = -torch.arange(1.0, 81.0)[:, None].bfloat16()
+    # The operators are private to torch, and the accuracy of the logistic function nowhere stated.
+    z, x = (
+        -torch.arange(1.0, 81.0)[:, None].bfloat16(),
+        torch.arange(1.0, 4097.0).sqrt().view(64, 64).bfloat16(),
+    )
     try:
         y = coarse_exp(z, torch.ones(1, 1, dtype=torch.bfloat16), shift=5.0)
+        product = two_products(x, x)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool((y.double() / (z.double() - 5.0).sigmoid() - 1).abs().amax() <= 2.0**-8)
+    found, exact = (y, product), ((z.double() - 5.0).sigmoid(), x.double() @ x.double().t())
+    errors = [(a.double() / b - 1).abs().amax() for a, b in zip(found, exact, strict=True)]
+    return bool(errors[0] <= 2.0**-8 and errors[1] <= 2.0**-17)
 
 
 _is_trusted = HAS_BF16_PRODUCTS and _is_accurate()
@@ -104,7 +122,8 @@ def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | Non
     if counts.share > _MAX_SHARE:
         return None
     logits = PairLogits(head, targets, list_pairs(keep, counts), _WORKSPACE_BYTES)
-    exact = _ExactBlocks(logits, block_lse=masses.log_().add_(shift))
+    large = shift - distance + math.log(_LARGE)
+    exact = _ExactBlocks(logits, masses.log_().add_(shift), extended(large, torch.inf))
     logits.for_each_group(exact.of_half)
     if not exact.differences.amax() <= _MAX_DIFFERENCE:
         _is_trusted = False
@@ -140,7 +159,7 @@ def as_bias(shift: float) -> float:
 
 def _coarse_masses(head: Head, shift: float) -> torch.Tensor:  # [n + 1, NB]
     """Σ exp(z − S) of each block, label and all, and a row that pads; NaN where inputs are not finite."""
-    n = len(head.hidden)
+    n, ones = len(head.hidden), head.weight.new_ones(1, VOCAB_BLOCK)
     masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
     poison = torch.zeros(())
     for rows in _row_tiles(n):
@@ -151,32 +170,54 @@ def _coarse_masses(head: Head, shift: float) -> torch.Tensor:  # [n + 1, NB]
                 poison = poison + nonfinite_to_nan(weight)
             y = in_blocks(coarse_exp(hidden, weight, shift), padding=0.0)
             at = slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
-            masses[rows, at] = y.sum(-1, dtype=torch.float32)
+            masses[rows, at] = two_products(y.flatten(0, 1), ones).view(y.shape[:2])
         masses[rows] += nonfinite_to_nan(hidden, dim=1)[:, None]
     return masses.add_(poison)
-
-
-def joined(operands: list[torch.Tensor]) -> torch.Tensor:
-    """The operands of a head's products as those of one."""
-    return operands[0] if len(operands) == 1 else torch.cat(operands, 1)
 
 
 def _row_tiles(n: int) -> list[slice]:
     return [slice(start, min(start + TILE_ROWS, n)) for start in range(0, n, TILE_ROWS)]
 
 
+def entry_logits(
+    head: Head,
+    row: torch.Tensor,  # [k]
+    v: torch.Tensor,  # [k]
+) -> Iterator[tuple[slice, torch.Tensor, list[torch.Tensor], list[torch.Tensor]]]:
+    """Logits of single entries in fp32, some at a time: which, logits, hidden and weight of each product."""
+    step = max(_GATHERED // head.hidden.shape[1], 1)
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        hidden = [h.index_select(0, row[part]).float() for h, _ in head.products]
+        weight = [w.index_select(0, v[part]).float() for _, w in head.products]
+        z = torch.stack([(h * w).sum(1) for h, w in zip(hidden, weight, strict=True)]).sum(0)
+        yield part, z, hidden, weight
+
+
+def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the entries of x [k, c] above their row's limit [k], where few rows have any."""
+    row = (x.amax(1) > limit).nonzero().squeeze(1)
+    at, column = (x[row] > limit[row, None]).nonzero(as_tuple=True)
+    return row[at], column
+
+
 class _ExactBlocks:
     """Exact statistics of the kept pairs, in place of the coarse ones; with the row that pads."""
 
-    def __init__(self, logits: PairLogits, block_lse: torch.Tensor) -> None:
+    def __init__(self, logits: PairLogits, block_lse: torch.Tensor, large: torch.Tensor) -> None:
         self.logits, self.block_lse = logits, block_lse
+        self.large = large  # [n + 1] logits above it take fp32
         self.target_z = block_lse.new_full((len(block_lse),), -torch.inf)
         self.differences = block_lse.new_zeros(2)  # the largest in each half of the pairs
 
     def of_half(self, half: int) -> Callable[[Group], None]:
         def replace(group: Group) -> None:
-            z = self.logits.logits(group)
+            z = torch.cat([two_products(hidden, weight) for hidden, weight in group.joined()])
             row, column = self.logits.labels(group)
+            entries = zip((row, column), entries_above(z, self.large[group.row]), strict=True)
+            i, j = map(torch.cat, entries)
+            for part, exact, _, _ in entry_logits(self.logits.head, group.row[i], group.first_v[i] + j):
+                z[i[part], j[part]] = exact
             self.target_z[group.row[row]] = z[row, column]
             z[row, column] = -torch.inf
             lse, at = z.logsumexp(1), (group.row, group.first_v // VOCAB_BLOCK)

@@ -15,15 +15,13 @@ import torch
 
 from focalkern.distributed import AsyncReduction
 from focalkern.logps import torch_coarse
-from focalkern.logps.torch_coarse import FURTHEST, NEAREST, as_bias, coarse_exp, joined
-from focalkern.logps.torch_pairs import Group, extended
+from focalkern.logps.torch_coarse import FURTHEST, NEAREST, as_bias, coarse_exp, entries_above, entry_logits
+from focalkern.logps.torch_pairs import Group, extended, joined
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
 
 _LARGE = 2.0**-5
-# Numbers of hidden or weight that are gathered at once for single entries.
-_GATHERED = 2**22
 
 
 class CoarseDz:
@@ -33,7 +31,7 @@ class CoarseDz:
         self.forward, self.g, self.shift = forward, g, shift
         saved = forward.saved
         self.factor = extended(-g * (shift - saved.lse).exp(), 0.0)[:, None]
-        self.limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)[:, None]
+        self.limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)
         self.targets = extended(forward.targets, -1)
         # Row and vocabulary entry of large ones that are no labels; two threads append to it.
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -49,24 +47,23 @@ class CoarseDz:
         is_near = highest + NEAREST / 2 <= shift <= lowest + FURTHEST
         return cls(forward, grads.logps, shift) if is_near else None
 
-    def of_group(self, group: Group) -> torch.Tensor:  # [k, 128]
-        hidden, weights = group.split(joined(group.hidden)), zip(*group.weights(), strict=True)
-        y = [coarse_exp(h, joined([*w]), self.shift) for h, w in zip(hidden, weights, strict=True)]
-        return self.without_large(torch.cat(y), group.row, group.first_v)
+    def of_group(self, group: Group) -> torch.Tensor:  # [k, 128] −g·p in bf16
+        y = torch.cat([coarse_exp(hidden, weight, self.shift) for hidden, weight in group.joined()])
+        self.take_large(y, group.row, group.first_v)
+        return y.float().mul_(self.factor[group.row]).bfloat16()
 
-    def without_large(
+    def take_large(
         self,
-        y: torch.Tensor,  # [k, c] exp(z − S)
+        y: torch.Tensor,  # [k, c] exp(z − S), overwritten
         row: torch.Tensor,  # [k]
         first_v: torch.Tensor,  # [k] or []: the entry of the first column
-    ) -> torch.Tensor:  # [k, c] −g·p in bf16
-        p = y.float()
-        label_at, label_column = targets_in(self.targets[row] - first_v, p.shape[1])
-        p[label_at, label_column] = 0.0
-        at, column = (p > self.limit[row]).nonzero(as_tuple=True)
-        p[at, column] = 0.0
+    ) -> None:
+        """Set labels and large entries to 0, and note them for `add_large`."""
+        label_at, label_column = targets_in(self.targets[row] - first_v, y.shape[1])
+        y[label_at, label_column] = 0.0
+        at, column = entries_above(y, self.limit[row])
+        y[at, column] = 0.0
         self.large.append((row[at], column + first_v.expand_as(row)[at]))
-        return p.mul_(self.factor[row]).bfloat16()
 
     def add_large(self, gradients: HeadGradients) -> None:
         """Add the entries that were left out, in fp32."""
@@ -79,12 +76,8 @@ class CoarseDz:
         entry, order = entry.sort(stable=True)
         row = row[order]
 
-        step = max(_GATHERED // head.hidden.shape[1], 1)
-        for start in range(0, len(row), step):
-            at, v = row[start : start + step], entry[start : start + step]
-            hidden = [h[at].float() for h, _ in head.products]
-            weight = [w[v].float() for _, w in head.products]
-            z = torch.stack([(h * w).sum(1) for h, w in zip(hidden, weight, strict=True)]).sum(0)
+        for part, z, hidden, weight in entry_logits(head, row, entry):
+            at, v = row[part], entry[part]
             rest = torch.where(v == targets[at], -saved.one_minus_p[at], (z - saved.lse[at]).exp())
             dz = (-self.g[at] * rest)[:, None]
             distinct, place = v.unique(return_inverse=True)
@@ -107,17 +100,22 @@ def exact_backward(
         return None
     head, n = forward.head, len(grads.logps)
     gradients = HeadGradients(head, needs, reduction, torch.float32)
-    hidden, row = joined([h for h, _ in head.products]), torch.arange(n)
+    hidden, row, factor = joined([h for h, _ in head.products]), torch.arange(n), coarse.factor[:n]
+    scaled = [(h * factor).bfloat16() for h, _ in head.products]
     for start, end in vocab_chunks(head.vocab_size, n):
         weights = [weight[start:end] for _, weight in head.products]
         y = coarse_exp(hidden, joined(weights), coarse.shift)
-        dz = coarse.without_large(y, row, torch.tensor(start))
+        coarse.take_large(y, row, torch.tensor(start))
+        # The rows' factors are in hidden for dweight, and come last for dhidden: dz itself is not formed.
         for dhidden, weight in zip(gradients.dhidden, weights, strict=True):
             if dhidden is not None:
-                dhidden += dz @ weight
-        for dweight, (h, _) in zip(gradients.dweight, head.products, strict=True):
+                dhidden += y @ weight
+        for dweight, h in zip(gradients.dweight, scaled, strict=True):
             if dweight is not None:
-                torch.mm(dz.t(), h, out=dweight[start:end])
+                torch.mm(y.t(), h, out=dweight[start:end])
+    for dhidden in gradients.dhidden:
+        if dhidden is not None:
+            dhidden *= factor
     coarse.add_large(gradients)
     gradients.start_reduction()
     return gradients.result()

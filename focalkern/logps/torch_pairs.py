@@ -24,8 +24,8 @@ from focalkern.torch_logits import Product, compute_dtype, targets_in
 # at 450 × 512 × 128, 2 cores of an AMD EPYC, torch 2.13, 2026-11). The rows of a block are padded to a
 # multiple of this: few shapes, that come again.
 _PADDING = 32
-# Rows and vocabulary blocks of a group: what they need stays in the processor's cache.
-_GROUP_ROWS = 1024
+# Rows, numbers of hidden and logits, and vocabulary blocks of a group: few calls, in the processor's cache.
+_GROUP_ROWS, _GROUP_ELEMENTS = 2048, 4 * 2**20
 _GROUP_BLOCKS = 32
 
 
@@ -65,6 +65,11 @@ class Group:
         """The rows of each part."""
         return x.split([part.size for part in self.parts])
 
+    def joined(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Hidden and weight of each part, [rows, ΣK] and [128, ΣK]: the products of a head as one."""
+        weights = zip(*self.weights(), strict=True)
+        return zip(self.split(joined(self.hidden)), (joined([*w]) for w in weights), strict=True)
+
     def weights(self) -> list[list[torch.Tensor]]:
         """Of each product and part, [128, K]."""
         first = self.parts[0].block.start
@@ -90,7 +95,8 @@ class PairLogits:
         # Bytes of one row of a group: hidden in both dtypes, its gradient, logits, dz in both dtypes.
         width = sum(hidden.shape[1] for hidden in self.hidden) + VOCAB_BLOCK
         row_bytes = width * (8 + head.hidden.element_size())
-        self.group_rows = max(min(_GROUP_ROWS, workspace_bytes // row_bytes) // _PADDING, 1) * _PADDING
+        rows = min(_GROUP_ROWS, _GROUP_ELEMENTS // width, workspace_bytes // row_bytes)
+        self.group_rows = max(rows // _PADDING, 1) * _PADDING
         self.row_list, self.first_v = _padded_rows(pairs, targets.numel())
         self.parts = list(_parts(pairs, head.vocab_size, self.group_rows))
 
@@ -152,6 +158,11 @@ class PairLogits:
         """The pairs of a group whose block holds the row's label, and the label's column."""
         width = group.parts[0].block.stop - group.parts[0].block.start
         return targets_in(self.targets[group.row] - group.first_v, width)
+
+
+def joined(operands: list[torch.Tensor]) -> torch.Tensor:
+    """The operands of a head's products as those of one."""
+    return operands[0] if len(operands) == 1 else torch.cat(operands, 1)
 
 
 def extended(values: torch.Tensor, value: float) -> torch.Tensor:
