@@ -99,7 +99,7 @@ def test_the_dropped_mass_is_exact(monkeypatch):
 
 
 def test_every_block_has_its_mass():
-    """Of coarse blocks, to the rounding of bf16; of the others, to that of two products; labels, to fp32's."""
+    """To the rounding of bf16, of two products in kept blocks, and of fp32 for labels."""
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
     elsewhere = torch.where(torch.arange(len(labels)) % 3 == 0, -128, labels)  # in another vocabulary shard
