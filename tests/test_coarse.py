@@ -173,6 +173,7 @@ def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward
         _, found = measure(problem, backward=backward)
         # The offset's own column is a sum of all dz, which is 0.
         errors.append(relative_error(found["hidden"][:, 1:], exact["hidden"][:, 1:]))
+        assert (found["logps"].double() - exact["logps"]).abs().max() < 4 * abs(offset) * 2.0**-23
     assert errors[0] <= 1.05 * errors[1] + 1e-5
 
 
