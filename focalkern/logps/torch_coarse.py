@@ -207,7 +207,7 @@ def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, t
 
 
 class _ExactBlocks:
-    """Exact statistics of the kept pairs, in place of the coarse ones, of z − center; with the row that pads."""
+    """Exact statistics of z − center in the kept pairs, with the row that pads; coarse ones elsewhere."""
 
     def __init__(
         self, logits: PairLogits, center: float, block_lse: torch.Tensor, large: torch.Tensor
