@@ -13,11 +13,12 @@ from problems import Problem, outcome, sharp_problem
 from tolerance import relative_error
 
 import focalkern.logps.function
-from focalkern.logps import torch_coarse, torch_coarse_backward
+from focalkern.logps import torch_coarse, torch_coarse_backward, torch_pairs
 from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
 
 BF16 = torch.bfloat16
+MAX_SHARE, MAX_ESTIMATE = torch_coarse._MAX_SHARE, torch_coarse._MAX_ESTIMATE
 PROBLEMS = {
     "plain": {},
     "a narrow last block": {"vocab_size": 1290},
@@ -30,7 +31,8 @@ PROBLEMS = {
 def coarse(monkeypatch):
     """Turns coarse products on and off; they begin on."""
     if not torch_coarse._is_accurate():
-        pytest.skip("this CPU's bf16 products are not the rounded ones: the library does not take them")
+        assert not torch_coarse.HAS_BF16_PRODUCTS
+        pytest.skip("torch emulates bf16 products here, and rounds otherwise")
 
     def turn(on: bool) -> None:
         monkeypatch.setattr(torch_coarse, "_is_trusted", on)
@@ -39,6 +41,8 @@ def coarse(monkeypatch):
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.9)
     monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", 1.0)
     monkeypatch.setattr(torch_coarse, "TILE_ROWS", 64)
+    monkeypatch.setattr(torch_coarse, "_GATHERED", 48 * 16)
+    monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
     turn(True)
     return turn
 
@@ -65,10 +69,17 @@ def measure(problem: Problem, **options):
     return result, outcome(problem, result, leaves)
 
 
+def likeliest(problem: Problem) -> torch.Tensor:
+    labels = problem.labels.clone()
+    labels[problem.keep] = problem.logits().argmax(1)
+    return labels
+
+
 @pytest.mark.parametrize("backward", ["certified", "exact"])
 @pytest.mark.parametrize("options", PROBLEMS.values(), ids=PROBLEMS.keys())
 def test_values_and_gradients_are_as_accurate_as_by_fp32_products(options, backward, coarse, calls):
     problem = sharp_problem(dtype=BF16, **options)
+    problem.labels[..., ::2] = likeliest(problem)[..., ::2]
     _, found = measure(problem, backward=backward)
     assert len(calls) >= 2, "a forward and a backward by coarse products"
     coarse(False)
@@ -219,3 +230,38 @@ def test_a_product_that_is_off_is_not_trusted_again(coarse, monkeypatch):
     assert not torch_coarse._is_trusted
     _, by_fp32 = measure(problem)
     assert torch.equal(found["logps"], by_fp32["logps"])
+
+
+@pytest.mark.parametrize("operands", [(64, 64, 48), (3, 1, 4096), (1000, 1, 128)], ids=str)
+def test_two_products_give_what_one_rounds_off(operands, monkeypatch):
+    rows, columns, size = operands
+    a, b = torch.randn(rows, size).to(BF16), torch.randn(columns, size).to(BF16)
+    exact = a.double() @ b.double().t() - 8.0
+    assert (torch_coarse.two_products(a, b, 8.0) - exact).abs().max() <= 2.0**-17 * exact.abs().max()
+    monkeypatch.setattr(torch_coarse, "two_products", lambda a, b, shift: (a @ b.t() - shift).float())
+    assert not torch_coarse._is_accurate()
+
+
+def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
+    problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
+    hidden = problem.hidden[problem.keep]
+    masses = torch_coarse._coarse_masses(Head(hidden, problem.weight), 64.0)[:-1]
+    y = torch_coarse.coarse_exp(hidden, problem.weight, 64.0).double()
+    torch.testing.assert_close(masses.double(), y.view(len(y), 32, 128).sum(-1), rtol=2.0**-16, atol=0.0)
+
+
+def test_a_sharp_head_suits_by_default(calls, monkeypatch):
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", MAX_SHARE)
+    monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", MAX_ESTIMATE)
+    problem = sharp_problem(100, vocab_size=8192, dtype=BF16)
+    problem.run("torch")
+    assert calls
+    assert torch_coarse._is_trusted
+
+
+@pytest.mark.parametrize("offset", [-9984.0, 1008.0, 6000.0, 9984.0])
+def test_an_offset_is_not_taken_for_an_error_of_the_products(offset):
+    problem = sharp_problem(100, vocab_size=8192, dtype=BF16)
+    problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
+    problem.run("torch")
+    assert torch_coarse._is_trusted

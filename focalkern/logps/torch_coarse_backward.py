@@ -22,6 +22,8 @@ from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
 
 _LARGE = 2.0**-5
+# Products of exp(z − S) with small weights are 0 in bf16 from 57 on.
+_FURTHEST_UNSCALED = 48.0
 
 
 class CoarseDz:
@@ -37,14 +39,14 @@ class CoarseDz:
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
-    def of(cls, forward: Forward, grads: RowGradients) -> CoarseDz | None:
+    def of(cls, forward: Forward, grads: RowGradients, furthest: float = FURTHEST) -> CoarseDz | None:
         """None where the head does not suit, or the rows' logits lie too far apart."""
         if grads.entropy is not None or not torch_coarse.suits(forward.head, forward.transform):
             return None
         lowest, highest = forward.saved.lse.aminmax()
         # Above 2^9 the rounding of S is large: S may come out below the logits.
         shift = as_bias(highest.item() + NEAREST)
-        is_near = highest + NEAREST / 2 <= shift <= lowest + FURTHEST
+        is_near = highest + NEAREST / 2 <= shift <= lowest + furthest
         return cls(forward, grads.logps, shift) if is_near else None
 
     def of_group(self, group: Group) -> torch.Tensor:  # [k, 128] −g·p in bf16
@@ -95,13 +97,13 @@ def exact_backward(
     forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
 ) -> Gradients | None:
     """All pairs, by vocabulary chunks; None where the head does not suit."""
-    coarse = CoarseDz.of(forward, grads)
+    coarse = CoarseDz.of(forward, grads, _FURTHEST_UNSCALED)
     if coarse is None:
         return None
     head, n = forward.head, len(grads.logps)
     gradients = HeadGradients(head, needs, reduction, torch.float32)
     hidden, row, factor = joined([h for h, _ in head.products]), torch.arange(n), coarse.factor[:n]
-    scaled = [(h * factor).bfloat16() for h, _ in head.products]
+    scaled = [(h * factor).bfloat16() if any(needs.of_weight) else h for h, _ in head.products]
     for start, end in vocab_chunks(head.vocab_size, n):
         weights = [weight[start:end] for _, weight in head.products]
         y = coarse_exp(hidden, joined(weights), coarse.shift)

@@ -24,7 +24,7 @@ from focalkern.torch_logits import Product, compute_dtype, targets_in
 # at 450 × 512 × 128, 2 cores of an AMD EPYC, torch 2.13, 2026-11). The rows of a block are padded to a
 # multiple of this: few shapes, that come again.
 _PADDING = 32
-# Rows, numbers of hidden and logits, and vocabulary blocks of a group: few calls, in the processor's cache.
+# Rows, numbers of hidden and logits, and vocabulary blocks of a group: few calls, and 50 MB a thread at most.
 _GROUP_ROWS, _GROUP_ELEMENTS = 2048, 4 * 2**20
 _GROUP_BLOCKS = 32
 
