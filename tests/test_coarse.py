@@ -43,6 +43,7 @@ def coarse(monkeypatch):
     monkeypatch.setattr(torch_coarse, "TILE_ROWS", 64)
     monkeypatch.setattr(torch_coarse, "_GATHERED", 48 * 16)
     monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
+    monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", True)
     turn(True)
     return turn
 
@@ -109,9 +110,11 @@ def test_the_dropped_mass_is_exact(monkeypatch):
     assert ((result.dropped_mass[problem.keep] - dropped).abs() <= 1e-6 + rounding).all()
 
 
+@pytest.mark.parametrize("two_products", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1008.0])
-def test_every_block_has_its_mass(offset):
+def test_every_block_has_its_mass(offset, two_products, monkeypatch):
     """To the rounding of bf16, of two products in kept blocks, and of fp32 for labels."""
+    monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", two_products)
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     ulp, rounding = offset * 2.0**-23, 2.0**-17 * problem.largest_logit()
     if offset:
@@ -253,7 +256,7 @@ def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
 def test_a_sharp_head_suits_by_default(calls, monkeypatch):
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE", MAX_SHARE)
     monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", MAX_ESTIMATE)
-    problem = sharp_problem(100, vocab_size=8192, dtype=BF16)
+    problem = sharp_problem(100, vocab_size=8192, dtype=BF16, sharpness=16.0)
     problem.run("torch")
     assert calls
     assert torch_coarse._is_trusted

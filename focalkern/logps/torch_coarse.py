@@ -8,10 +8,10 @@ all logits,
 
 off by at most 2^-8 of itself, whatever its size, in the time of the product alone. The sum of y over a
 vocabulary block is the block's mass. Blocks with more than `_TAU` of a row's mass, and the label's, are
-then computed by `two_products`, and entries with more than `_LARGE` of it in fp32, one by one. The roundings
-of the others are independent of each other: their error is 3e-7 of the row's mass, root mean square, and
-1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11). Equal rows of weight round alike: with
-1 % of the mass on them it is 3e-6.
+then computed exactly: in fp32, or with AMX by `two_products`, whose labels and entries above `_LARGE` then
+take fp32 one by one. The roundings of the other blocks are independent of each other: their error is 3e-7 of
+the row's mass, root mean square, and 1.2e-6 at most (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11).
+Equal rows of weight round alike: with 1 % of the mass on them it is 3e-6.
 """
 
 from __future__ import annotations
@@ -39,9 +39,8 @@ from focalkern.torch_logits import (
 _TAU = 2.0**-15
 # Log-probs are then off by up to 5e-6, by fp32 products 1e-5 (2048 × 512 × 32768, logits up to 49, AMX).
 _LARGE = 2.0**-7
-# Where more pairs than this take two products, one fp32 product of all is faster; the estimate is high. Two
-# products of all pairs took 1.1 times as long at a share of 0.38.
-_MAX_SHARE, _MAX_ESTIMATE = 0.8, 0.9
+# Where more pairs than this are exact, one fp32 product of all is as fast; the estimate of the share is high.
+_MAX_SHARE, _MAX_ESTIMATE = 0.3, 0.45
 _SAMPLED_BLOCKS = 4
 # How far the logsumexp of a row may be below S: nearer, y is not exp(z − S); further, small y are 0 in bf16.
 NEAREST, FURTHEST = 5.0, 64.0
@@ -84,6 +83,8 @@ def _is_accurate() -> bool:
 
 
 _is_trusted = HAS_BF16_PRODUCTS and _is_accurate()
+# With AMX a bf16 product takes a quarter of an fp32 one's time, with AVX512-BF16 half. Private to torch.
+_TWO_ARE_FASTER = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def suits(head: Head, transform: LogitTransform, outputs: tuple[str, ...] = ()) -> bool:
@@ -217,12 +218,12 @@ class _ExactBlocks:
 
     def of_half(self, half: int) -> Callable[[Group], None]:
         def replace(group: Group) -> None:
-            z = torch.cat([two_products(*operands, self.center) for operands in group.joined()])
             row, column = self.logits.labels(group)
-            entries = zip((row, column), entries_above(z, self.large[group.row]), strict=True)
-            i, j = map(torch.cat, entries)
-            for part, exact, _, _ in entry_logits(self.logits.head, group.row[i], group.first_v[i] + j):
-                z[i[part], j[part]] = exact - self.center
+            if _TWO_ARE_FASTER:
+                z = torch.cat([two_products(*operands, self.center) for operands in group.joined()])
+                self.replace_large(z, group, row, column)
+            else:
+                z = self.logits.logits(group) - self.center
             self.target_z[group.row[row]] = z[row, column]
             z[row, column] = -torch.inf
             lse, at = z.logsumexp(1), (group.row, group.first_v // VOCAB_BLOCK)
@@ -233,3 +234,12 @@ class _ExactBlocks:
             self.block_lse[at] = lse
 
         return replace
+
+    def replace_large(
+        self, z: torch.Tensor, group: Group, label_row: torch.Tensor, label_column: torch.Tensor
+    ) -> None:
+        """Labels and large entries in fp32."""
+        row, column = entries_above(z, self.large[group.row])
+        row, column = torch.cat([label_row, row]), torch.cat([label_column, column])
+        for part, exact, _, _ in entry_logits(self.logits.head, group.row[row], group.first_v[row] + column):
+            z[row[part], column[part]] = exact - self.center
