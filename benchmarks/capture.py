@@ -37,7 +37,7 @@ from preference_data import (
 from quickstart_parts import Policy, at_least, load_policy
 
 from benchmarks import parser_of
-from benchmarks.capture_file import Capture
+from benchmarks.inputs import Capture
 
 Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], labels [T], ref_logps []
 

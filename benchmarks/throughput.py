@@ -43,9 +43,8 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure, parser_of
-from benchmarks.capture_file import Capture, CapturedInput
 from benchmarks.check import Gate
-from benchmarks.inputs import OBJECTIVES, SHAPES, Batch, Case, Recipe, Shape, calibrate
+from benchmarks.inputs import OBJECTIVES, SHAPES, Batch, Capture, Case, FromFile, Recipe, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step
 from benchmarks.peers import PEERS, LossFn, Unavailable, first_line, gradients_of
 from benchmarks.report import DTYPES, OURS, environment, plots, terminal, wrapped, write_json
@@ -189,7 +188,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for dtype, tokens in itertools.product(options.dtype, options.tokens):
         size = options.shape, tokens, pairs, DTYPES[dtype], options.device
         if options.capture is not None:
-            sources = [CapturedInput(*size, options.capture)]
+            sources = [FromFile(*size, options.capture)]
         else:
             recipe = Recipe(*size, scale=None)
             sources = [recipe if x == FLAT else calibrate(recipe, x) for x in options.sharpness]

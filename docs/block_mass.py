@@ -23,8 +23,7 @@ from matplotlib.patches import Patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.capture_file import Capture, CaptureError
-from benchmarks.inputs import transformed
+from benchmarks.inputs import Capture, transformed
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.logps.selection import Selection, select_pairs
 from focalkern.options import automatic_tau
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     try:
         capture = Capture.load(args.capture)
-    except CaptureError as error:
+    except ValueError as error:
         raise SystemExit(str(error)) from None
     statistics = block_statistics(capture)
     selection = statistics.select(args.tau)

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "docs"))
 
 import block_mass
 
-from benchmarks.capture_file import Capture
+from benchmarks.inputs import Capture
 
 TOKENS = 30
 TAU = 2.0**-13

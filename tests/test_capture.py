@@ -15,7 +15,7 @@ from tiny import write_jsonl
 from transformers import AutoTokenizer
 
 from benchmarks import capture
-from benchmarks.capture_file import Capture
+from benchmarks.inputs import Capture
 from focalkern.reference import linear_logps
 
 # Chosen and rejected differ in length, and so do the pairs.
