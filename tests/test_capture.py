@@ -26,38 +26,27 @@ RECORDS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return write_jsonl(tmp_path_factory.mktemp("data") / "pairs.jsonl", RECORDS)
+def take(model: Path, data: Path, out: Path, *options: object) -> Capture:
+    arguments = [model, "--data", data, "--out", out, "--device", "cpu", *options]
+    capture.main([str(argument) for argument in arguments])
+    return Capture.load(out)
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, Path]:
-    """A model for each head; another Llama ("sft"), one in bf16, and one with other words."""
+def folder(tmp_path_factory) -> Path:
+    """pairs.jsonl; a model for each head, another Llama ("sft"), one in bf16 and one with other words; and
+    `NAME.pt` of each, with the reference log-probs of another model in "with-sft"."""
     folder, pairs = tmp_path_factory.mktemp("models"), [Pair(**r, group="", origin="") for r in RECORDS]
+    data = write_jsonl(folder / "pairs.jsonl", RECORDS)
     variants = {"sft": {"intermediate_size": 32}, "bf16": {"dtype": torch.bfloat16}, "other words": {}}
     for name, options in {**{head: {} for head in HEADS}, **variants}.items():
         tokenizer = train_tokenizer(pairs[:1] if name == "other words" else pairs)
         model = model_with(name if name in HEADS else "llama", len(tokenizer), **options)
         model.to(options.get("dtype", torch.float32)).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    return {path.name: path for path in folder.iterdir()}
-
-
-@pytest.fixture(scope="module")
-def captures(models, data, tmp_path_factory) -> dict[str, Path]:
-    """Files of all the models; "with-sft" has another model's reference log-probs."""
-    folder = tmp_path_factory.mktemp("captures")
-    for kind, model in models.items():
-        take(model, data, folder / f"{kind}.pt")
-    take(models["llama"], data, folder / "with-sft.pt", "--reference", models["sft"])
-    return {path.stem: path for path in folder.iterdir()}
-
-
-def take(model: Path, data: Path, out: Path, *options: object) -> Capture:
-    arguments = [model, "--data", data, "--out", out, "--device", "cpu", *options]
-    capture.main([str(argument) for argument in arguments])
-    return Capture.load(out)
+        take(folder / name, data, folder / f"{name}.pt")
+    take(folder / "llama", data, folder / "with-sft.pt", "--reference", folder / "sft")
+    return folder
 
 
 def head_logps(taken: Capture) -> torch.Tensor:
@@ -67,8 +56,8 @@ def head_logps(taken: Capture) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", HEADS)
-def test_hidden_states_and_head_give_the_models_log_probs_chosen_first(kind, models, captures):
-    taken = Capture.load(captures[kind])
+def test_hidden_states_and_head_give_the_models_log_probs_chosen_first(kind, folder):
+    taken = Capture.load(folder / f"{kind}.pt")
     assert taken.pairs == len(RECORDS) and taken.labels.shape == taken.hidden.shape[:1]
     transforms = {"gemma2": (2.0, 1.0), "cohere": (None, 0.25), "granite": (None, 0.25)}
     assert (taken.softcap, taken.logit_scale) == transforms.get(kind, (None, 1.0))
@@ -76,25 +65,25 @@ def test_hidden_states_and_head_give_the_models_log_probs_chosen_first(kind, mod
     lengths = taken.cu_seqlens.diff().tolist()
     sums = torch.stack([part.sum() for part in head_logps(taken).split(lengths)])
     torch.testing.assert_close(sums, taken.ref_logps, rtol=1e-4, atol=1e-4)
-    tokenizer = AutoTokenizer.from_pretrained(models[kind])
+    tokenizer = AutoTokenizer.from_pretrained(folder / kind)
     texts = [tokenizer.decode(part, skip_special_tokens=True) for part in taken.labels.split(lengths)]
     found = zip(texts[: taken.pairs], texts[taken.pairs :], strict=True)
     assert sorted(found) == sorted((record["chosen"], record["rejected"]) for record in RECORDS)
 
 
-def test_capture_stops_with_the_pair_that_brings_the_last_token(models, captures, data, tmp_path):
-    everything = Capture.load(captures["llama"])
-    taken = take(models["llama"], data, tmp_path / "some.pt", "--tokens", 60)
+def test_capture_stops_with_the_pair_that_brings_the_last_token(folder, tmp_path):
+    everything = Capture.load(folder / "llama.pt")
+    taken = take(folder / "llama", folder / "pairs.jsonl", tmp_path / "some.pt", "--tokens", 60)
     chosen, rejected = taken.cu_seqlens.diff().chunk(2)
     assert len(taken.labels) >= 60 > len(taken.labels) - chosen[-1] - rejected[-1]
     assert torch.equal(taken.labels[: chosen.sum()], everything.labels[: chosen.sum()])
 
 
-def test_reference_log_probs_are_those_of_the_reference_model(captures):
-    taken, other = Capture.load(captures["with-sft"]), Capture.load(captures["sft"])
+def test_reference_log_probs_are_those_of_the_reference_model(folder):
+    taken, other = Capture.load(folder / "with-sft.pt"), Capture.load(folder / "sft.pt")
     torch.testing.assert_close(taken.ref_logps, other.ref_logps)
     assert (taken.model, taken.reference, other.reference) == ("llama", "sft", "sft")
-    assert Capture.load(captures["bf16"]).hidden.dtype == torch.bfloat16  # that of the checkpoint
+    assert Capture.load(folder / "bf16.pt").hidden.dtype == torch.bfloat16  # that of the checkpoint
 
 
 @pytest.mark.parametrize(
@@ -106,11 +95,11 @@ def test_reference_log_probs_are_those_of_the_reference_model(captures):
         ("no-such-model", RECORDS[0], [], "no-such-model"),
     ],
 )
-def test_what_cannot_be_used_is_named(model, record, options, message, models, tmp_path, monkeypatch):
+def test_what_cannot_be_used_is_named(model, record, options, message, folder, tmp_path, monkeypatch):
     path = write_jsonl(tmp_path / "pairs.jsonl", [record])
-    monkeypatch.chdir(models["llama"].parent)
+    monkeypatch.chdir(folder)
     with pytest.raises(SystemExit, match=f"Nothing was captured: (.|\n)*{message}"):
-        take(Path.cwd() / model, path, tmp_path / "capture.pt", *options)
+        take(folder / model, path, tmp_path / "capture.pt", *options)
 
 
 def benchmark(path: Path, tmp_path: Path, options: str = "") -> dict:
@@ -118,17 +107,17 @@ def benchmark(path: Path, tmp_path: Path, options: str = "") -> dict:
 
 
 @pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi"])
-def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, tmp_path, capsys):
-    taken = Capture.load(captures[kind])
+def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, folder, tmp_path, capsys):
+    taken = Capture.load(folder / f"{kind}.pt")
     options = "--dtype fp32 bf16 --no-memory --only torch torch-exact eager --saturated 0 0.5"
-    comparisons = benchmark(captures[kind], tmp_path, options)["comparisons"]
+    comparisons = benchmark(folder / f"{kind}.pt", tmp_path, options)["comparisons"]
     assert len(comparisons) == 4
     for comparison in comparisons:
         assert [row["status"] for row in comparison["rows"]] == ["ok"] * 3
         assert (comparison["tokens"], comparison["pairs"]) == (len(taken.labels), taken.pairs)
         assert comparison["shape"]["vocab"] == len(taken.weight)
         assert comparison["input"]["kind"] == "captured" and comparison["input"]["model"] == taken.model
-        assert str(captures[kind].parent) not in json.dumps(comparison)
+        assert str(folder) not in json.dumps(comparison)
     # In the model's own dtype the input is as sharp as `head_logps` says.
     nll = -head_logps(taken).mean().item()
     assert comparisons[0]["input"]["nll"] == pytest.approx(nll, rel=1e-4)
@@ -136,7 +125,7 @@ def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, captures, t
     assert said in capsys.readouterr().out
 
 
-def test_memory_is_measured_without_the_file(captures, tmp_path):
-    (comparison,) = benchmark(captures["llama"], tmp_path, "--dtype fp32 --only torch")["comparisons"]
+def test_memory_is_measured_without_the_file(folder, tmp_path):
+    (comparison,) = benchmark(folder / "llama.pt", tmp_path, "--dtype fp32 --only torch")["comparisons"]
     (row,) = comparison["rows"]
     assert row["note"] == "" and 0 <= row["extra_bytes"] < 2**28
