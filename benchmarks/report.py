@@ -49,7 +49,8 @@ Json = dict[str, Any]
 
 def environment(device_type: str) -> Json:
     installed = importlib.metadata.distributions()
-    found = {str(each.name).lower().replace("_", "-"): each.version for each in installed}
+    # Of a package that is there twice, the first is imported.
+    found = {str(each.name).lower().replace("_", "-"): each.version for each in reversed([*installed])}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -71,10 +72,16 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit, marked "-dirty" where a tracked file differs from it; None outside of a repository."""
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    with contextlib.suppress(OSError):  # no git here
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    """The commit, "-dirty" where more than results and their pages differ; None outside of a repository."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        results = [":!benchmarks/results", ":!*.md", ":!*.png"]
+        changed = git("status", "--porcelain", "--untracked-files=no", ".", *results)
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     return None
 
 

@@ -56,6 +56,7 @@ QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
 GEMM = "bare GEMM"  # its name among the peers
 GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA twice as many rows, all entries
+GEMM_OUTPUT_BYTES = 2**31  # at most, on CUDA
 
 Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in the JSON file
 
@@ -77,11 +78,10 @@ def main(argv: list[str] | None = None) -> int:
             print(terminal(report["comparisons"][-1]))
             if options.json:
                 write_json(report, options.json)  # what a run that is killed leaves
-    written = plots(report, options.plot) if options.plot else []
     if options.json:
         write_json(report | {"finished": True}, options.json)
-        written.append(options.json)
-    for path in written:
+        print(f"written to {options.json}")
+    for path in plots(report, options.plot) if options.plot else []:
         print(f"written to {path}")
     rows = [row for comparison in report["comparisons"] for row in comparison["rows"]]
     failed = {row["id"].removesuffix("-exact") for row in rows if row["status"] == "failed"}
@@ -170,6 +170,10 @@ def settle(options: argparse.Namespace) -> None:
         raise ValueError(f"--saturated is by the reference, which the score of {free[0]} does not have")
     if options.json and options.json.is_dir():
         raise ValueError(f"--json {options.json}: is a folder, expected a file")
+    if options.plot and options.plot.is_file():
+        raise ValueError(f"--plot {options.plot}: is a file, expected a folder")
+    if any(options.saturated) and options.pairs < 2:
+        raise ValueError("--saturated: of one pair, none can be saturated beside another that is not")
     if options.plot and max(len(options.tokens), len(options.sharpness or [])) < 2:
         raise ValueError("--plot draws over several values of --tokens or --sharpness: give more than one")
     usual = ["fp32", "bf16"] if HAS_BF16_PRODUCTS else ["fp32"]
@@ -285,7 +289,8 @@ def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
 
 def bare_gemm(hidden: torch.Tensor, weight: torch.Tensor) -> None:
     """`hidden @ weight.T` and nothing else, tile by tile: the floor of every head."""
-    size = (2 * GEMM_TILE, len(weight)) if hidden.is_cuda else (GEMM_TILE, GEMM_TILE)
+    row_bytes = len(weight) * weight.element_size()
+    size = (max(1, GEMM_OUTPUT_BYTES // row_bytes), len(weight)) if hidden.is_cuda else (GEMM_TILE, GEMM_TILE)
     for rows, entries in itertools.product(hidden.split(size[0]), weight.split(size[1])):
         matmul(rows, entries)
 

@@ -18,7 +18,6 @@ from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
 
 BF16 = torch.bfloat16
-MAX_SHARE, MAX_ESTIMATE = torch_coarse._MAX_SHARE, torch_coarse._MAX_ESTIMATE
 PROBLEMS = {
     "plain": {},
     "a narrow last block": {"vocab_size": 1290},
@@ -251,15 +250,6 @@ def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     masses = torch_coarse._coarse_masses(Head(hidden, problem.weight), 64.0)[:-1]
     y = torch_coarse.coarse_exp(hidden, problem.weight, 64.0).double()
     torch.testing.assert_close(masses.double(), y.view(len(y), 32, 128).sum(-1), rtol=2.0**-16, atol=0.0)
-
-
-def test_a_sharp_head_suits_by_default(calls, monkeypatch):
-    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", MAX_SHARE)
-    monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", MAX_ESTIMATE)
-    problem = sharp_problem(100, vocab_size=8192, dtype=BF16, sharpness=16.0)
-    problem.run("torch")
-    assert calls
-    assert torch_coarse._is_trusted
 
 
 @pytest.mark.parametrize("offset", [-9984.0, 1008.0, 6000.0, 9984.0])
