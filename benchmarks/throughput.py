@@ -55,8 +55,8 @@ CPU_SHAPE = Shape("small", 512, 32768)
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
 HEADS = {"full": False, "frozen": True}
 GEMM = "bare GEMM"  # its name among the peers
-GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA twice as many rows, all entries
-GEMM_OUTPUT_BYTES = 2**31  # at most, on CUDA
+GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA all entries, and rows to fill the bytes
+GEMM_OUTPUT_BYTES = 2**31
 
 Rows = dict[str, dict[str, Any]]  # what was found out about each peer, as in the JSON file
 

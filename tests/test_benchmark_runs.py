@@ -191,6 +191,8 @@ def test_a_run_that_is_stopped_leaves_the_comparisons_it_has_made(tmp_path, monk
         ("--capture none.pt", "none.pt: No such file"),
         ("--capture none.pt --shape llama3-8b --pairs 2", "leave out --shape and --pairs"),
         ("--saturated 0.5 --loss dpo simpo", "the score of simpo does not have"),
+        ("--saturated 0.5 --pairs 1", "of one pair, none can be saturated"),
+        (f"--tokens 64 128 --plot {__file__}", "is a file, expected a folder"),
         (f"--json {Path(__file__).parent}", "is a folder, expected a file"),
         ("--plot plots", "several values of --tokens or --sharpness"),
         ("--device cuda", "--device cuda: torch sees no CUDA device\n"),
