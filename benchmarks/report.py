@@ -68,7 +68,8 @@ def environment(device_type: str) -> Json:
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     named = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
-    return named[1] if named else platform.processor() or platform.machine()
+    name = named[1] if named else platform.processor() or platform.machine()
+    return re.sub(r"\((R|TM)\)| Processor", "", name)
 
 
 def commit() -> str | None:
