@@ -153,14 +153,18 @@ def test_peak_memory_is_that_of_the_call_beyond_what_it_returns(before, temporar
         assert found.extra / 2**20 == pytest.approx(temporary, abs=5)
 
 
-def test_commit_is_marked_when_a_file_has_changed(tmp_path, monkeypatch):
+def test_commit_is_marked_when_anything_but_results_has_changed(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "ROOT", tmp_path)
     assert report.commit() is None  # not a repository
-    (tmp_path / "code.py").write_text("1")
+    result, code = tmp_path / "benchmarks/results/cpu.json", tmp_path / "code.py"
+    result.parent.mkdir(parents=True)
+    result.write_text("1")
+    code.write_text("1")
     identity = "-c user.name=tests -c user.email=tests@example.com"
     commands = f"git init && git add . && git {identity} commit --message one"
     subprocess.run(commands, shell=True, cwd=tmp_path, check=True, capture_output=True)
+    result.write_text("2")
     clean = report.commit()
     assert len(clean) == 40
-    (tmp_path / "code.py").write_text("2")
+    code.write_text("2")
     assert report.commit() == f"{clean}-dirty"
