@@ -141,15 +141,15 @@ def _sample(head: Head, targets: torch.Tensor) -> tuple[float, float]:
     first = torch.arange(_SAMPLED_BLOCKS) * blocks // _SAMPLED_BLOCKS * VOCAB_BLOCK
     v = (first[:, None] + torch.arange(VOCAB_BLOCK)).flatten()
     sampled = [weight[v].float() for _, weight in head.products]
+    labels = entry_logits(head, torch.arange(len(targets)), targets.clamp(min=0))
+    target_z = torch.cat([z for _, z, _, _ in labels])
     highest, kept = -math.inf, 0
     for rows in _row_tiles(len(targets)):
-        hidden, target = [h[rows].float() for h, _ in head.products], targets[rows]
+        hidden = [h[rows].float() for h, _ in head.products]
         z = Product(hidden, is_fp32=False)(sampled, None)
         block_lse = z.unflatten(1, (-1, VOCAB_BLOCK)).logsumexp(-1)
         lse = block_lse.logsumexp(-1) + math.log(blocks / _SAMPLED_BLOCKS)
-        of_label = [weight.index_select(0, target.clamp(min=0)) for _, weight in head.products]
-        target_z = torch.stack([(h * w).sum(1) for h, w in zip(hidden, of_label, strict=True)]).sum(0)
-        lse = torch.where(target >= 0, torch.maximum(lse, target_z), lse)
+        lse = torch.where(targets[rows] >= 0, torch.maximum(lse, target_z[rows]), lse)
         highest = max(highest, lse.amax().item())
         kept += int((block_lse - lse[:, None] > math.log(_TAU)).sum())
     return as_bias(highest + _MARGIN), kept / (len(targets) * _SAMPLED_BLOCKS)
@@ -223,7 +223,7 @@ class _ExactBlocks:
                 z = torch.cat([two_products(*operands, self.center) for operands in group.joined()])
                 self.replace_large(z, group, row, column)
             else:
-                z = self.logits.logits(group) - self.center
+                z = self.logits.logits(group).sub_(self.center)
             self.target_z[group.row[row]] = z[row, column]
             z[row, column] = -torch.inf
             lse, at = z.logsumexp(1), (group.row, group.first_v // VOCAB_BLOCK)
