@@ -156,7 +156,8 @@ def launch_head(
     logps.exact_backward(forward, records.RowGradients(meta(n), entropy), needs, reduction)
     pairs = kept_pairs(n, blocks.lse.shape[1])
     forward = forward._replace(saved=saved._replace(entropy=None))  # with its gradient a backward is exact
-    logps.certified_backward(forward, meta(n), pairs, 2.0**-13, needs, reduction, WORKSPACE_BYTES)
+    # All pairs at once: counts of some rows' pairs would be read from tensors without storage.
+    logps.certified_backward(forward, meta(n), pairs, 2.0**-13, needs, reduction, 4 * WORKSPACE_BYTES)
 
 
 def launch_kl(

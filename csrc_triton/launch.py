@@ -129,7 +129,7 @@ _AMPERE = {
     "kl_bwd_dz": Launch(128, 128, 32, 8, 4),
     "certified_dz": Launch(128, 128, 32, 4, 4),
     "certified_dweight": Launch(128, 128, 32, 4, 5),
-    "certified_product": Launch(64, 128, 64, 4, 3),
+    "certified_product": Launch(64, 256, 32, 4, 3),
     **_SPECIAL,
 }
 # wgmma reads its operands from shared memory: fewer registers, deeper tiles. certified_dz with 3 stages
@@ -141,7 +141,7 @@ _HOPPER = {
     "kl_bwd_dz": Launch(128, 128, 64, 8, 4),
     "certified_dz": Launch(128, 128, 64, 8, 3),
     "certified_dweight": Launch(128, 256, 64, 8, 5),
-    "certified_product": Launch(64, 128, 64, 4, 3),
+    "certified_product": Launch(128, 128, 64, 4, 3),
     **_SPECIAL,
 }
 # The accumulator lies in tensor memory; read back whole for the epilogue, 128 × 256 of it spills.
@@ -160,6 +160,11 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_100": {16: _BLACKWELL, 32: _FP32_BLACKWELL},
     "sm_120": {16: _AMPERE, 32: _FP32},
 }
+# Products of dz and weight that are held at once, of at least this many columns. 24 MiB, with the sums of
+# 8192 rows, fit into an A100's L2 cache (40 MB). sm_90 and sm_100 have memory fast enough for fewer, larger
+# launches; the L2 cache of sm_86 is too small (6 MB).
+PRODUCT_COLUMNS = 256
+_PRODUCT_MIB = {"sm_80": 24, "sm_86": 112, "sm_89": 24, "sm_90": 112, "sm_100": 112, "sm_120": 24}
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
 _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
 
@@ -170,6 +175,10 @@ def launch_config(kernel: str, arch: str, element_bits: int) -> Launch:
     if arch == "interpret":
         return _INTERPRET[kernel]
     return LAUNCH_TABLE[_nearest(arch)][element_bits][kernel]
+
+
+def product_bytes(arch: str) -> int:
+    return _PRODUCT_MIB["sm_90" if arch == "interpret" else _nearest(arch)] * 2**20
 
 
 def _nearest(arch: str) -> str:

@@ -39,8 +39,6 @@ def linear_logps_certified_dz_kernel(
 ):
     i_tile = tl.program_id(0)
     i_block = tl.load(tiles.block + i_tile)
-    if i_block >= tl.cdiv(sizes.V, VOCAB_BLOCK):
-        return
     o_pair, m_pair = tile_pairs(i_tile, i_block, group, tiles, tile.m)
     o_t = tl.load(pair_row_ptr + tl.load(group.start + i_block) + o_pair, mask=m_pair, other=0)
     o_c = tl.arange(0, VOCAB_BLOCK)
@@ -138,46 +136,50 @@ def linear_logps_certified_product_kernel(
     num_n = tl.cdiv(columns, tile.n)
     i_tile = tl.program_id(0) // num_n
     i_block = tl.load(tiles.block + i_tile)
-    if i_block >= tl.cdiv(sizes.V, VOCAB_BLOCK):
-        return
     o_pair, m_pair = tile_pairs(i_tile, i_block, group, tiles, tile.m)
-    o_place = tl.load(group.place + i_block) + o_pair
+    place = tl.load(group.place + i_block)
     o_n = tl.program_id(0) % num_n * tile.n + tl.arange(0, tile.n)
     o_h = first_column + o_n
+    m_h = o_h < sizes.H
     o_k = tl.arange(0, tile.k)
+    p_dz = dz_ptr + place * VOCAB_BLOCK + o_pair[:, None] * VOCAB_BLOCK + o_k[None, :]
+    p_weight = weight_ptr + i_block * VOCAB_BLOCK * sizes.H + o_k[:, None] * sizes.H + o_h[None, :]
+    size_v = tl.minimum(sizes.V - i_block.to(tl.int32) * VOCAB_BLOCK, VOCAB_BLOCK)
 
     b_acc = tl.zeros([tile.m, tile.n], dtype=tl.float32)
-    for i_k in range(0, VOCAB_BLOCK, tile.k):
-        o_dz = o_place[:, None] * VOCAB_BLOCK + (i_k + o_k)[None, :]
-        b_dz = tl.load(dz_ptr + o_dz, mask=m_pair[:, None], other=0.0)
-        o_v = i_block * VOCAB_BLOCK + i_k + o_k
-        m_weight = (o_v < sizes.V)[:, None] & (o_h < sizes.H)[None, :]
-        b_weight = tl.load(weight_ptr + o_v[:, None] * sizes.H + o_h[None, :], mask=m_weight, other=0.0)
+    for i_k in range(0, size_v, tile.k):
+        b_dz = tl.load(p_dz + i_k, mask=m_pair[:, None], other=0.0)
+        m_weight = (i_k + o_k < size_v)[:, None] & m_h[None, :]
+        b_weight = tl.load(p_weight, mask=m_weight, other=0.0)
         b_acc = tl.dot(b_dz, b_weight, b_acc, input_precision=tile.precision)
+        p_weight += tile.k * sizes.H
 
     m_out = m_pair[:, None] & (o_n < columns)[None, :]
-    o_out = o_place[:, None] * columns + o_n[None, :]
-    tl.store(product_ptr + o_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out)
+    p_out = product_ptr + place * columns + o_pair[:, None] * columns + o_n[None, :]
+    tl.store(p_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out)
 
 
-@triton.jit(do_not_specialize=["first_row", "first_place"])
+@triton.jit(do_not_specialize=["first_place", "first_row", "i_part", "num_parts"])
 def linear_logps_certified_dhidden_kernel(
-    product_ptr,  # [pairs, columns]
-    row_places_ptr,  # [pairs] int64: row after row, the places of its pairs, blocks ascending
-    row_start_ptr,  # [n + 1] int64, in row_places
-    dhidden_ptr,  # [n, H] out
+    product_ptr,  # [pairs of the part, columns]
+    row_places_ptr,  # [pairs] int64: row after row, the places of its pairs in dz, blocks ascending
+    start_ptr,  # [rows] int64, in row_places: the part's pairs of a row
+    end_ptr,  # [rows] int64
+    sum_ptr,  # [rows, columns] fp32: of the parts before
+    dhidden_ptr,  # [n, H] out, by the last part
+    first_place,  # of the part, in dz
     first_row,
-    first_place,  # of first_row, in row_places
     first_column,
     columns,
     H,
+    i_part,
+    num_parts,
     BLOCK_N: tl.constexpr,  # hidden size
     BLOCK_K: tl.constexpr,  # pairs
 ):
-    """One row per program: the sum of what its pairs add."""
-    i_row = first_row + tl.program_id(0).to(tl.int64)
-    start = tl.load(row_start_ptr + i_row) - first_place
-    size = (tl.load(row_start_ptr + i_row + 1) - first_place - start).to(tl.int32)
+    """One row per program: what its pairs add, on top of the sum of the parts before."""
+    i_row = tl.program_id(0).to(tl.int64)
+    start, end = tl.load(start_ptr + i_row), tl.load(end_ptr + i_row)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_h = first_column + o_n
     m_n = (o_n < columns) & (o_h < H)
@@ -185,10 +187,18 @@ def linear_logps_certified_dhidden_kernel(
 
     # Summed over BLOCK_K once, after the loop: in it, the sum would cost more than the loads.
     b_acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
-    for i_k in range(0, size, BLOCK_K):
-        m_k = i_k + o_k < size
-        o_place = tl.load(row_places_ptr + start + i_k + o_k, mask=m_k, other=0)
+    for i_k in range(start, end, BLOCK_K):
+        m_k = i_k + o_k < end
+        o_place = tl.load(row_places_ptr + i_k + o_k, mask=m_k, other=first_place) - first_place
         p_product = product_ptr + o_place[:, None] * columns + o_n[None, :]
         b_acc += tl.load(p_product, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
     b_sum = tl.sum(b_acc, axis=0)
-    tl.store(dhidden_ptr + i_row * H + o_h, b_sum.to(dhidden_ptr.dtype.element_ty), mask=m_n)
+
+    p_sum = sum_ptr + i_row * columns + o_n
+    if i_part > 0:
+        b_sum += tl.load(p_sum, mask=m_n, other=0.0)
+    if i_part < num_parts - 1:
+        tl.store(p_sum, b_sum, mask=m_n)
+    else:
+        p_dhidden = dhidden_ptr + (first_row + i_row) * H + o_h
+        tl.store(p_dhidden, b_sum.to(dhidden_ptr.dtype.element_ty), mask=m_n)

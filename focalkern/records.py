@@ -258,7 +258,7 @@ class PairTiles(NamedTuple):
     """The tiles of rows that a group's pairs make, block after block."""
 
     end: torch.Tensor  # [NB] int64, tiles up to and with the block
-    block: torch.Tensor  # [tiles] int64, NB for no block
+    block: torch.Tensor  # [tiles] int64
 
 
 class KLStatistics(NamedTuple):

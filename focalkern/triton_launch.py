@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, VOCAB_BLOCK, Launch, launch_config
+from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, VOCAB_BLOCK, Launch, launch_config, product_bytes
 from focalkern.distributed import AsyncReduction
 from focalkern.products import ExactGradients
 from focalkern.records import Chunk, Gradients, Head, Needs, Sizes, Tile
@@ -81,6 +81,10 @@ def product_entry(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> 
         return entry(kernel, hidden, few_rows=few_rows)
     config = launch_config(f"{kernel}_narrow", arch_of(hidden.device), hidden.element_size() * 8)
     return Entry(replace(config, block_n=min(config.block_n, power_of_two(width))), hidden.dtype)
+
+
+def product_bytes_of(device: torch.device) -> int:
+    return product_bytes(arch_of(device))
 
 
 def sizes_of(head: Head) -> Sizes:

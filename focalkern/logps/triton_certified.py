@@ -1,22 +1,27 @@
 """The certified backward by Triton kernels: dz of the kept pairs, then dweight per block and dhidden per row.
 
-The workspace is dz and its products with weight. The lists of pairs come on top, about 50 bytes a pair.
+The workspace is dz and its products with weight. The lists of pairs, about 50 bytes a pair, and the sums of
+products, 1 KiB a row, come on top.
 
 dz is kept for all pairs at once where the workspace holds it. Where it does not, dweight is made of some
-blocks at a time and dhidden of some rows at a time, and dz is formed for each: every gradient is written
-once, from the same sums, whatever the workspace.
+blocks at a time and dhidden of some rows at a time, and dz is formed for each.
+
+dhidden is made of some columns at a time. The products of a few blocks are added to the sums of their rows
+before the products of the next blocks take their place. In an L2 cache that holds both, most of them never
+go to memory.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import triton
 
 from csrc_triton import linear_logps_certified as kernels
-from csrc_triton.launch import FEW_ROWS, VOCAB_BLOCK
+from csrc_triton.launch import FEW_ROWS, PRODUCT_COLUMNS, VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, KeptPairs, Needs, PairGroup, PairTiles, Scales, Sizes
@@ -26,13 +31,11 @@ from focalkern.triton_launch import (
     head_tile,
     on_device,
     power_of_two,
+    product_bytes_of,
     product_entry,
     sizes_of,
     with_aligned_update,
 )
-
-# The product of dz and weight is held for this many columns of dhidden at least, or a multiple.
-_PRODUCT_COLUMNS = 128
 
 
 def certified_backward(
@@ -50,30 +53,66 @@ def certified_backward(
     needs_hidden, needs_weight_or_bias = any(needs.of_hidden), any((*needs.of_weight, needs.bias))
 
     pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
-    product_bytes = _PRODUCT_COLUMNS * _product_dtype(head.hidden).itemsize if needs_hidden else 0
-    most_pairs = max(workspace_bytes // (pair_bytes + product_bytes), 1)
+    for_products = min(product_bytes_of(g.device), workspace_bytes // 2) if needs_hidden else 0
+    most_pairs = max((workspace_bytes - for_products) // pair_bytes, 1)
     with on_device(head.hidden):
         if counts.total <= most_pairs:
-            group = _group(step.block_start, counts.per_block)
-            dz = step.dz(group, counts.total)
+            dz = step.dz(step.all_pairs)
             if needs_hidden:
-                step.write_dhidden(group, dz, (0, len(counts.per_row)), workspace_bytes)
+                step.write_dhidden(step.all_pairs, dz, (0, len(counts.per_row)), for_products)
             gradients.start_reduction()
-            step.write_dweight(group, dz, (0, len(counts.per_block)))
+            step.write_dweight(step.all_pairs, dz, (0, len(counts.per_block)))
             return gradients.result()
 
         if needs_hidden:
             for rows in _ranges(counts.per_row_host, most_pairs):
                 group = step.group_of_rows(rows)
-                dz = step.dz(group, int(counts.per_row_host[slice(*rows)].sum()))
-                step.write_dhidden(group, dz, rows, workspace_bytes)
+                step.write_dhidden(group, step.dz(group), rows, for_products)
         gradients.start_reduction()
         if needs_weight_or_bias:
             for blocks in _ranges(counts.per_block_host, most_pairs):
-                group = step.group_of_blocks(blocks)
-                dz = step.dz(group, int(counts.per_block_host[slice(*blocks)].sum()))
-                step.write_dweight(group, dz, blocks)
+                group = step.all_pairs.in_blocks(blocks)
+                step.write_dweight(group, step.dz(group), blocks)
     return gradients.result()
+
+
+class _Group(NamedTuple):
+    """Kept pairs whose dz, or whose products with weight, are held together."""
+
+    pairs: PairGroup
+    per_block: torch.Tensor  # [NB] int64: pairs.size on the host
+
+    @classmethod
+    def of(cls, start: torch.Tensor, size: torch.Tensor, per_block: torch.Tensor) -> _Group:
+        return cls(PairGroup(start, size, size.cumsum(0) - size), per_block)
+
+    @property
+    def num_pairs(self) -> int:
+        return int(self.per_block.sum())
+
+    def in_blocks(self, blocks: tuple[int, int]) -> _Group:
+        """Its pairs in these blocks; their places count from the first of them."""
+
+        def cut(per_block: torch.Tensor) -> torch.Tensor:
+            i_block = torch.arange(len(per_block), device=per_block.device)
+            return torch.where((i_block >= blocks[0]) & (i_block < blocks[1]), per_block, 0)
+
+        return _Group.of(self.pairs.start, cut(self.pairs.size), cut(self.per_block))
+
+    def tiles(self, block_m: int) -> PairTiles:
+        num_tiles = int(((self.per_block + block_m - 1) // block_m).sum())
+        end = ((self.pairs.size + block_m - 1) // block_m).cumsum(0)
+        i_tile = torch.arange(num_tiles, device=end.device)
+        return PairTiles(end, torch.searchsorted(end, i_tile, right=True))
+
+
+class _Part(NamedTuple):
+    """Pairs of a group in some blocks, whose products with weight are held at once."""
+
+    group: _Group
+    first_place: int  # of the part, in the dz of all of the group
+    start: torch.Tensor  # [rows] int64, of each row's pairs in `row_places`
+    end: torch.Tensor  # [rows] int64
 
 
 class _Step:
@@ -92,37 +131,31 @@ class _Step:
         self.g, self.pairs = g, pairs
         counts = pairs.counts
         self.few_rows = counts.total <= FEW_ROWS * int((counts.per_block_host > 0).sum())
-        self.block_start = counts.per_block.cumsum(0) - counts.per_block
-        self.row_start = torch.nn.functional.pad(counts.per_row.cumsum(0), (1, 0))
+        block_start = counts.per_block.cumsum(0) - counts.per_block
+        self.all_pairs = _Group.of(block_start, counts.per_block, counts.per_block_host)
         # Shards are added up in fp32, as in an exact backward: which of the two each takes is its own affair.
         dtype = None if reduction is None else torch.float32
         self.gradients = HeadGradients(self.head, needs, reduction, dtype)
 
-    def group_of_blocks(self, blocks: tuple[int, int]) -> PairGroup:
-        per_block = self.pairs.counts.per_block
-        i_block = torch.arange(len(per_block), device=per_block.device)
-        inside = (i_block >= blocks[0]) & (i_block < blocks[1])
-        return _group(self.block_start, torch.where(inside, per_block, 0))
+    def group_of_rows(self, rows: tuple[int, int]) -> _Group:
+        first_key = torch.arange(self.num_blocks, device=self.by_block.device) * self.targets.numel()
+        start, end = (torch.searchsorted(self.by_block, first_key + row) for row in rows)
+        return _Group.of(start, end - start, (end - start).cpu())
 
-    def group_of_rows(self, rows: tuple[int, int]) -> PairGroup:
-        first_key = torch.arange(len(self.block_start), device=self.key.device) * self.targets.numel()
-        start, end = (torch.searchsorted(self.key, first_key + row) for row in rows)
-        return _group(start, end - start)
-
-    def dz(self, group: PairGroup, count: int) -> torch.Tensor:  # [count, 128]
+    def dz(self, group: _Group) -> torch.Tensor:  # [pairs, 128]
         head, hidden = self.logits_head, self.head.hidden
-        dz = torch.empty((count, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
-        if count:
+        dz = torch.empty((group.num_pairs, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
+        if len(dz):
             small = self.transform.softcap is not None
             found = entry("certified_dz", hidden, small=small, few_rows=self.few_rows)
-            tiles = _tiles(group, count, found.config.block_m)
+            tiles = group.tiles(found.config.block_m)
             kernels.linear_logps_certified_dz_kernel[(len(tiles.block),)](
                 head,
                 self.targets,
                 self.saved,
                 self.g,
                 self.pairs.row,
-                group,
+                group.pairs,
                 tiles,
                 dz,
                 sizes_of(head),
@@ -132,13 +165,13 @@ class _Step:
             )
         return dz
 
-    def write_dweight(self, group: PairGroup, dz: torch.Tensor, blocks: tuple[int, int]) -> None:
+    def write_dweight(self, group: _Group, dz: torch.Tensor, blocks: tuple[int, int]) -> None:
         """The rows of these blocks in dweight of each product and in dbias."""
         all_dweight, dbias = self.gradients.dweight, self.gradients.dbias
         if dbias is None and not any(x is not None for x in all_dweight):
             return
         # A few blocks hold frequent tokens and are needed by most rows: they are to start first.
-        order = blocks[0] + group.size[slice(*blocks)].argsort(descending=True, stable=True)
+        order = blocks[0] + group.pairs.size[slice(*blocks)].argsort(descending=True, stable=True)
         for (hidden, weight), dweight in zip(self.head.products, all_dweight, strict=True):
             if dweight is None:
                 continue
@@ -149,7 +182,7 @@ class _Step:
                 hidden,
                 self.pairs.row,
                 order,
-                group,
+                group.pairs,
                 dweight,
                 Sizes(*weight.shape),
                 found.tile(width),
@@ -157,94 +190,110 @@ class _Step:
             )
         if dbias is not None:
             kernels.linear_logps_certified_dbias_kernel[(len(order),)](
-                dz, order, group, dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
+                dz, order, group.pairs, dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
             )
 
     def write_dhidden(
-        self, group: PairGroup, dz: torch.Tensor, rows: tuple[int, int], workspace_bytes: int
+        self, group: _Group, dz: torch.Tensor, rows: tuple[int, int], for_products: int
     ) -> None:
-        """These rows in dhidden of each product."""
+        """These rows in dhidden of each product, by products of so many bytes at a time."""
         if not len(dz):
             return
-        places, before = self._row_places(group, rows)
-        dtype = _product_dtype(self.head.hidden)
-        free_columns = (workspace_bytes // len(dz) - VOCAB_BLOCK * dz.element_size()) // dtype.itemsize
+        n, dtype = rows[1] - rows[0], _product_dtype(dz)
+        places = self._row_places(group, rows)
         for (hidden, weight), dhidden in zip(self.head.products, self.gradients.dhidden, strict=True):
             if dhidden is None:
                 continue
-            width = weight.shape[1]
-            at_least = min(_PRODUCT_COLUMNS, power_of_two(width))
-            columns = max(free_columns // at_least, 1) * at_least
+            width, found = weight.shape[1], product_entry("certified_product", hidden, self.few_rows)
+            at_least = min(PRODUCT_COLUMNS, power_of_two(width))
+            parts = self._parts(group, rows, for_products // (at_least * dtype.itemsize))
+            most_pairs = max(part.group.num_pairs for part in parts)
+            columns = max(for_products // (most_pairs * dtype.itemsize * at_least), 1) * at_least
             columns = min(columns, triton.cdiv(width, at_least) * at_least)
-            product = torch.empty((len(dz), columns), dtype=dtype, device=dz.device)
+            product = torch.empty((most_pairs, columns), dtype=dtype, device=dz.device)
+            # A single part needs no sums.
+            sums = torch.empty((n if len(parts) > 1 else 0, columns), dtype=torch.float32, device=dz.device)
 
-            found = product_entry("certified_product", hidden, self.few_rows)
-            tiles, constants = _tiles(group, len(dz), found.config.block_m), found.tile(VOCAB_BLOCK)
-            grid = (len(tiles.block) * triton.cdiv(columns, found.config.block_n),)
+            all_tiles = [part.group.tiles(found.config.block_m) for part in parts]
+            sizes, tile = Sizes(*weight.shape), found.tile(VOCAB_BLOCK)
             for first in range(0, width, columns):
-                kernels.linear_logps_certified_product_kernel[grid](
-                    dz,
-                    weight,
-                    group,
-                    tiles,
-                    product,
-                    first,
-                    columns,
-                    Sizes(*weight.shape),
-                    constants,
-                    **found.options,
-                )
-                kernels.linear_logps_certified_dhidden_kernel[
-                    (rows[1] - rows[0], triton.cdiv(columns, at_least))
-                ](
-                    product,
-                    places,
-                    self.row_start,
-                    dhidden,
-                    rows[0],
-                    before,
-                    first,
-                    columns,
-                    width,
-                    BLOCK_N=at_least,
-                    BLOCK_K=8,
-                    num_warps=1,
-                    **OPTIONS,
-                )
+                for i_part, (part, tiles) in enumerate(zip(parts, all_tiles, strict=True)):
+                    grid = (len(tiles.block) * triton.cdiv(columns, found.config.block_n),)
+                    kernels.linear_logps_certified_product_kernel[grid](
+                        dz[part.first_place :],
+                        weight,
+                        part.group.pairs,
+                        tiles,
+                        product,
+                        first,
+                        columns,
+                        sizes,
+                        tile,
+                        **found.options,
+                    )
+                    kernels.linear_logps_certified_dhidden_kernel[(n, triton.cdiv(columns, at_least))](
+                        product,
+                        places,
+                        part.start,
+                        part.end,
+                        sums,
+                        dhidden,
+                        part.first_place,
+                        rows[0],
+                        first,
+                        columns,
+                        width,
+                        i_part,
+                        len(parts),
+                        BLOCK_N=at_least,
+                        BLOCK_K=8,
+                        num_warps=1,
+                        **OPTIONS,
+                    )
 
-    def _row_places(self, group: PairGroup, rows: tuple[int, int]) -> tuple[torch.Tensor, int]:
-        """Where in dz the pairs of each row are, row after row; and how many come before these rows."""
-        before, end = (int(self.pairs.counts.per_row_host[:row].sum()) for row in rows)
-        pair = self.by_row[before:end]
+    def _parts(self, group: _Group, rows: tuple[int, int], most_pairs: int) -> list[_Part]:
+        """The group, cut into ranges of blocks that have at most so many pairs."""
+        keys, before = self.by_row.values, self._pairs_before(rows[0])
+        first_key = torch.arange(*rows, device=keys.device) * self.num_blocks
+
+        def row_starts(block: int) -> torch.Tensor:
+            return torch.searchsorted(keys, first_key + block) - before
+
+        parts, place, start = [], 0, row_starts(0)
+        for blocks in _ranges(group.per_block, most_pairs):
+            part, end = group.in_blocks(blocks), row_starts(blocks[1])
+            if part.num_pairs:
+                parts.append(_Part(part, place, start, end))
+            place, start = place + part.num_pairs, end
+        return parts
+
+    def _row_places(self, group: _Group, rows: tuple[int, int]) -> torch.Tensor:
+        """Where in dz the pairs of each row are, row after row."""
+        pair = self.by_row.indices[slice(*map(self._pairs_before, rows))]
         block = self.pairs.block[pair]
-        return pair - group.start[block] + group.place[block], before
+        return pair - group.pairs.start[block] + group.pairs.place[block]
+
+    def _pairs_before(self, row: int) -> int:
+        return int(self.pairs.counts.per_row_host[:row].sum())
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.all_pairs.per_block)
 
     @cached_property
-    def key(self) -> torch.Tensor:  # [K] int64
-        """Block and row of each pair in one number, ascending."""
+    def by_block(self) -> torch.Tensor:  # [K] int64
+        """Block and row of each pair in one number, ascending as the pairs are."""
         return self.pairs.block * self.targets.numel() + self.pairs.row
 
     @cached_property
-    def by_row(self) -> torch.Tensor:  # [K] int64
-        """The pairs, row after row instead of block after block."""
-        return self.pairs.row.int().sort(stable=True).indices
+    def by_row(self) -> torch.return_types.sort:  # [K] int64 each
+        """Row and block of each pair in one number, ascending, and the pairs in this order."""
+        return (self.pairs.row * self.num_blocks + self.pairs.block).sort()
 
 
-def _group(start: torch.Tensor, size: torch.Tensor) -> PairGroup:
-    return PairGroup(start, size, size.cumsum(0) - size)
-
-
-def _tiles(group: PairGroup, count: int, block_m: int) -> PairTiles:
-    """The tiles of a group of `count` pairs; a few more than there are, which stand for no block."""
-    end = ((group.size + block_m - 1) // block_m).cumsum(0)
-    at_most = count // block_m + min(len(group.size), count)
-    i_tile = torch.arange(at_most, device=end.device)
-    return PairTiles(end, torch.searchsorted(end, i_tile, right=True))
-
-
-def _product_dtype(hidden: torch.Tensor) -> torch.dtype:
+def _product_dtype(dz: torch.Tensor) -> torch.dtype:
     # Under a loss scale, what single blocks add to a row may exceed fp16 where their sum does not.
-    return torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return torch.float32 if dz.dtype == torch.float16 else dz.dtype
 
 
 def _ranges(counts: torch.Tensor, most: int) -> Iterator[tuple[int, int]]:
