@@ -63,7 +63,7 @@ class Gate:
         }
 
     def errors(self, loss: torch.Tensor, gradients: list[torch.Tensor]) -> Errors:
-        """Of a peer's step; `gradients` in the order of `Batch.differentiated`."""
+        """Of a peer's step; `gradients` as `Batch.gradients` gives them."""
         dhidden, dweight = [*gradients, None][:2]
         dweight_rows = None if dweight is None else dweight[self.vocab]
         found = self._errors(Sampled(loss, dhidden[self.rows], dweight_rows))
