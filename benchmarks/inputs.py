@@ -1,7 +1,7 @@
 """Benchmark input: losses, and batches whose softmax is as sharp as a trained LM's.
 
-`throughput.py` makes a `Case` of each comparison: a `Recipe`, which `calibrate` makes as sharp as asked for, or
-a `FromFile` with the `Capture` of a real model. Its `batch` is what the peers receive.
+`throughput.py` makes a `Case` of each comparison: a `Recipe`, as sharp as asked for by `calibrate`, or a
+`FromFile` with the `Capture` of a real model. The peers receive its `batch`.
 """
 
 from __future__ import annotations
@@ -120,9 +120,9 @@ BETA = OBJECTIVES["dpo"].beta
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: its input, by a subclass, and the loss. Small, and pickled: every process builds the same.
+    """One comparison: input, gradients and loss. Small, and pickled: every process builds the same tensors.
 
-    `batch()` gives the peers' input; `about()` says how to make it again.
+    The subclass says where hidden states and head come from: `batch()` builds them, `about()` describes them.
     """
 
     shape: Shape
@@ -329,9 +329,10 @@ class Batch:
         """The objective, given the log-probs of the sequences."""
         return self.objective.losses(logps, self.ref_logps, self.sequences.cu_seqlens.diff())
 
-    def gradients(self, loss: torch.Tensor) -> list[torch.Tensor]:
-        """Of hidden, and of weight unless the head is frozen."""
-        return list(torch.autograd.grad(loss, [x for x in (self.hidden, self.weight) if x.requires_grad]))
+    def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """dhidden, and dweight unless the head is frozen."""
+        inputs = [self.hidden, self.weight] if self.weight.requires_grad else [self.hidden]
+        return dict(zip(("dhidden", "dweight"), torch.autograd.grad(loss, inputs), strict=False))
 
 
 def calibrate(recipe: Recipe, entries: float) -> Recipe:

@@ -102,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="the table")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print(f"tune.py needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
-        return 2
+        parser.exit(2, f"tune.py needs a CUDA device; torch {torch.__version__} sees none\n")
     device = torch.device("cuda", torch.cuda.current_device())
     shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     setting = Setting(triton_launch.arch_of(device), shared_bytes)
