@@ -17,6 +17,7 @@ from unittest import mock
 
 import psutil
 import torch
+from tqdm import trange
 
 T = TypeVar("T")
 
@@ -37,20 +38,21 @@ def interleaved_times(
     device: torch.device,
     warmup: int,
     repeats: int,
-    tick: Callable[[], object] = lambda: None,
+    tidy: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
     In ms, as they stand in the JSON files. "both" is timed as one stretch in the same runs, not added up.
+    Between two runs, `tidy` is called.
     """
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for round_ in range(warmup + repeats):
+    for round_ in trange(warmup + repeats, desc="timing", leave=False, disable=None):
         for name in list(runs):
             with steps[name].guard():
                 run = time_once(steps[name], device)
                 if round_ >= warmup:
                     runs[name].append(run)
-                tick()
+                tidy()
                 continue
             del runs[name]
     return {

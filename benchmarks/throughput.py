@@ -278,8 +278,7 @@ def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
         steps[name] = Step(forward, batch.gradients, guard)
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
-    with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update)
+    times = measure.interleaved_times(steps, device, warmup, repeats)
     gemm = times.pop(GEMM)["both_ms"]
     for name, found in times.items():
         rows[name] |= found

@@ -53,8 +53,8 @@ def make_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     about = {"device": "NVIDIA H200", "commit": None}
     monkeypatch.setattr("benchmarks.report.environment", lambda device_type: dict(about))
-    monkeypatch.setattr(gpu, "GRACE_SECONDS", 1)
-    monkeypatch.setattr(gpu, "LEAST_SECONDS", 1)
+    for name, value in {"ROOT": tmp_path, "GRACE_SECONDS": 1, "LEAST_SECONDS": 1}.items():
+        monkeypatch.setattr(gpu, name, value)
     monkeypatch.chdir(tmp_path)
     Path("result.json").write_text("{}")
     before = signal.getsignal(signal.SIGTERM)
@@ -70,9 +70,9 @@ def make_gpu(tmp_path, monkeypatch):
 
 
 def step(name: str, code: str, seconds: float = 20, result: str = "result.json") -> Step:
-    """A step that runs code in this folder."""
-    begin = f"import os, shutil, signal, subprocess, time; os.chdir({os.getcwd()!r})\n"
-    return Step(name, seconds, [sys.executable, "-c", begin + code], Path(result))
+    """A step that runs code."""
+    imports = "import os, shutil, signal, subprocess, time\n"
+    return Step(name, seconds, [sys.executable, "-c", imports + code], Path(result))
 
 
 def test_what_is_missing_is_named_in_one_line(monkeypatch, capsys):
@@ -138,10 +138,9 @@ def test_interrupted(): time.sleep(1); os.kill(os.getppid(), 2); time.sleep(60)
 """
 
 
-def test_outcomes_of_tests_are_collected_also_after_a_crash_and_an_interrupt(tmp_path, monkeypatch, make_gpu):
+def test_outcomes_of_tests_are_collected_also_after_a_crash_and_an_interrupt(tmp_path, make_gpu):
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_some.py").write_text(TESTS)
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
     selected = gpu.test_step(tmp_path, "tests", 300, "not 2_to_the_31", 1)
     huge = gpu.test_step(tmp_path, "huge", 300, "2_to_the_31", 1)
     status, outcomes, report = make_gpu(selected, huge)
