@@ -135,7 +135,7 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     with torch.enable_grad():
         losses = batch.losses(logps)
         (slopes,) = torch.autograd.grad(losses.mean(), logps)
-        g = sequences.per_token(slopes)  # [N]
+        g = slopes.repeat_interleave(sequences.cu_seqlens.diff())  # [N]
         some = hidden[rows].to(dtype).requires_grad_()
         gradients = {"dhidden": gradient(logits(some, weight, bias), some, rows, entries)}
         if batch.weight.requires_grad:

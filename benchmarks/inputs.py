@@ -307,9 +307,6 @@ class Sequences:
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:  # [N] -> [2B]
         return self.padded(per_token).sum(-1)
 
-    def per_token(self, per_sequence: torch.Tensor) -> torch.Tensor:  # [2B] -> [N]
-        return per_sequence.repeat_interleave(self.cu_seqlens.diff())
-
 
 @dataclass
 class Batch:

@@ -213,7 +213,11 @@ def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results
     assert tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"] == status
 
 
+MEASURE = tune.measure
+
+
 def broken_measure(setting: Setting, name: str, entry: Launch) -> dict:
+    """As `tune.measure`, where candidates hang, end the process or break CUDA in it."""
     if entry.num_stages == 6:
         time.sleep(60)
     if entry.num_stages == 7:
@@ -225,9 +229,6 @@ def broken_measure(setting: Setting, name: str, entry: Launch) -> dict:
         mock.patch.multiple(torch.cuda, is_available=lambda: True, synchronize=illegal),
     ):
         return MEASURE(setting, name, entry)
-
-
-MEASURE = tune.measure
 
 
 def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(monkeypatch):
