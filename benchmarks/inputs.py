@@ -110,9 +110,8 @@ _PRESETS = {
     "alpha-dpo": FusedFocalPOLoss.alpha_dpo(),
     "simpo": FusedFocalPOLoss.simpo(),
 }
-_OPTIONS = [field.name for field in fields(Objective)][1:]
 OBJECTIVES = {
-    name: Objective(name, *(getattr(preset, option) for option in _OPTIONS))
+    name: Objective(name, *(getattr(preset, field.name) for field in fields(Objective)[1:]))
     for name, preset in _PRESETS.items()
 }
 BETA = OBJECTIVES["dpo"].beta
