@@ -244,14 +244,21 @@ def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("ms", "fastest"),  # of the shipped entry and of others; 0 for a result that is wrong
-    [((10.0, 9.8, 0), None), ((0, 5.0), None), ((10.0, 9.0, 8.0, 11.0), 2)],
+    ("ms", "again", "fastest"),  # of the shipped entry and of others; 0 for a result that is wrong
+    [
+        ((10.0, 9.8, 0), (), None),
+        ((0, 5.0), (), None),
+        ((10.0, 9.0, 8.0, 11.0), (10.0, 8.0), 2),
+        ((10.0, 5.0), (10.0, 9.9), None),
+    ],
 )
-def test_the_table_has_what_is_right_and_clearly_faster_than_the_shipped_entry(ms, fastest, tmp_path):
+def test_the_table_has_what_is_right_and_twice_clearly_faster(ms, again, fastest, tmp_path, monkeypatch):
     jobs = [("fwd", HOPPER.shipped("fwd"))]
     jobs += [("fwd", replace(jobs[0][1], num_stages=9 + i, source="measured")) for i in range(1, len(ms))]
-    rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms]
-    tune.write(dict(zip(jobs, rows, strict=True)), HOPPER, tmp_path / "tuned.json")
+    rows = [{"status": "ok", "ms": time} if time else {"status": "wrong"} for time in ms + again]
+    monkeypatch.setattr(tune, "compiled", lambda setting, jobs, deadline: [(job, "") for job in jobs])
+    monkeypatch.setattr(tune.Measurer, "measure", mock.Mock(side_effect=rows))
+    tune.sweep(HOPPER, jobs, tmp_path / "tuned.json", 60)
     entries = json.loads((tmp_path / "tuned.json").read_text())["entries"]
     assert entries == ({"fwd": asdict(jobs[fastest][1])} if fastest else {})
 
