@@ -64,10 +64,9 @@ gpu:
 	$(PYTHON) benchmarks/gpu.py $(GPU_ARGS)
 
 .PHONY: report
-# The numbers and plots of README.md and docs, from benchmarks/results.
+# The numbers and plots of README.md and docs, from benchmarks/results and `focalkern plan`.
 report: $(VENV)/ready
 	$(RUN) benchmarks/report.py
-	$(RUN) benchmarks/plans.py
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

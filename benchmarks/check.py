@@ -38,8 +38,7 @@ class Sampled(NamedTuple):
     """Loss of each pair, or their mean, and the sampled rows of the gradients of the mean."""
 
     losses: torch.Tensor  # [B] or []
-    dhidden: torch.Tensor  # [R, H]
-    dweight: torch.Tensor | None  # [K, H]
+    gradients: dict[str, torch.Tensor]  # dhidden [R, H], and dweight [K, H] unless the head is frozen
 
 
 class Gate:
@@ -56,18 +55,17 @@ class Gate:
         rms = (plain.losses.double() - self.truth.losses).square().mean().sqrt()
         rounding = torch.finfo(torch.float32).eps * self.truth.losses.abs().max().clamp(min=1)
         self.plain.norms["loss"] = torch.maximum(rms, rounding).item()
-        least = {"loss": 0.0, "dhidden": torch.finfo(self.dtype).eps, "dweight": torch.finfo(self.dtype).eps}
         # The largest norms that pass.
         self.bound = {
-            name: ERROR_FACTOR * max(error, least[name]) for name, error in self.plain.norms.items()
+            name: ERROR_FACTOR * max(error, 0.0 if name == "loss" else torch.finfo(self.dtype).eps)
+            for name, error in self.plain.norms.items()
         }
 
-    def errors(self, loss: torch.Tensor, gradients: list[torch.Tensor]) -> Errors:
-        """Of a peer's step; `gradients` in the order of `Batch.differentiated`."""
-        dhidden, dweight = [*gradients, None][:2]
-        dweight_rows = None if dweight is None else dweight[self.vocab]
-        found = self._errors(Sampled(loss, dhidden[self.rows], dweight_rows))
-        for name, gradient in zip(("dhidden", "dweight"), gradients, strict=False):
+    def errors(self, loss: torch.Tensor, gradients: dict[str, torch.Tensor]) -> Errors:
+        """Of a peer's step."""
+        rows = {"dhidden": self.rows, "dweight": self.vocab}
+        found = self._errors(Sampled(loss, {name: x[rows[name]] for name, x in gradients.items()}))
+        for name, gradient in gradients.items():
             if not gradient.isfinite().all():
                 found.norms[name] = math.inf
         return found
@@ -86,12 +84,10 @@ class Gate:
         truth, loss = self.truth, step.losses.double().mean() - self.truth.losses.mean()
         norms = {"loss": abs(loss).item()}
         scale = {"loss": (loss / truth.losses.abs().mean()).item()}
-        for name in ("dhidden", "dweight"):
-            exact, value = getattr(truth, name), getattr(step, name)
-            if exact is not None:
-                error = value.double() - exact
-                norms[name] = (error.norm() / exact.norm()).item()
-                scale[name] = ((error * exact).sum() / exact.square().sum()).item()
+        for name, exact in truth.gradients.items():
+            error = step.gradients[name].double() - exact
+            norms[name] = (error.norm() / exact.norm()).item()
+            scale[name] = ((error * exact).sum() / exact.square().sum()).item()
         return Errors(norms, scale)
 
 
@@ -139,12 +135,11 @@ def sampled_step(batch: Batch, rows: torch.Tensor, vocab: torch.Tensor, dtype: t
     with torch.enable_grad():
         losses = batch.losses(logps)
         (slopes,) = torch.autograd.grad(losses.mean(), logps)
-        g = sequences.per_token(slopes)  # [N]
+        g = slopes.repeat_interleave(sequences.cu_seqlens.diff())  # [N]
         some = hidden[rows].to(dtype).requires_grad_()
-        dhidden = gradient(logits(some, weight, bias), some, rows, entries)
-        dweight = None
+        gradients = {"dhidden": gradient(logits(some, weight, bias), some, rows, entries)}
         if batch.weight.requires_grad:
             some = weight[vocab].requires_grad_()
             z = logits(hidden, some, None if bias is None else bias[vocab])
-            dweight = gradient(z, some, tokens, vocab)
-    return Sampled(losses.detach(), dhidden, dweight)
+            gradients["dweight"] = gradient(z, some, tokens, vocab)
+    return Sampled(losses.detach(), gradients)

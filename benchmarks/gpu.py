@@ -54,16 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", metavar="ID", help="of a tree that was copied without .git")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print(f"make gpu needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
-        return 2
+        parser.exit(2, f"make gpu needs a CUDA device; torch {torch.__version__} sees none\n")
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         install = f"python -m pip install {' '.join(missing)}"
-        print(f"make gpu needs {', '.join(missing)}: {install}", file=sys.stderr)
-        return 2
+        parser.exit(2, f"make gpu needs {', '.join(missing)}: {install}\n")
     from benchmarks.report import environment, write_json
 
     deadline = time.monotonic() + 60 * options.minutes - GRACE_SECONDS
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which `run` ends its command
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, on which a step is ended
     signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored, in steps too
     about = environment("cuda")
     about["commit"] = about["commit"] or options.commit
@@ -121,41 +119,38 @@ def benchmark_step(folder: Path, name: str, seconds: float, *options: str) -> St
 
 
 def run_step(step: Step, deadline: float, report: dict[str, Any]) -> None:
-    """Run it within its time and the time left; outcome and result go into the report."""
+    """Run it within its time and the time left; outcome and result go into the report.
+
+    When its time is up, it is interrupted, then killed with all that it started.
+    """
     began = time.monotonic()
+    seconds = min(step.seconds, deadline - began)
     outcome = {"name": step.name, "status": NO_TIME, "seconds": 0.0}
     report["steps"].append(outcome)
-    if deadline - began < LEAST_SECONDS:
+    if seconds < LEAST_SECONDS:
         return
     print(f"\n{step.name}: {shlex.join(step.command)}", flush=True)
     outcome["status"] = "failed: make gpu was ended"
+    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    env = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
+    process = subprocess.Popen(step.command, cwd=ROOT, env=env, start_new_session=True)
     try:
-        outcome["status"] = run(step.command, min(step.seconds, deadline - began))
+        code = process.wait(seconds)
+        outcome["status"] = f"failed with exit status {code}" if code else "ok"
+    except subprocess.TimeoutExpired:
+        outcome["status"] = f"cut after {seconds:.0f} s"
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
     finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
         outcome["seconds"] = round(time.monotonic() - began, 1)
         try:
             collect(step, report)
         except Exception as error:  # the next step is to have its turn whatever this one left
             outcome["status"] = f"failed: no result ({type(error).__name__}), {outcome['status']}"
-
-
-def run(command: Sequence[str], seconds: float) -> str:
-    """How the command ended. When its time is up, it is interrupted, then killed with all that it started."""
-    paths = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    env = os.environ | {"PYTHONPATH": paths, "TRITON_INTERPRET": "0"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, start_new_session=True)
-    try:
-        code = process.wait(seconds)
-        return f"failed with exit status {code}" if code else "ok"
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE_SECONDS)
-        return f"cut after {seconds:.0f} s"
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
 
 
 def collect(step: Step, report: dict[str, Any]) -> None:

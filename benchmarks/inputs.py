@@ -1,6 +1,7 @@
 """Benchmark input: losses, and batches whose softmax is as sharp as a trained LM's.
 
-`throughput.py` calls `calibrate` for a `Recipe`, then its `batch`. A `Capture` is input of a real model.
+`throughput.py` makes a `Case` of each comparison: a `Recipe`, as sharp as asked for by `calibrate`, or a
+`FromFile` with the `Capture` of a real model. The peers receive its `batch`.
 """
 
 from __future__ import annotations
@@ -109,19 +110,18 @@ _PRESETS = {
     "alpha-dpo": FusedFocalPOLoss.alpha_dpo(),
     "simpo": FusedFocalPOLoss.simpo(),
 }
-_OPTIONS = [field.name for field in fields(Objective)][1:]
 OBJECTIVES = {
-    name: Objective(name, *(getattr(preset, option) for option in _OPTIONS))
+    name: Objective(name, *(getattr(preset, field.name) for field in fields(Objective)[1:]))
     for name, preset in _PRESETS.items()
 }
 BETA = OBJECTIVES["dpo"].beta
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where hidden states and head come from. Small, and pickled: every process builds the same tensors.
+class Case:
+    """One comparison: input, gradients and loss. Small, and pickled: every process builds the same tensors.
 
-    `batch(saturated_pairs)` gives the peers' input and its `Sharpness`; `about()` how to make it again.
+    The subclass says where hidden states and head come from: `batch()` builds them, `about()` describes them.
     """
 
     shape: Shape
@@ -129,10 +129,46 @@ class Source:
     pairs: int
     dtype: torch.dtype
     device: str
+    saturated: int = 0  # pairs
+    frozen_head: bool = False
+    loss: str = "dpo"
+
+    def _batch(
+        self,
+        hidden: torch.Tensor,  # [N, H]
+        weight: torch.Tensor,  # [V, H]
+        bias: torch.Tensor | None,  # [V]
+        cu_seqlens: torch.Tensor,  # [2B + 1]
+        labels_of: Callable[[slice, torch.Tensor], torch.Tensor],  # of some rows, given their probabilities
+        scores_of: Callable[[torch.Tensor], torch.Tensor],  # logps - ref_logps, given logps; all [2B]
+    ) -> Batch:
+        transform, sequences = self.shape.transform, Sequences(cu_seqlens)
+        labels = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        entropy, entries = 0.0, 0
+        for start in range(0, len(hidden), ROWS_PER_CHUNK):
+            rows = slice(start, start + ROWS_PER_CHUNK)
+            row_logps = transformed(F.linear(hidden[rows], weight, bias).float(), transform).log_softmax(-1)
+            probs = row_logps.exp()
+            labels[rows] = labels_of(rows, probs)
+            logps[rows] = row_logps.gather(-1, labels[rows, None])[:, 0]
+            entries += (probs > PRESENT).sum().item()
+            entropy -= probs.mul_(row_logps).sum(-1).double().sum().item()
+        sharpness = {
+            "nll": -logps.double().mean().item(),
+            "entropy": entropy / len(hidden),
+            "entries": entries / len(hidden),
+        }
+        sums = sequences.sums(logps)
+        ref_logps = sums - saturated(scores_of(sums), self.saturated)
+        hidden.requires_grad_()
+        weight.requires_grad_(not self.frozen_head)
+        head, objective = (hidden, weight, bias), OBJECTIVES[self.loss]
+        return Batch(*head, labels, sequences, ref_logps, transform, objective, sharpness)
 
 
 @dataclass(frozen=True)
-class Recipe(Source):
+class Recipe(Case):
     """Generated input, bit for bit the same on the same device."""
 
     scale: float | None = 1.0  # None: random weights, of an untrained model
@@ -160,22 +196,20 @@ class Recipe(Source):
             hidden.mul_(self.scale).add_(1.0)
         return hidden.to(self.dtype), weight.to(self.dtype), None
 
-    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
+    def batch(self) -> Batch:
         """Sequences of one length. The labels are drawn from the softmax itself: the NLL is the entropy."""
-        hidden, weight, bias = self.build()
         generator = torch.Generator(self.device).manual_seed(self.seed + 2)
 
         def draw(rows: slice, probs: torch.Tensor) -> torch.Tensor:
             uniform = torch.rand(len(probs), 1, generator=generator, device=self.device)
             return torch.searchsorted(probs.cumsum(-1), uniform).clamp_(max=self.shape.vocab - 1)[:, 0]
 
-        transform = self.shape.transform
-        labels, logps, sharpness = label_logps(hidden, weight, bias, transform, draw)
+        def scores(logps: torch.Tensor) -> torch.Tensor:
+            return SCORE_STD * torch.randn(len(logps), generator=generator, device=self.device)
+
         length = self.tokens // (2 * self.pairs)
-        sequences = Sequences(torch.arange(0, self.tokens + 1, length, device=self.device))
-        scores = SCORE_STD * torch.randn(2 * self.pairs, generator=generator, device=self.device)
-        ref_logps = sequences.sums(logps) - saturated(scores, saturated_pairs)
-        return Batch(hidden, weight, bias, labels, sequences, ref_logps, transform), sharpness
+        cu_seqlens = torch.arange(0, self.tokens + 1, length, device=self.device)
+        return self._batch(*self.build(), cu_seqlens, draw, scores)
 
     def about(self) -> dict[str, Any]:
         kind = "untrained" if self.scale is None else "LM-like"
@@ -228,25 +262,24 @@ class Capture:
         return Shape(self.model, hidden, vocab, self.softcap, self.logit_scale)
 
 
-@dataclass(frozen=True)
-class FromFile(Source):
+@dataclass(frozen=True, kw_only=True)
+class FromFile(Case):
     """A capture in a dtype, on a device."""
 
     path: Path
 
-    def batch(self, saturated_pairs: int = 0) -> tuple[Batch, Sharpness]:
-        capture, transform = Capture.load(self.path), self.shape.transform
+    def batch(self) -> Batch:
+        capture = Capture.load(self.path)
         # Copies: pages of the mapped file would count as memory of the step that touches them first.
-        hidden, weight, bias = (
+        head = (
             x if x is None else x.to(self.device, self.dtype, copy=True)
             for x in (capture.hidden, capture.weight, capture.bias)
         )
-        labels = capture.labels.to(self.device)
-        _, logps, sharpness = label_logps(hidden, weight, bias, transform, lambda rows, _: labels[rows])
-        sequences = Sequences(capture.cu_seqlens.to(self.device))
-        sums, ref_logps = sequences.sums(logps), capture.ref_logps.to(self.device)
-        ref_logps = sums - saturated(sums - ref_logps, saturated_pairs)
-        return Batch(hidden, weight, bias, labels, sequences, ref_logps, transform), sharpness
+        others = (capture.cu_seqlens, capture.labels, capture.ref_logps)
+        cu_seqlens, labels, ref_logps = (x.to(self.device) for x in others)
+        return self._batch(
+            *head, cu_seqlens, lambda rows, probs: labels[rows], lambda logps: logps - ref_logps
+        )
 
     def about(self) -> dict[str, Any]:
         capture = Capture.load(self.path)
@@ -273,9 +306,6 @@ class Sequences:
     def sums(self, per_token: torch.Tensor) -> torch.Tensor:  # [N] -> [2B]
         return self.padded(per_token).sum(-1)
 
-    def per_token(self, per_sequence: torch.Tensor) -> torch.Tensor:  # [2B] -> [N]
-        return per_sequence.repeat_interleave(self.cu_seqlens.diff())
-
 
 @dataclass
 class Batch:
@@ -288,43 +318,17 @@ class Batch:
     sequences: Sequences
     ref_logps: torch.Tensor  # [2B] fp32
     transform: LogitTransform
-    objective: Objective = OBJECTIVES["dpo"]
+    objective: Objective
+    sharpness: dict[str, float]  # of the softmax: nll, entropy and entries above 2^-12, means over the rows
 
     def losses(self, logps: torch.Tensor) -> torch.Tensor:  # [2B] -> [B]
         """The objective, given the log-probs of the sequences."""
         return self.objective.losses(logps, self.ref_logps, self.sequences.cu_seqlens.diff())
 
-    def requires_grad_(self, frozen_head: bool) -> Batch:
-        self.hidden.requires_grad_()
-        self.weight.requires_grad_(not frozen_head)
-        return self
-
-    def differentiated(self) -> list[torch.Tensor]:
-        return [x for x in (self.hidden, self.weight) if x.requires_grad]
-
-
-@dataclass(frozen=True)
-class Sharpness:
-    """How peaked the softmax is: means over the rows."""
-
-    nll: float
-    entropy: float
-    entries: float  # above 2^-12 per row
-
-
-@dataclass(frozen=True)
-class Case:
-    """One comparison: input, saturated pairs, which gradients, and the loss. Small, and pickled."""
-
-    source: Source
-    saturated: int
-    frozen_head: bool
-    loss: str
-
-    def batch(self) -> tuple[Batch, Sharpness]:
-        batch, sharpness = self.source.batch(self.saturated)
-        batch.objective = OBJECTIVES[self.loss]
-        return batch.requires_grad_(self.frozen_head), sharpness
+    def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
+        """dhidden, and dweight unless the head is frozen."""
+        inputs = [self.hidden, self.weight] if self.weight.requires_grad else [self.hidden]
+        return dict(zip(("dhidden", "dweight"), torch.autograd.grad(loss, inputs), strict=False))
 
 
 def calibrate(recipe: Recipe, entries: float) -> Recipe:
@@ -356,31 +360,6 @@ def sharpening(logits_at: Callable[[float], torch.Tensor], entries: float, least
 
     thousandths = range(1000 * least, 1000 * most)
     return least + bisect.bisect(thousandths, -entries, key=lambda x: -entries_at(x / 1000)) / 1000
-
-
-@torch.no_grad()
-def label_logps(
-    hidden: torch.Tensor,  # [N, H]
-    weight: torch.Tensor,  # [V, H]
-    bias: torch.Tensor | None,  # [V]
-    transform: LogitTransform,
-    labels_of: Callable[[slice, torch.Tensor], torch.Tensor],  # of some rows, given their probabilities
-) -> tuple[torch.Tensor, torch.Tensor, Sharpness]:
-    """Labels `[N]`, their log-probs `[N]` in fp32, and the sharpness of all rows."""
-    labels = torch.empty(len(hidden), dtype=torch.long, device=hidden.device)
-    logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-    entropy = torch.zeros((), dtype=torch.float64, device=hidden.device)
-    entries = torch.zeros((), dtype=torch.long, device=hidden.device)
-    for start in range(0, len(hidden), ROWS_PER_CHUNK):
-        rows = slice(start, start + ROWS_PER_CHUNK)
-        row_logps = transformed(F.linear(hidden[rows], weight, bias).float(), transform).log_softmax(-1)
-        probs = row_logps.exp()
-        labels[rows] = labels_of(rows, probs)
-        logps[rows] = row_logps.gather(-1, labels[rows, None])[:, 0]
-        entries += (probs > PRESENT).sum()
-        entropy -= probs.mul_(row_logps).sum(-1).double().sum()
-    nll, count = -logps.double().mean().item(), len(hidden)
-    return labels, logps, Sharpness(nll, entropy.item() / count, entries.item() / count)
 
 
 def saturated(scores: torch.Tensor, pairs: int) -> torch.Tensor:  # [2B]

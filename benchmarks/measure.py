@@ -17,6 +17,7 @@ from unittest import mock
 
 import psutil
 import torch
+from tqdm import trange
 
 T = TypeVar("T")
 
@@ -37,20 +38,21 @@ def interleaved_times(
     device: torch.device,
     warmup: int,
     repeats: int,
-    tick: Callable[[], object] = lambda: None,
+    tidy: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
     In ms, as they stand in the JSON files. "both" is timed as one stretch in the same runs, not added up.
+    Between two runs, `tidy` is called.
     """
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    for round_ in range(warmup + repeats):
+    for round_ in trange(warmup + repeats, desc="timing", leave=False, disable=None):
         for name in list(runs):
             with steps[name].guard():
                 run = time_once(steps[name], device)
                 if round_ >= warmup:
                     runs[name].append(run)
-                tick()
+                tidy()
                 continue
             del runs[name]
     return {
@@ -92,9 +94,8 @@ def time_once(step: Step, device: torch.device) -> tuple[float, float]:
 
 def release_cached() -> None:
     """Give cached memory back to the GPU after a step ran out of it."""
-    if torch.cuda.is_initialized():
-        gc.collect()
-        torch.cuda.empty_cache()
+    gc.collect()
+    torch.cuda.empty_cache()  # nothing where CUDA is not initialised
 
 
 class PeakMemory(NamedTuple):

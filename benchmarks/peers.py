@@ -44,7 +44,7 @@ class Peer(NamedTuple):
 
 
 def gradients_of(loss: LossFn, batch: Batch) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(loss(batch).loss, batch.differentiated()))
+    return [*batch.gradients(loss(batch).loss).values()]
 
 
 def loss_of_tokens(batch: Batch, logps: torch.Tensor) -> PeerLoss:  # [N]

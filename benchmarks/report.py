@@ -3,8 +3,7 @@
     python benchmarks/report.py            # make report: benchmarks/results/*.json into pages and figures
     python benchmarks/report.py --check    # exit status 1, and which page or figure is not up to date
 
-`throughput.py` prints and plots by the same functions. A part of a page stands between
-`<!-- measured: begin NAME (make report) -->` and `<!-- measured: end NAME -->`.
+`throughput.py` prints and plots by the same functions. A part of a page stands between its `markers`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -459,9 +459,29 @@ def lengths_table(found: Json) -> list[str]:
     ]
 
 
+NODE = "--gpus 8 --gpu-memory 40GB --engine zero3"
+MACHINES = {  # by the end of the recipe's name
+    "24gb": "--gpus 1 --gpu-memory 24GB --tflops 165",  # RTX 4090
+    "80gb": "--gpus 1 --gpu-memory 80GB",
+}
+
+
+def plans() -> str:
+    """The row of every recipe by `focalkern plan`: half a minute."""
+    from focalkern.cli.main import main as focalkern
+
+    header = "| recipe | machine | GiB per GPU | pairs that fit | host, GiB | hours |"
+    with contextlib.redirect_stdout(io.StringIO()) as rows:
+        for recipe in sorted((ROOT / "examples/recipes").glob("*.yaml")):
+            machine = MACHINES.get(recipe.stem.rpartition("-")[2], NODE)
+            focalkern(["plan", str(recipe), "--row", *machine.split()])
+    return f"{header}\n|---|---|---:|---:|---:|---:|\n{rows.getvalue().strip()}"
+
+
 PAGES: dict[str, dict[str, Callable[[Results], str]]] = {
     "README.md": {"summary": summary, "results": lambda results: by_input("results", results.of_sizes()[:4])},
     "docs/performance.md": {"table": peers_table},
+    "docs/training.md": {"plan": lambda results: plans()},
     "docs/trl.md": {"step": step_table, "lengths": lengths_tables},
     "docs/certified-backward.md": {
         "sharpness": partial(certified, "sharpness", SHARPNESS),
@@ -495,9 +515,16 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     return 1 if check and stale else 0
 
 
+def markers(name: str) -> tuple[str, str]:
+    """What stands before and after a part; the plans are computed, not measured."""
+    if name == "plan":
+        return "<!-- plan: begin -->", "<!-- plan: end -->"
+    return f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
+
+
 def with_part(text: str, name: str, content: str, page: str) -> str:
     """The page with this content between the markers of the part; paragraphs are wrapped."""
-    begin, end = f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
+    begin, end = markers(name)
     fill = textwrap.TextWrapper(115, break_on_hyphens=False, break_long_words=False).fill
     blocks = [block if block.startswith("|") else fill(block) for block in content.split("\n\n")]
     part = "\n\n".join([begin, *blocks, end])

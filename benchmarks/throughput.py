@@ -192,7 +192,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     for dtype, tokens in itertools.product(options.dtype, options.tokens):
         size = options.shape, tokens, pairs, DTYPES[dtype], options.device
         if options.capture is not None:
-            sources = [FromFile(*size, options.capture)]
+            sources = [FromFile(*size, path=options.capture)]
         else:
             recipe = Recipe(*size, scale=None)
             sources = [recipe if x == FLAT else calibrate(recipe, x) for x in options.sharpness]
@@ -200,13 +200,13 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for source, share, head, loss in wanted:
             # In whole pairs: at least one where the share is not 0, and never all.
             saturated = min(max(1, round(share * pairs)), pairs - 1) if share else 0
-            yield Case(source, saturated, HEADS[head], loss)
+            yield replace(source, saturated=saturated, frozen_head=HEADS[head], loss=loss)
 
 
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     """Errors, times and memory of every peer on one input, as they stand in the JSON file."""
-    batch, sharpness = case.batch()
-    peers, source = {name: peer for name, peer in PEERS.items() if name in options.only}, case.source
+    batch = case.batch()
+    peers = {name: peer for name, peer in PEERS.items() if name in options.only}
     rows = {name: {"id": name, "peer": peer.name, "status": "ok", "note": ""} for name, peer in peers.items()}
     if any(peer.compiled for peer in peers.values()):
         torch.compiler.reset()  # else, after 8 recompilations for other batches, torch would run eagerly
@@ -218,15 +218,15 @@ def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:
     if not options.no_memory:
         measure_memory(rows, batch, case)
     return {
-        "shape": asdict(source.shape),
-        "tokens": source.tokens,
-        "pairs": source.pairs,
+        "shape": asdict(case.shape),
+        "tokens": case.tokens,
+        "pairs": case.pairs,
         "saturated_pairs": case.saturated,
-        "dtype": next(name for name, dtype in DTYPES.items() if dtype == source.dtype),
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == case.dtype),
         "frozen_head": case.frozen_head,
         "loss": case.loss,
-        "input": {**source.about(), **asdict(sharpness)},
-        "fp32_logits_bytes": 4 * source.tokens * source.shape.vocab,
+        "input": {**case.about(), **batch.sharpness},
+        "fp32_logits_bytes": 4 * case.tokens * case.shape.vocab,
         "plain_pytorch_errors": finite(gate.plain.norms),
         "error_bound": finite(gate.bound),
         "bare_gemm_ms": gemm,
@@ -257,8 +257,7 @@ def recorded(row: dict[str, Any]) -> Iterator[None]:
 def check_peer(row: dict[str, Any], loss: LossFn, batch: Batch, gate: Gate) -> None:
     """Run the peer once and compare; a wrong result makes it a failed row."""
     out = loss(batch)
-    gradients = list(torch.autograd.grad(out.loss, batch.differentiated()))
-    found = gate.errors(out.loss.detach(), gradients)
+    found = gate.errors(out.loss.detach(), batch.gradients(out.loss))
     row |= {"errors": finite(found.norms), "scale_errors": finite(found.scale)}
     if out.kept_share is not None:
         row["kept_share"] = out.kept_share.item()
@@ -272,15 +271,14 @@ def passed(rows: Rows) -> dict[str, LossFn]:
 
 def measure_times(rows: Rows, batch: Batch, repeats: int) -> dict[str, Any]:
     """Times of the peers, into their rows, and of the bare GEMM."""
-    inputs, device = batch.differentiated(), batch.hidden.device
+    device = batch.hidden.device
     steps = {GEMM: Step(lambda: bare_gemm(batch.hidden.detach(), batch.weight.detach()))}
     for name, loss in passed(rows).items():
         forward, guard = partial(lambda loss: loss(batch).loss, loss), partial(recorded, rows[name])
-        steps[name] = Step(forward, lambda value: torch.autograd.grad(value, inputs), guard)
+        steps[name] = Step(forward, batch.gradients, guard)
     # On a CPU, where a run may take minutes, the comparison with float64 was warm-up enough.
     warmup = 0 if device.type == "cpu" else 3
-    with tqdm(total=(warmup + repeats) * len(steps), desc="timing", leave=False, disable=None) as bar:
-        times = measure.interleaved_times(steps, device, warmup, repeats, bar.update)
+    times = measure.interleaved_times(steps, device, warmup, repeats)
     gemm = times.pop(GEMM)["both_ms"]
     for name, found in times.items():
         rows[name] |= found
@@ -313,11 +311,11 @@ def measure_memory(rows: Rows, batch: Batch, case: Case) -> None:
 
 def cpu_memory(name: str, case: Case) -> PeakMemory:
     """Extra memory of one step of a peer; runs in a process of its own (`in_fresh_process`)."""
-    peer, (batch, _) = PEERS[name], case.batch()
+    peer, batch = PEERS[name], case.batch()
     # Libraries and thread stacks come with the first step, whatever its size; compiled code is for this size.
-    source = case.source
-    small = Recipe(replace(source.shape, vocab=1024), 16 * source.pairs, source.pairs, source.dtype, "cpu")
-    gradients_of(peer.loss, batch if peer.compiled else replace(case, source=small).batch()[0])
+    shape, objective = replace(case.shape, vocab=1024), (case.saturated, case.frozen_head, case.loss)
+    small = Recipe(shape, 16 * case.pairs, case.pairs, case.dtype, "cpu", *objective)
+    gradients_of(peer.loss, batch if peer.compiled else small.batch())
     return measure.peak_extra_bytes(partial(gradients_of, peer.loss, batch), torch.device("cpu"))
 
 

@@ -144,14 +144,12 @@ def timed(setup: Setup) -> dict[str, Any]:
         in_fp32 = replace(setup, dtype="fp32")
         errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32, folder))
     steps = {name: Step(contestant.step) for name, contestant in contestants.items()}
-    with tqdm(total=len(NAMES) * setup.repeats, desc=f"{setup.dtype}, time", leave=False) as bar:
 
-        def tick() -> None:
-            for contestant in contestants.values():
-                contestant.gradients()
-            bar.update()
+    def tidy() -> None:
+        for contestant in contestants.values():
+            contestant.gradients()
 
-        times = interleaved_times(steps, CPU, 0, setup.repeats, tick)  # the first step of each is behind it
+    times = interleaved_times(steps, CPU, 0, setup.repeats, tidy)  # the first step of each is behind it
     batch = contestants[TRL].inputs
     is_token, is_completion = batch["attention_mask"], batch["completion_mask"]
     tokens, completion_tokens = int(is_token.sum()), int(is_completion[:, 1:].sum())

@@ -9,19 +9,17 @@ compile candidates into Triton's cache. One process measures them; if a candidat
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
+import faulthandler
 import functools
 import itertools
 import math
 import multiprocessing
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +33,7 @@ from torch.utils.benchmark import Timer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import parser_of
-from benchmarks.inputs import Case, Recipe, Shape, calibrate
+from benchmarks.inputs import Recipe, Shape, calibrate
 from benchmarks.peers import first_line
 from benchmarks.report import DTYPES, write_json
 from benchmarks.resources import compiled_launches, launch_head
@@ -45,7 +43,7 @@ from focalkern import linear_logps, triton_launch
 from focalkern.records import OUTPUTS
 
 GAIN = 0.97  # an entry replaces the shipped one if it takes at most this share of its time
-START_SECONDS = 75  # for a process to come up: imports, input, first launches
+START_SECONDS = 75  # for the input of a new process, and its first launches
 CANDIDATE_SECONDS = 15  # to measure one
 CONFIRM_SHARE = 0.15  # of the time, to measure each kernel's best again beside the shipped entry
 FEW_TOKENS = 512  # of which a kept block has about 20 rows
@@ -104,8 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True, metavar="PATH", help="the table")
     options = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print(f"tune.py needs a CUDA device; torch {torch.__version__} sees none", file=sys.stderr)
-        return 2
+        parser.exit(2, f"tune.py needs a CUDA device; torch {torch.__version__} sees none\n")
     device = torch.device("cuda", torch.cuda.current_device())
     shared_bytes = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
     setting = Setting(triton_launch.arch_of(device), shared_bytes)
@@ -183,8 +180,32 @@ def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
 # Measuring
 
 
+class Measurer:
+    """The process that measures: it starts with the first candidate, and anew after one that ended it."""
+
+    pool: ProcessPoolExecutor | None = None
+
+    def measure(self, setting: Setting, job: Job) -> dict[str, Any]:
+        seconds = CANDIDATE_SECONDS + (0 if self.pool else START_SECONDS)
+        self.pool = self.pool or ProcessPoolExecutor(1, mp_context=SPAWN)
+        try:
+            return self.pool.submit(within, seconds, measure, setting, *job).result()
+        except Exception as error:  # of a process that has ended, or whose CUDA calls all raise
+            self.pool.shutdown()
+            self.pool = None
+            return {"status": "lost", "note": first_line(error)}
+
+
+def within(seconds: float, function: Callable, *arguments: Any) -> Any:
+    """The function's result; this process ends if there is none in time, also where it hangs in CUDA."""
+    faulthandler.dump_traceback_later(seconds, exit=True)
+    result = function(*arguments)
+    faulthandler.cancel_dump_traceback_later()  # not after an exception: to end may hang as well
+    return result
+
+
 def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
-    """What came of it. The status: "ok", "wrong", "failed", or "lost" if this process cannot go on."""
+    """What came of it. The status: "ok", "wrong" or "failed"; raises if this process cannot go on."""
     try:
         entries = setting.shipped(name), entry, entry
         (expected, _), (results, launches), (again, _) = (launched(setting, name, each) for each in entries)
@@ -194,13 +215,9 @@ def measure(setting: Setting, name: str, entry: Launch) -> dict[str, Any]:
             return {"status": "wrong", "note": "differs from run to run"}
         return {"status": "ok", "ms": milliseconds(launches)}
     except Exception as error:  # whatever a candidate raises, the others are still to be measured
-        row = {"status": "failed", "note": first_line(error)}
-    try:
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-    except RuntimeError:  # after an illegal access every call raises
-        row["status"] = "lost"
-    return row
+            torch.cuda.synchronize()  # after an illegal access every call raises
+        return {"status": "failed", "note": first_line(error)}
 
 
 def launched(setting: Setting, name: str, entry: Launch) -> tuple[list[torch.Tensor], list[Callable]]:
@@ -237,10 +254,10 @@ def inputs(setting: Setting) -> tuple[torch.Tensor, ...]:
     device = "cpu" if setting.arch == "interpret" else "cuda"
     shape = Shape("tuned", setting.hidden, setting.vocab)
     recipe = Recipe(shape, setting.tokens, 4, DTYPES[setting.dtype], device)
-    batch = Case(calibrate(recipe, setting.sharpness), saturated=0, frozen_head=False, loss="dpo").batch()[0]
+    batch = calibrate(recipe, setting.sharpness).batch()
     g = torch.full((setting.tokens,), 0.01, device=device)
     g[: setting.tokens // 2] *= -1
-    return *batch.differentiated(), batch.labels, g
+    return batch.hidden, batch.weight, batch.labels, g
 
 
 def agree(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -263,51 +280,22 @@ def milliseconds(launches: list[Callable]) -> float:
     return 1e3 * Timer("run()", globals={"run": run}).timeit(1).median
 
 
-class Measurer:
-    """The process that measures: it starts with the first candidate, and anew after one that ended it."""
-
-    pool: ProcessPoolExecutor | None = None
-
-    def measure(self, setting: Setting, job: Job) -> dict[str, Any]:
-        seconds = CANDIDATE_SECONDS
-        if self.pool is None:
-            seconds += START_SECONDS
-            self.pool = ProcessPoolExecutor(1, mp_context=SPAWN)
-            self.pid = self.pool.submit(os.getpid).result()
-        try:
-            row = self.pool.submit(measure, setting, *job).result(seconds)
-        except concurrent.futures.TimeoutError:
-            row = {"status": "lost", "note": f"no answer in {seconds} s"}
-        except BrokenProcessPool:
-            row = {"status": "lost", "note": "ended the process"}
-        if row["status"] == "lost":
-            self.close()
-        return row
-
-    def close(self) -> None:
-        if self.pool is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-            self.pool.shutdown()
-            self.pool = None
-
-
 # The sweep
 
 
 def sweep(setting: Setting, jobs: list[Job], path: Path, seconds: float) -> Rows:
     """Measure, as it is compiled, what there is time for; then the best again, beside the shipped entries."""
     deadline = time.monotonic() + seconds
+    measurer = Measurer()
     rows: Rows = {}
-    with contextlib.closing(Measurer()) as measurer:
-        for job, error in compiled(setting, jobs, deadline - CONFIRM_SHARE * seconds):
-            rows[job] = {"status": "failed", "note": error} if error else measurer.measure(setting, job)
-            write(rows, setting, path)
-        for name, entry in chosen(rows, setting).items():
-            for job in ((name, setting.shipped(name)), (name, entry)):
-                if time.monotonic() < deadline:
-                    rows[job] = measurer.measure(setting, job)
-                    write(rows, setting, path)
+    for job, error in compiled(setting, jobs, deadline - CONFIRM_SHARE * seconds):
+        rows[job] = {"status": "failed", "note": error} if error else measurer.measure(setting, job)
+        write(rows, setting, path)
+    for name, entry in chosen(rows, setting).items():
+        for job in ((name, setting.shipped(name)), (name, entry)):
+            if time.monotonic() < deadline:
+                rows[job] = measurer.measure(setting, job)
+                write(rows, setting, path)
     return rows
 
 

@@ -1,9 +1,10 @@
-"""What the benchmark rests on: the float64 gate, the input, interleaved times, and peak memory."""
+"""What the benchmark rests on: the float64 gate, the peers, the input, interleaved times and peak memory."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import subprocess
 
@@ -12,29 +13,37 @@ import torch
 
 from benchmarks import check, report
 from benchmarks.check import Gate
-from benchmarks.inputs import BETA, PRESENT, Batch, LogitTransform, Recipe, Sequences, Shape, calibrate
+from benchmarks.inputs import BETA, OBJECTIVES, PRESENT, Batch, Recipe, Sequences, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Unavailable, compiler_problem
+from focalkern.records import LogitTransform
 from focalkern.reference import linear_logps
 
 CPU = torch.device("cpu")
 PLAIN, CAPPED = LogitTransform(), LogitTransform(softcap=5.0)
 SCALED = LogitTransform(softcap=5.0, logit_scale=0.5)
+PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
 
 
 def tiny_batch(transform: LogitTransform = PLAIN, dtype=torch.float32, bias: bool = True) -> Batch:
     """Sequences of 1 to 30 tokens and a head with a bias, as a capture may have them."""
     shape = Shape("tiny", 24, 300, transform.softcap, transform.logit_scale)
-    batch, _ = Recipe(shape, 48, 2, dtype, "cpu", scale=4.0).batch()
+    batch = Recipe(shape, 48, 2, dtype, "cpu", scale=4.0).batch()
     batch.sequences = Sequences(torch.tensor([0, 12, 13, 18, 48]))
     batch.bias = torch.linspace(-1, 1, 300).to(dtype) if bias else None
-    return batch.requires_grad_(frozen_head=False)
+    return batch
 
 
-def step(name: str, batch: Batch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+def step(name: str, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and gradients of a peer."""
     loss = PEERS[name].loss(batch).loss
-    return loss.detach(), list(torch.autograd.grad(loss, batch.differentiated()))
+    return loss.detach(), batch.gradients(loss)
+
+
+def require(name: str) -> None:
+    pytest.importorskip(PACKAGES.get(name, "torch"), reason="the extra `bench` has it")
+    if PEERS[name].compiled and (problem := compiler_problem("cpu")):
+        pytest.skip(f"torch.compile does not work here: {problem}")
 
 
 @pytest.mark.parametrize("transform", [PLAIN, CAPPED, SCALED])
@@ -51,32 +60,29 @@ def test_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
     gate = Gate(batch)
     assert len(gate.rows) == 48 and len(gate.vocab) > 100
     torch.testing.assert_close(gate.truth.losses, losses)
-    torch.testing.assert_close(gate.truth.dhidden, dhidden[gate.rows])
-    torch.testing.assert_close(gate.truth.dweight, dweight[gate.vocab])
-
-
-WRONG = {
-    "too long": lambda loss, gradients: (loss, [1.03 * gradient for gradient in gradients]),
-    "dweight too short": lambda loss, gradients: (loss, [gradients[0], gradients[1] / 1.03]),
-    "loss too large": lambda loss, gradients: (1.05 * loss, gradients),
-    "loss too small": lambda loss, gradients: (loss / 1.05, gradients),
-}
+    gradients = {"dhidden": dhidden[gate.rows], "dweight": dweight[gate.vocab]}
+    torch.testing.assert_close(gate.truth.gradients, gradients)
 
 
 @pytest.mark.parametrize(
     ("name", "entries"), [("torch", 16), ("torch", None), ("torch-exact", 50), ("eager", 16), ("trl", 50)]
 )
 def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, entries):
-    pytest.importorskip("trl" if name == "trl" else "torch", reason="extra `bench`")
+    require(name)
     recipe = Recipe(Shape("small", 64, 4096), 256, 4, torch.bfloat16, "cpu", scale=None)
-    batch, _ = (calibrate(recipe, entries) if entries else recipe).batch()
-    gate = Gate(batch.requires_grad_(frozen_head=False))
-    right = step(name, batch)
-    assert gate.verdict(gate.errors(*right)) == ""
-    steps = {what: change(*right) for what, change in WRONG.items()}
+    batch = (calibrate(recipe, entries) if entries else recipe).batch()
+    gate = Gate(batch)
+    loss, found = step(name, batch)
+
+    def verdict(of_loss: float, of_dhidden: float, of_dweight: float) -> str:  # with these factors
+        gradients = {"dhidden": of_dhidden * found["dhidden"], "dweight": of_dweight * found["dweight"]}
+        return gate.verdict(gate.errors(of_loss * loss, gradients))
+
+    assert verdict(1, 1, 1) == ""
+    wrong = [(1, 1.03, 1), (1, 1, 1 / 1.03), (1.05, 1, 1), (1 / 1.05, 1, 1)]
+    assert [factors for factors in wrong if not verdict(*factors)] == []
     beta = dataclasses.replace(batch.objective, beta=0.11)
-    steps["beta too large"] = step(name, dataclasses.replace(batch, objective=beta))
-    assert [what for what, found in steps.items() if not gate.verdict(gate.errors(*found))] == []
+    assert gate.verdict(gate.errors(*step(name, dataclasses.replace(batch, objective=beta))))
 
 
 def test_nan_outside_the_sample_is_seen(monkeypatch):
@@ -85,28 +91,75 @@ def test_nan_outside_the_sample_is_seen(monkeypatch):
     gate = Gate(batch)
     loss, gradients = step("eager", batch)
     outside = next(row for row in range(300) if row not in gate.vocab.tolist())
-    gradients[1][outside, 3] = torch.nan
+    gradients["dweight"][outside, 3] = torch.nan
     assert gate.verdict(gate.errors(loss, gradients)) == "wrong: error of dweight beyond the bound"
+
+
+def test_pairs_that_differ_by_rounding_alone_have_no_adaptive_margin():
+    logps, lengths = torch.tensor([-10.0, -12.0, -20.0, -9.0]), torch.tensor([5, 4, 8, 3])
+    objective = OBJECTIVES["alpha-dpo"]
+    losses = objective.losses(logps, logps * (1 + torch.tensor([1e-7, 0.0, 0.0, 1e-7])), lengths)
+    without = dataclasses.replace(objective, alpha=0.0)
+    torch.testing.assert_close(losses, without.losses(logps, logps, lengths))
+
+
+@pytest.mark.parametrize(
+    ("name", "transform"),
+    [
+        ("torch", SCALED), ("torch-exact", SCALED), ("eager", SCALED), ("trl", SCALED), ("compile", CAPPED),
+        ("cce-compile", CAPPED), ("liger", PLAIN), ("torch-lce", PLAIN),
+    ],
+)  # fmt: skip
+def test_peers_compute_every_loss_they_have(name, transform):
+    require(name)
+    batches = [tiny_batch(transform, bias=name != "cce-compile") for _ in range(2)]
+    batches[1].ref_logps *= 1.1  # alpha-DPO's statistics are those of the batch, not of the batches so far
+    for objective, batch in itertools.product(OBJECTIVES.values(), batches):
+        batch.objective = objective
+        if name == "liger" and objective.name in ("focalpo", "alpha-dpo"):
+            with pytest.raises(Unavailable, match=f"Liger has no {objective.name}"):
+                step(name, batch)
+            continue
+        gate = Gate(batch)
+        assert gate.verdict(gate.errors(*step(name, batch))) == "", objective.name
+
+
+@pytest.mark.parametrize(
+    ("name", "transform", "reason"),
+    [
+        ("liger", CAPPED, "no softcap"),
+        ("torch-lce", CAPPED, "no softcap"),
+        ("torch-lce-rows", LogitTransform(logit_scale=0.5), "no logit scale"),
+        ("cce-compile", PLAIN, "no bias"),
+    ],
+)
+def test_peer_that_lacks_what_the_head_needs_says_so(name, transform, reason):
+    require(name)
+    with pytest.raises(Unavailable, match=reason):
+        step(name, tiny_batch(transform))
 
 
 @pytest.mark.parametrize("entries", [16, 200])
 def test_input_is_as_sharp_as_asked_and_its_labels_follow_the_softmax(entries):
     recipe = calibrate(Recipe(Shape("small", 64, 8192), 512, 2, torch.float32, "cpu"), entries)
-    batch, sharpness = recipe.batch()
+    batch = recipe.batch()
+    nll, entropy, found = batch.sharpness.values()
     # The number varies from row to row by about its own size; calibration and sample take a hundred or more.
-    assert sharpness.entries == pytest.approx(entries, rel=0.25)
+    assert found == pytest.approx(entries, rel=0.25)
     logps = (batch.hidden @ batch.weight.T).log_softmax(-1)
     present = (logps.exp() > PRESENT).sum(-1).double().mean().item()
-    assert sharpness.entries == pytest.approx(present, rel=1e-3)
-    assert sharpness.entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-3)
+    assert found == pytest.approx(present, rel=1e-3)
+    assert entropy == pytest.approx(-(logps.exp() * logps).sum(-1).mean().item(), rel=1e-3)
     # Labels drawn from the softmax have its entropy as their expected NLL.
-    assert sharpness.nll == pytest.approx(sharpness.entropy, rel=0.25)
+    assert nll == pytest.approx(entropy, rel=0.25)
 
 
 def test_saturated_pairs_have_next_to_no_gradient():
-    batch, _ = Recipe(Shape("tiny", 24, 300), 48, 4, torch.float32, "cpu", scale=4.0).batch(saturated_pairs=3)
-    _, (dhidden,) = step("eager", batch.requires_grad_(frozen_head=True))
-    per_pair = dhidden.view(2, 4, -1).norm(dim=(0, 2))
+    shape, saturated, frozen_head = Shape("tiny", 24, 300), 3, True
+    recipe = Recipe(shape, 48, 4, torch.float32, "cpu", saturated, frozen_head, scale=4.0)
+    _, gradients = step("eager", recipe.batch())
+    assert list(gradients) == ["dhidden"]
+    per_pair = gradients["dhidden"].view(2, 4, -1).norm(dim=(0, 2))
     assert (per_pair[:3] < 1e-6 * per_pair[3]).all()
 
 

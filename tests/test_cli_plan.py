@@ -17,7 +17,6 @@ from peft import LoraConfig
 from PIL import Image
 from trl_tiny import TOKENIZER, random_model, settings, trainer_of
 
-from benchmarks import plans
 from focalkern import linear_logps
 from focalkern.cli import budget
 from focalkern.cli.budget import GIB, Budget, Engine
@@ -352,22 +351,6 @@ def test_a_recipe_that_does_not_fit_says_what_does(cached, capsys):
     for options in found:
         batch = "" if "batch" in options else "--per_device_train_batch_size 8"
         assert run(f"{options} {batch} --row") == 0
-
-
-def test_the_table_in_the_docs_is_up_to_date(cached, capsys):
-    assert plans.main(["--check"]) == 0, capsys.readouterr().out
-
-
-def test_a_table_that_is_out_of_date_is_noticed_and_written(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(plans, "ROOT", tmp_path)
-    monkeypatch.setattr(plans, "PAGE", tmp_path / "training.md")
-    monkeypatch.setattr(plans, "table", lambda: "| 24.0 |")
-    (tmp_path / "training.md").write_text(f"before\n{plans.BEGIN}\n\n| 23.9 |\n\n{plans.END}\nafter\n")
-    assert plans.main(["--check"]) == 1
-    assert capsys.readouterr().out == "training.md: the plans are out of date: make report\n"
-    assert plans.main() == 0
-    assert plans.main(["--check"]) == 0
-    assert "before\n" in (text := (tmp_path / "training.md").read_text()) and text.endswith("\nafter\n")
 
 
 def test_nothing_fits(cached, capsys):
