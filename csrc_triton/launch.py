@@ -160,11 +160,12 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_100": {16: _BLACKWELL, 32: _FP32_BLACKWELL},
     "sm_120": {16: _AMPERE, 32: _FP32},
 }
-# Products of dz and weight that are held at once, of at least this many columns. 24 MiB, with the sums of
-# 8192 rows, fit into an A100's L2 cache (40 MB). sm_90 and sm_100 have memory fast enough for fewer, larger
-# launches; the L2 cache of sm_86 is too small (6 MB).
+# Products of dz and weight are held for this many columns of dhidden at least, or a multiple.
 PRODUCT_COLUMNS = 256
-_PRODUCT_MIB = {"sm_80": 24, "sm_86": 112, "sm_89": 24, "sm_90": 112, "sm_100": 112, "sm_120": 24}
+# Bytes of products and sums that stay in the L2 cache, 40 MB on an A100; other data takes some 20 MB a round,
+# which would push them out but for their priority. The memory of sm_90 and sm_100 is fast enough for fewer,
+# larger launches; the L2 cache of sm_86 is too small.
+PRODUCTS_IN_L2 = dict.fromkeys(("sm_80", "sm_89", "sm_120"), 32 * 2**20)
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
 _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))
 
@@ -175,10 +176,6 @@ def launch_config(kernel: str, arch: str, element_bits: int) -> Launch:
     if arch == "interpret":
         return _INTERPRET[kernel]
     return LAUNCH_TABLE[_nearest(arch)][element_bits][kernel]
-
-
-def product_bytes(arch: str) -> int:
-    return _PRODUCT_MIB["sm_90" if arch == "interpret" else _nearest(arch)] * 2**20
 
 
 def _nearest(arch: str) -> str:

@@ -131,6 +131,7 @@ def linear_logps_certified_product_kernel(
     columns,
     sizes,  # of this product
     tile,  # pairs × hidden size over 128
+    EVICTION: tl.constexpr,  # of product from L2
 ):
     """What each pair adds to its row of dhidden: dz @ weight[block], some columns of it."""
     num_n = tl.cdiv(columns, tile.n)
@@ -156,7 +157,7 @@ def linear_logps_certified_product_kernel(
 
     m_out = m_pair[:, None] & (o_n < columns)[None, :]
     p_out = product_ptr + place * columns + o_pair[:, None] * columns + o_n[None, :]
-    tl.store(p_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out)
+    tl.store(p_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out, eviction_policy=EVICTION)
 
 
 @triton.jit(do_not_specialize=["first_place", "first_row", "i_part", "num_parts"])
@@ -176,6 +177,7 @@ def linear_logps_certified_dhidden_kernel(
     num_parts,
     BLOCK_N: tl.constexpr,  # hidden size
     BLOCK_K: tl.constexpr,  # pairs
+    EVICTION: tl.constexpr,  # of product and sum from L2
 ):
     """One row per program: what its pairs add, on top of the sum of the parts before."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -191,14 +193,16 @@ def linear_logps_certified_dhidden_kernel(
         m_k = i_k + o_k < end
         o_place = tl.load(row_places_ptr + i_k + o_k, mask=m_k, other=first_place) - first_place
         p_product = product_ptr + o_place[:, None] * columns + o_n[None, :]
-        b_acc += tl.load(p_product, mask=m_k[:, None] & m_n[None, :], other=0.0).to(tl.float32)
+        m_product = m_k[:, None] & m_n[None, :]
+        b_product = tl.load(p_product, mask=m_product, other=0.0, eviction_policy=EVICTION)
+        b_acc += b_product.to(tl.float32)
     b_sum = tl.sum(b_acc, axis=0)
 
     p_sum = sum_ptr + i_row * columns + o_n
     if i_part > 0:
-        b_sum += tl.load(p_sum, mask=m_n, other=0.0)
+        b_sum += tl.load(p_sum, mask=m_n, other=0.0, eviction_policy=EVICTION)
     if i_part < num_parts - 1:
-        tl.store(p_sum, b_sum, mask=m_n)
+        tl.store(p_sum, b_sum, mask=m_n, eviction_policy=EVICTION)
     else:
         p_dhidden = dhidden_ptr + (first_row + i_row) * H + o_h
         tl.store(p_dhidden, b_sum.to(dhidden_ptr.dtype.element_ty), mask=m_n)

@@ -15,7 +15,14 @@ import torch
 import triton
 import triton.language as tl
 
-from csrc_triton.launch import GROUP_M, NARROW_COLUMNS, VOCAB_BLOCK, Launch, launch_config, product_bytes
+from csrc_triton.launch import (
+    GROUP_M,
+    NARROW_COLUMNS,
+    PRODUCTS_IN_L2,
+    VOCAB_BLOCK,
+    Launch,
+    launch_config,
+)
 from focalkern.distributed import AsyncReduction
 from focalkern.products import ExactGradients
 from focalkern.records import Chunk, Gradients, Head, Needs, Sizes, Tile
@@ -83,8 +90,9 @@ def product_entry(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> 
     return Entry(replace(config, block_n=min(config.block_n, power_of_two(width))), hidden.dtype)
 
 
-def product_bytes_of(device: torch.device) -> int:
-    return product_bytes(arch_of(device))
+def products_in_l2(device: torch.device) -> int | None:
+    """Bytes of products and sums that stay there; None where they are not meant to."""
+    return PRODUCTS_IN_L2.get(arch_of(device))
 
 
 def sizes_of(head: Head) -> Sizes:

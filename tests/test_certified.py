@@ -303,7 +303,7 @@ def test_products_of_some_blocks_at_a_time_add_up_to_those_of_all(options, backe
     whole = measure(problem, backend)[1]
     assert max(numbers) == 1
     numbers.clear()
-    monkeypatch.setattr(triton_certified, "product_bytes_of", lambda device: 20_000)
+    monkeypatch.setattr(triton_certified, "products_in_l2", lambda device: 60_000)
     in_parts = measure(problem, backend)[1]
     assert min(numbers) > 1
     for name, gradient in in_parts.items():

@@ -1,14 +1,14 @@
 """The certified backward by Triton kernels: dz of the kept pairs, then dweight per block and dhidden per row.
 
-The workspace is dz and its products with weight. The lists of pairs, about 50 bytes a pair, and the sums of
-products, 1 KiB a row, come on top.
+The workspace is dz, its products with weight, and sums of these. The lists of pairs come on top, about 50
+bytes a pair.
 
 dz is kept for all pairs at once where the workspace holds it. Where it does not, dweight is made of some
 blocks at a time and dhidden of some rows at a time, and dz is formed for each.
 
 dhidden is made of some columns at a time. The products of a few blocks are added to the sums of their rows
-before the products of the next blocks take their place. In an L2 cache that holds both, most of them never
-go to memory.
+before the products of the next blocks take their place. Where an L2 cache holds both, they need not go to
+memory.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from focalkern.triton_launch import (
     head_tile,
     on_device,
     power_of_two,
-    product_bytes_of,
     product_entry,
+    products_in_l2,
     sizes_of,
     with_aligned_update,
 )
@@ -53,7 +53,9 @@ def certified_backward(
     needs_hidden, needs_weight_or_bias = any(needs.of_hidden), any((*needs.of_weight, needs.bias))
 
     pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
-    for_products = min(product_bytes_of(g.device), workspace_bytes // 2) if needs_hidden else 0
+    for_products = (
+        min(products_in_l2(g.device) or workspace_bytes, workspace_bytes // 2) if needs_hidden else 0
+    )
     most_pairs = max((workspace_bytes - for_products) // pair_bytes, 1)
     with on_device(head.hidden):
         if counts.total <= most_pairs:
@@ -196,7 +198,7 @@ class _Step:
     def write_dhidden(
         self, group: _Group, dz: torch.Tensor, rows: tuple[int, int], for_products: int
     ) -> None:
-        """These rows in dhidden of each product, by products of so many bytes at a time."""
+        """These rows in dhidden of each product, in so many bytes for products and sums."""
         if not len(dz):
             return
         n, dtype = rows[1] - rows[0], _product_dtype(dz)
@@ -206,9 +208,10 @@ class _Step:
                 continue
             width, found = weight.shape[1], product_entry("certified_product", hidden, self.few_rows)
             at_least = min(PRODUCT_COLUMNS, power_of_two(width))
-            parts = self._parts(group, rows, for_products // (at_least * dtype.itemsize))
+            free = max(for_products - n * at_least * torch.float32.itemsize, for_products // 4)
+            parts = self._parts(group, rows, free // (at_least * dtype.itemsize))
             most_pairs = max(part.group.num_pairs for part in parts)
-            columns = max(for_products // (most_pairs * dtype.itemsize * at_least), 1) * at_least
+            columns = max(free // (most_pairs * dtype.itemsize * at_least), 1) * at_least
             columns = min(columns, triton.cdiv(width, at_least) * at_least)
             product = torch.empty((most_pairs, columns), dtype=dtype, device=dz.device)
             # A single part needs no sums.
@@ -217,6 +220,9 @@ class _Step:
             all_tiles = [part.group.tiles(found.config.block_m) for part in parts]
             sizes, tile = Sizes(*weight.shape), found.tile(VOCAB_BLOCK)
             for first in range(0, width, columns):
+                # The last round leaves nothing in L2 that would stay there.
+                stays = products_in_l2(dz.device) is not None and first + columns < width
+                eviction = "evict_last" if stays else ""
                 for i_part, (part, tiles) in enumerate(zip(parts, all_tiles, strict=True)):
                     grid = (len(tiles.block) * triton.cdiv(columns, found.config.block_n),)
                     kernels.linear_logps_certified_product_kernel[grid](
@@ -229,6 +235,7 @@ class _Step:
                         columns,
                         sizes,
                         tile,
+                        EVICTION=eviction,
                         **found.options,
                     )
                     kernels.linear_logps_certified_dhidden_kernel[(n, triton.cdiv(columns, at_least))](
@@ -247,6 +254,7 @@ class _Step:
                         len(parts),
                         BLOCK_N=at_least,
                         BLOCK_K=8,
+                        EVICTION=eviction,
                         num_warps=1,
                         **OPTIONS,
                     )
