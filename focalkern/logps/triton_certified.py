@@ -14,7 +14,7 @@ memory.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -53,17 +53,23 @@ def certified_backward(
     needs_hidden, needs_weight_or_bias = any(needs.of_hidden), any((*needs.of_weight, needs.bias))
 
     pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
-    for_products = (
-        min(products_in_l2(g.device) or workspace_bytes, workspace_bytes // 2) if needs_hidden else 0
-    )
+    for_products = workspace_bytes // 2 if needs_hidden else 0
+    if (in_l2 := products_in_l2(g.device)) is not None:
+        for_products = min(for_products, in_l2)
     most_pairs = max((workspace_bytes - for_products) // pair_bytes, 1)
     with on_device(head.hidden):
         if counts.total <= most_pairs:
             dz = step.dz(step.all_pairs)
+            write_dweight = partial(step.write_dweight, step.all_pairs, dz, (0, len(counts.per_block)))
+            # dhidden takes hundreds of launches, for which dweight gives the host time. Where shards add
+            # dhidden up, that runs beside dweight.
+            if reduction is None:
+                write_dweight()
             if needs_hidden:
                 step.write_dhidden(step.all_pairs, dz, (0, len(counts.per_row)), for_products)
             gradients.start_reduction()
-            step.write_dweight(step.all_pairs, dz, (0, len(counts.per_block)))
+            if reduction is not None:
+                write_dweight()
             return gradients.result()
 
         if needs_hidden:
@@ -217,16 +223,16 @@ class _Step:
             # A single part needs no sums.
             sums = torch.empty((n if len(parts) > 1 else 0, columns), dtype=torch.float32, device=dz.device)
 
-            all_tiles = [part.group.tiles(found.config.block_m) for part in parts]
+            inputs = [(dz[part.first_place :], part.group.tiles(found.config.block_m)) for part in parts]
             sizes, tile = Sizes(*weight.shape), found.tile(VOCAB_BLOCK)
             for first in range(0, width, columns):
                 # The last round leaves nothing in L2 that would stay there.
                 stays = products_in_l2(dz.device) is not None and first + columns < width
                 eviction = "evict_last" if stays else ""
-                for i_part, (part, tiles) in enumerate(zip(parts, all_tiles, strict=True)):
+                for i_part, (part, (part_dz, tiles)) in enumerate(zip(parts, inputs, strict=True)):
                     grid = (len(tiles.block) * triton.cdiv(columns, found.config.block_n),)
                     kernels.linear_logps_certified_product_kernel[grid](
-                        dz[part.first_place :],
+                        part_dz,
                         weight,
                         part.group.pairs,
                         tiles,
