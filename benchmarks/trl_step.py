@@ -139,10 +139,8 @@ def compare(setup: Setup) -> dict[str, Any]:
 
 def timed(setup: Setup) -> dict[str, Any]:
     """The batch and, for each of NAMES, errors, times and operations."""
-    with tempfile.TemporaryDirectory() as folder:
-        contestants = {name: build(name, setup, folder) for name in NAMES}
-        in_fp32 = replace(setup, dtype="fp32")
-        errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32, folder))
+    contestants, in_fp32 = {name: build(name, setup) for name in NAMES}, replace(setup, dtype="fp32")
+    errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32))
     steps = {name: Step(contestant.step) for name, contestant in contestants.items()}
 
     def tidy() -> None:
@@ -210,11 +208,11 @@ def show(found: dict[str, Any]) -> None:
     print(f"\nErrors relative to TRL in fp32:\n{errors.to_string(float_format='{:.3g}'.format)}\n")
 
 
-def build(name: str, setup: Setup, folder: str) -> Contestant:
+def build(name: str, setup: Setup) -> Contestant:
     """One of NAMES, with models of its own, and the first batch of the data."""
     pairs, tokenizer = text()
     options = {
-        "output_dir": folder,
+        "output_dir": tempfile.gettempdir(),  # nothing is written there
         "report_to": "none",
         "use_cpu": True,
         "bf16": setup.dtype == "bf16",
@@ -310,19 +308,18 @@ def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str
 def memory_of(name: str, setup: Setup) -> PeakMemory:
     """Extra memory of a step; runs in a process of its own."""
     settle()
-    with tempfile.TemporaryDirectory() as folder:
-        contestant = build(name, setup, folder)
+    contestant = build(name, setup)
 
-        def step() -> list[torch.Tensor]:
-            contestant.step()
-            return contestant.gradients()
+    def step() -> list[torch.Tensor]:
+        contestant.step()
+        return contestant.gradients()
 
-        # Libraries and thread stacks come with the first step, whatever its size.
-        batch = contestant.inputs
-        contestant.inputs = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
-        step()
-        contestant.inputs = batch
-        return peak_extra_bytes(step, CPU)
+    # Libraries and thread stacks come with the first step, whatever its size.
+    batch = contestant.inputs
+    contestant.inputs = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
+    step()
+    contestant.inputs = batch
+    return peak_extra_bytes(step, CPU)
 
 
 if __name__ == "__main__":
