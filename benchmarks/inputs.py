@@ -308,9 +308,7 @@ class Batch:
     sharpness: dict[str, float]  # of the softmax: nll, entropy and entries above 2^-12, means over the rows
 
     def losses(self, logps: torch.Tensor) -> torch.Tensor:  # [2B] -> [B]
-        """The objective, given the log-probs of the sequences."""
-        lengths = self.sequences.cu_seqlens.diff()
-        return losses_by_formula(self.objective, logps, self.ref_logps, lengths)
+        return losses_by_formula(self.objective, logps, self.ref_logps, self.sequences.cu_seqlens.diff())
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """dhidden, and dweight unless the head is frozen."""

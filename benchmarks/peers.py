@@ -18,7 +18,6 @@ from benchmarks.inputs import Batch, transformed
 from focalkern import FusedFocalPOLoss
 from focalkern.records import LogitTransform
 
-LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
 QUACK_ROWS = 4096  # QuACK's default chunk
 
 
@@ -178,7 +177,7 @@ def cce(impl: str, batch: Batch) -> PeerLoss:
 
 
 def torch_lce(rows: int | None, batch: Batch) -> PeerLoss:
-    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or in chunks of `rows`.
+    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or, faster, in chunks of `rows`.
 
     The log-probs are rounded to the dtype of the inputs, which for large ones exceeds the bound of the loss.
     """
@@ -226,7 +225,6 @@ def require(batch: Batch, name: str, *has: str) -> None:
 
 
 def ours(backend: str, backward: str, batch: Batch) -> PeerLoss:
-    """This library."""
     if backend == "triton" and not batch.hidden.is_cuda:
         raise Unavailable("the triton backend needs a CUDA device")
     loss_fn = configured(batch.objective, batch.transform, backend, backward)
@@ -258,7 +256,7 @@ PEERS = {
     "cce": Peer("CCE", partial(cce, "cce")),
     "cce-compile": Peer("CCE (torch_compile)", partial(cce, "torch_compile"), compiled=True),
     "torch-lce": Peer("PyTorch LCE", partial(torch_lce, None)),
-    "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(torch_lce, LCE_ROWS)),
+    "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(torch_lce, 2048)),
     "quack": Peer("QuACK chunked", partial(quack, False)),
     "quack-fused": Peer("QuACK fused", partial(quack, True)),
 }
