@@ -39,8 +39,6 @@ from quickstart_parts import Policy, at_least, load_policy
 from benchmarks import parser_of
 from benchmarks.inputs import Capture
 
-Completion = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden [T, H], labels [T], ref_logps []
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = parser_of(__doc__)
@@ -105,8 +103,8 @@ def captured(args: argparse.Namespace) -> Capture:
 
 
 @torch.no_grad()
-def completions(batch: Batch, policy: Policy, reference: Policy) -> list[Completion]:
-    """The chosen one, and the rejected."""
+def completions(batch: Batch, policy: Policy, reference: Policy) -> list[tuple[torch.Tensor, ...]]:
+    """The chosen one, and the rejected: hidden states [T, H], labels [T] and reference log-prob []."""
     scored = batch.labels[:, 1:] != IGNORE_INDEX
     labels, lengths = batch.labels[:, 1:][scored], scored.sum(-1).tolist()
     hidden, logits = policy.through_head(batch)

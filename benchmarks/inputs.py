@@ -68,53 +68,39 @@ _MODELS = (
 SHAPES = {shape.name: shape for shape in _MODELS}
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A preference loss, by the arguments of `FusedFocalPOLoss` and, float64 included, by its formula."""
-
-    name: str
-    beta: float
-    gamma: float
-    margin: float
-    alpha: float
-    reference_free: bool
-    length_normalize: bool
-
-    def losses(
-        self,
-        logps: torch.Tensor,  # [2B] sums over the tokens of a sequence, chosen first; fp32 or float64
-        ref_logps: torch.Tensor,  # [2B]
-        lengths: torch.Tensor,  # [2B]
-    ) -> torch.Tensor:  # [B]
-        ref_logps = ref_logps.to(logps.dtype)
-        if self.length_normalize:
-            logps, ref_logps = logps / lengths, ref_logps / lengths
-        margin = self.margin
-        if self.alpha:
-            margin = margin + self.alpha * self._adaptive_margin(logps.detach(), ref_logps)
-        refs = (0.0, 0.0) if self.reference_free else ref_logps.chunk(2)
-        return pair_losses(*logps.chunk(2), *refs, beta=self.beta, gamma=self.gamma, margin=margin)
-
-    def _adaptive_margin(self, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:  # [B]
-        """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
-        chosen, rejected = (logps - ref_logps).chunk(2)
-        margin = self.beta * (chosen - rejected)
-        rounding = ROUNDING * self.beta * (logps.abs().max() + ref_logps.abs().max())
-        std = margin.std(correction=min(1, len(margin) - 1))
-        return torch.where(std > rounding, (margin - margin.mean()) / std, 0.0)
-
-
-_PRESETS = {
+# The preference losses, by the name that `--loss` takes. Without momentum, the running mean and deviation of
+# alpha-DPO's margins are those of the batch.
+OBJECTIVES = {
     "dpo": FusedFocalPOLoss.dpo(),
     "focalpo": FusedFocalPOLoss(),
-    "alpha-dpo": FusedFocalPOLoss.alpha_dpo(),
+    "alpha-dpo": FusedFocalPOLoss.alpha_dpo(ema_momentum=0.0),
     "simpo": FusedFocalPOLoss.simpo(),
 }
-OBJECTIVES = {
-    name: Objective(name, *(getattr(preset, field.name) for field in fields(Objective)[1:]))
-    for name, preset in _PRESETS.items()
-}
-BETA = OBJECTIVES["dpo"].beta
+
+
+def losses_by_formula(
+    objective: FusedFocalPOLoss,
+    logps: torch.Tensor,  # [2B] sums over the tokens of a sequence, chosen first; fp32 or float64
+    ref_logps: torch.Tensor,  # [2B]
+    lengths: torch.Tensor,  # [2B]
+) -> torch.Tensor:  # [B]
+    ref_logps = ref_logps.to(logps.dtype)
+    if objective.length_normalize:
+        logps, ref_logps = logps / lengths, ref_logps / lengths
+    margin = objective.margin
+    if objective.alpha:
+        margin = margin + objective.alpha * adaptive_margin(objective.beta, logps.detach(), ref_logps)
+    refs = (0.0, 0.0) if objective.reference_free else ref_logps.chunk(2)
+    return pair_losses(*logps.chunk(2), *refs, beta=objective.beta, gamma=objective.gamma, margin=margin)
+
+
+def adaptive_margin(beta: float, logps: torch.Tensor, ref_logps: torch.Tensor) -> torch.Tensor:  # [B]
+    """M* of alpha-DPO, Eq. 11; 0 where the pairs differ by rounding alone, and of one pair."""
+    chosen, rejected = (logps - ref_logps).chunk(2)
+    margin = beta * (chosen - rejected)
+    rounding = ROUNDING * beta * (logps.abs().max() + ref_logps.abs().max())
+    std = margin.std(correction=min(1, len(margin) - 1))
+    return torch.where(std > rounding, (margin - margin.mean()) / std, 0.0)
 
 
 @dataclass(frozen=True)
@@ -318,12 +304,11 @@ class Batch:
     sequences: Sequences
     ref_logps: torch.Tensor  # [2B] fp32
     transform: LogitTransform
-    objective: Objective
+    objective: FusedFocalPOLoss
     sharpness: dict[str, float]  # of the softmax: nll, entropy and entries above 2^-12, means over the rows
 
     def losses(self, logps: torch.Tensor) -> torch.Tensor:  # [2B] -> [B]
-        """The objective, given the log-probs of the sequences."""
-        return self.objective.losses(logps, self.ref_logps, self.sequences.cu_seqlens.diff())
+        return losses_by_formula(self.objective, logps, self.ref_logps, self.sequences.cu_seqlens.diff())
 
     def gradients(self, loss: torch.Tensor) -> dict[str, torch.Tensor]:
         """dhidden, and dweight unless the head is frozen."""
@@ -366,6 +351,6 @@ def saturated(scores: torch.Tensor, pairs: int) -> torch.Tensor:  # [2B]
     """The scores (logps - ref_logps) with the first `pairs` pairs at `u = SATURATED_U`."""
     scores = scores.clone()
     chosen, rejected = scores.chunk(2)
-    chosen[:pairs] = SATURATED_U / BETA / 2
-    rejected[:pairs] = -SATURATED_U / BETA / 2
+    half = SATURATED_U / OBJECTIVES["dpo"].beta / 2
+    chosen[:pairs], rejected[:pairs] = half, -half
     return scores

@@ -38,12 +38,10 @@ def interleaved_times(
     device: torch.device,
     warmup: int,
     repeats: int,
-    tidy: Callable[[], object] = lambda: None,
 ) -> dict[str, dict[str, Any]]:
     """Times of every step, in rounds (A B C, A B C, ...): a slow moment of the machine meets them all.
 
     In ms, as they stand in the JSON files. "both" is timed as one stretch in the same runs, not added up.
-    Between two runs, `tidy` is called.
     """
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for round_ in trange(warmup + repeats, desc="timing", leave=False, disable=None):
@@ -52,7 +50,6 @@ def interleaved_times(
                 run = time_once(steps[name], device)
                 if round_ >= warmup:
                     runs[name].append(run)
-                tidy()
                 continue
             del runs[name]
     return {

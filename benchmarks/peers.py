@@ -6,6 +6,7 @@ A peer raises `Unavailable`, with the reason, where it cannot run or not on this
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -13,10 +14,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from benchmarks.inputs import Batch, LogitTransform, Objective, transformed
+from benchmarks.inputs import Batch, transformed
 from focalkern import FusedFocalPOLoss
+from focalkern.records import LogitTransform
 
-LCE_ROWS = 2048  # tokens per chunk of torch's linear_cross_entropy, in the faster of its two settings
 QUACK_ROWS = 4096  # QuACK's default chunk
 
 
@@ -127,16 +128,15 @@ def liger(batch: Batch) -> PeerLoss:
     given_reference(LigerFusedLinearPreferenceBase)
     require(batch, "Liger's head", "bias")
     objective = batch.objective
+    if objective.gamma or objective.alpha:
+        raise Unavailable("Liger has no FocalPO and no alpha-DPO")
     hidden, labels = batch.sequences.padded(batch.hidden), batch.sequences.padded(batch.labels, fill=-100)
-    reference = {}
-    if objective.name == "dpo":
-        head = LigerFusedLinearDPOLoss(beta=objective.beta)
-        reference["ref_input"] = batch.ref_logps[:, None].expand_as(labels)
-    elif objective.name == "simpo":
+    if objective.reference_free:
         options = {"beta": objective.beta, "gamma": objective.margin, "compute_nll_loss": False}
-        head = LigerFusedLinearSimPOLoss(**options)
+        head, reference = LigerFusedLinearSimPOLoss(**options), {}
     else:
-        raise Unavailable(f"Liger has no {objective.name}")
+        head = LigerFusedLinearDPOLoss(beta=objective.beta)
+        reference = {"ref_input": batch.ref_logps[:, None].expand_as(labels)}
     return PeerLoss(head(batch.weight, hidden, labels, bias=batch.bias, **reference)[0])
 
 
@@ -177,7 +177,7 @@ def cce(impl: str, batch: Batch) -> PeerLoss:
 
 
 def torch_lce(rows: int | None, batch: Batch) -> PeerLoss:
-    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or in chunks of `rows`.
+    """PyTorch 2.13's `linear_cross_entropy` per token, in "auto" chunks or, faster, in chunks of `rows`.
 
     The log-probs are rounded to the dtype of the inputs, which for large ones exceeds the bound of the loss.
     """
@@ -225,11 +225,9 @@ def require(batch: Batch, name: str, *has: str) -> None:
 
 
 def ours(backend: str, backward: str, batch: Batch) -> PeerLoss:
-    """This library."""
-    device = batch.hidden.device
-    if backend == "triton" and device.type != "cuda":
+    if backend == "triton" and not batch.hidden.is_cuda:
         raise Unavailable("the triton backend needs a CUDA device")
-    loss_fn = configured(backend, backward, batch.objective, batch.transform, device)
+    loss_fn = configured(batch.objective, batch.transform, backend, backward)
     given = (batch.hidden, batch.weight, batch.labels, batch.bias, *batch.ref_logps.chunk(2))
     out = loss_fn(*given, cu_seqlens=batch.sequences.cu_seqlens)
     return PeerLoss(out.loss, out.kept_share)
@@ -237,12 +235,12 @@ def ours(backend: str, backward: str, batch: Batch) -> PeerLoss:
 
 @cache
 def configured(
-    backend: str, backward: str, objective: Objective, transform: LogitTransform, device: torch.device
+    objective: FusedFocalPOLoss, transform: LogitTransform, backend: str, backward: str
 ) -> FusedFocalPOLoss:
-    options = {name: value for name, value in vars(objective).items() if name != "name"}
-    # Without momentum, the running mean and deviation of alpha-DPO's margins are those of the batch.
-    options |= {"ema_momentum": 0.0, "backend": backend, "backward": backward}
-    return FusedFocalPOLoss(**options, **transform._asdict()).to(device)
+    loss_fn = copy.deepcopy(objective)
+    for name, value in {**transform._asdict(), "backend": backend, "backward": backward}.items():
+        setattr(loss_fn, name, value)
+    return loss_fn
 
 
 # By the name that `--only` takes.
@@ -258,7 +256,7 @@ PEERS = {
     "cce": Peer("CCE", partial(cce, "cce")),
     "cce-compile": Peer("CCE (torch_compile)", partial(cce, "torch_compile"), compiled=True),
     "torch-lce": Peer("PyTorch LCE", partial(torch_lce, None)),
-    "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(torch_lce, LCE_ROWS)),
+    "torch-lce-rows": Peer("PyTorch LCE, 2048 rows", partial(torch_lce, 2048)),
     "quack": Peer("QuACK chunked", partial(quack, False)),
     "quack-fused": Peer("QuACK fused", partial(quack, True)),
 }

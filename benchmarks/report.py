@@ -48,9 +48,8 @@ Json = dict[str, Any]
 
 
 def environment(device_type: str) -> Json:
-    installed = importlib.metadata.distributions()
     # Of a package that is there twice, the first is imported.
-    found = {str(each.name).lower().replace("_", "-"): each.version for each in reversed([*installed])}
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in PACKAGES}
     return {
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "commit": commit(),
@@ -60,7 +59,7 @@ def environment(device_type: str) -> Json:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "versions": {name: found[name] for name in PACKAGES if name in found},
+        "versions": {name: package.version for name, package in found.items() if package},
         "python": platform.python_version(),
     }
 
@@ -148,12 +147,10 @@ def terminal(comparison: Json) -> str:
         f"{scientific(comparison['plain_pytorch_errors']['dhidden'])}",
     ]
     shown = cells(frame(comparison)).set_index("peer").rename_axis(None)
-    shown = shown[["forward", "both", "ratio", "kept", "extra", "dhidden"]]
-    shown.columns = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
-    table = [shown.to_string()] if len(shown) else []
-    noted = pd.DataFrame(
-        [row for row in comparison["rows"] if row["note"]], columns=["peer", "status", "note"]
-    )
+    columns = ["forward", "both", "ratio", "kept", "extra", "dhidden"]
+    header = ["fwd", "both", "x focalkern", "kept", "extra", "error"]
+    table = [shown.to_string(columns=columns, header=header)] if len(shown) else []
+    noted = pd.DataFrame(comparison["rows"]).query("note != ''")
     reasons = noted.groupby(["status", "note"], sort=False)["peer"].agg(", ".join)
     notes = [f"{peers}: {status}: {note}" for (status, note), peers in reasons.items()]
     return "\n".join(["", *map(wrapped, intro), *table, *map(wrapped, notes)])
@@ -328,7 +325,6 @@ def markdown(columns: dict[str, Any] | pd.DataFrame) -> str:
 
 
 def by_input(name: str, comparisons: list[Json]) -> str:
-    """A table of `BY_INPUT`."""
     words, columns = [words_of(comparison) for comparison in comparisons], BY_INPUT[name].items()
     return markdown({title: [template.format_map(each) for each in words] for title, template in columns})
 
@@ -404,11 +400,11 @@ def peers_table(results: Results) -> str:
     columns = {}
     for comparison in results.of_sizes()[:5]:
         found = frame(comparison)
-        shown = cells(found).set_index("peer")
-        kept = shown["kept"].iloc[found.index.get_loc(ours_in(found))]
-        said = shown["ratio"].where(found["ratio"].ne(1).values, shown["both"])
+        shown = cells(found)
+        said = shown["ratio"].where(found["ratio"] != 1, shown["both"])
+        kept = shown.at[ours_in(found), "kept"]
         title = f"{comparison['device']}, {size_of(comparison)}, kept share {kept}"
-        columns[title] = said + ", " + shown["extra"] + ", " + shown["dhidden"]
+        columns[title] = (said + ", " + shown["extra"] + ", " + shown["dhidden"]).set_axis(shown["peer"])
     table = pd.concat(columns, axis=1).fillna("–").rename_axis("method").reset_index()
     return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL)}"
 
@@ -516,9 +512,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def markers(name: str) -> tuple[str, str]:
-    """What stands before and after a part; the plans are computed, not measured."""
-    if name == "plan":
-        return "<!-- plan: begin -->", "<!-- plan: end -->"
+    """What stands before and after a part."""
     return f"<!-- measured: begin {name} (make report) -->", f"<!-- measured: end {name} -->"
 
 

@@ -130,7 +130,7 @@ def launch_head(
     softcap: float | None = None,
     bias: bool = False,
     hidden_size: int = 4096,
-    outputs: bool = False,
+    outputs: tuple[str, ...] = (),
     rank: int = 0,
     n: int = 8192,
     vocab_size: int = 128256,
@@ -141,15 +141,14 @@ def launch_head(
     if rank:
         update = meta(n, rank, dtype=dtype), meta(vocab_size, rank, dtype=dtype)
         head = head._replace(update_hidden=update[0], update_weight=update[1])
-    names = records.OUTPUTS if outputs else ()
     needs = records.Needs(True, True, bias, rank > 0, rank > 0)
     common = head, meta(n, dtype=torch.int64), records.LogitTransform(softcap=softcap)
     # Of the other shards, which are not there.
     reduction = mock.create_autospec(AsyncReduction, instance=True) if is_shard else None
 
-    blocks = logps.block_statistics(*common, names)
+    blocks = logps.block_statistics(*common, outputs)
     if not is_shard:
-        logps.reduced(blocks, common[1], head, names)
+        logps.reduced(blocks, common[1], head, outputs)
     entropy = meta(n) if outputs else None
     saved = records.Saved(meta(n), meta(n), blocks.lse, entropy)
     forward = records.Forward(*common, saved)
@@ -200,7 +199,7 @@ def kept_pairs(n: int, blocks: int, share: float = 0.05) -> records.KeptPairs:
 VARIANTS = {
     "plain": launch_head,
     "softcap": partial(launch_head, softcap=30.0),
-    "outputs": partial(launch_head, outputs=True),
+    "outputs": partial(launch_head, outputs=records.OUTPUTS),
     "512 rows": partial(launch_head, n=512),
     "KL": launch_kl,
 }

@@ -53,7 +53,6 @@ from focalkern.torch_logits import HAS_BF16_PRODUCTS, matmul
 FLAT = "flat"  # sharpness of random weights
 CPU_SHAPE = Shape("small", 512, 32768)
 QUICK_PEERS = ("triton", "torch", "torch-exact", "eager", "trl")
-HEADS = {"full": False, "frozen": True}
 GEMM = "bare GEMM"  # its name among the peers
 GEMM_TILE = 2048  # rows and vocabulary entries on a CPU; on CUDA all entries, and rows to fill the bytes
 GEMM_OUTPUT_BYTES = 2**31
@@ -94,7 +93,6 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     positive, share = number(int, "a positive integer", 1), number(float, "at least 0 and below 1", 0, 1)
-    peers = list(PEERS)
     add = parser.add_argument_group("size, by default 2048 x 512 x 32768, llama3-8b on CUDA").add_argument
     add("--shape", type=shape, help=f"H x V of the LM head, as 512x32768, or one of {', '.join(SHAPES)}")
     add("--tokens", type=positive, nargs="+", metavar="N", help="completion tokens of the batch in all")
@@ -104,8 +102,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="fewer tokens, peers and runs; one dtype")
     add = parser.add_argument_group("input; each combination of several values is a comparison").add_argument
     add("--loss", nargs="+", choices=OBJECTIVES, default=["dpo"], help="default: dpo")
-    add("--head", nargs="+", choices=HEADS, default=["full"], help="full: gradients of hidden and weight "
-        "(default); frozen: of hidden alone, as for LoRA")  # fmt: skip
+    add("--head", nargs="+", choices=("full", "frozen"), default=["full"],
+        help="gradients of hidden and weight (full, default) or of hidden alone, as for LoRA")  # fmt: skip
     add("--sharpness", type=lambda text: text if text == FLAT else positive(text), nargs="+", metavar="K",
         help=f"softmax entries above 2^-12 per row (default: 50, a trained LM); {FLAT}: random")  # fmt: skip
     add("--capture", type=Path, metavar="PATH", help="hidden states and head of a model, from capture.py")
@@ -113,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="share of the pairs that are saturated, with next to no gradient (default: 0)")  # fmt: skip
     add = parser.add_argument_group("run").add_argument
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--only", nargs="+", choices=peers, metavar="PEER", help=f"of {' '.join(peers)}")
+    add("--only", nargs="+", choices=PEERS, metavar="PEER", help=f"of {' '.join(PEERS)}")
     add("--repeats", type=positive, help="timed runs (default: 3 on a CPU, 20 on CUDA)")
     add("--no-memory", action="store_true", help="leave the memory out")
     add("--json", type=Path, metavar="PATH", help="write all numbers here, after each comparison")
@@ -151,9 +149,7 @@ def settle(options: argparse.Namespace) -> None:
     if options.capture is not None:
         names = ("sharpness", "shape", "tokens", "pairs", "quick")
         if given := [f"--{name}" for name in names if getattr(options, name)]:
-            raise ValueError(
-                f"--capture brings its own hidden states and pairs: leave out {' and '.join(given)}"
-            )
+            raise ValueError(f"--capture brings its own input: leave out {' and '.join(given)}")
         capture = Capture.load(options.capture)
         options.shape, options.tokens, options.pairs = capture.shape, [len(capture.labels)], capture.pairs
     else:
@@ -162,9 +158,7 @@ def settle(options: argparse.Namespace) -> None:
         options.tokens, options.pairs = options.tokens or [usual], options.pairs or 4
         options.sharpness = options.sharpness or [50]
         if wrong := [tokens for tokens in options.tokens if tokens % (2 * options.pairs)]:
-            raise ValueError(
-                f"--tokens {wrong[0]} is not a multiple of 2 x {options.pairs} sequences (--pairs)"
-            )
+            raise ValueError(f"--tokens {wrong[0]} is not a multiple of 2 x {options.pairs} (--pairs)")
     free = [name for name in options.loss if OBJECTIVES[name].reference_free]
     if any(options.saturated) and free:
         raise ValueError(f"--saturated is by the reference, which the score of {free[0]} does not have")
@@ -200,7 +194,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for source, share, head, loss in wanted:
             # In whole pairs: at least one where the share is not 0, and never all.
             saturated = min(max(1, round(share * pairs)), pairs - 1) if share else 0
-            yield replace(source, saturated=saturated, frozen_head=HEADS[head], loss=loss)
+            yield replace(source, saturated=saturated, frozen_head=head == "frozen", loss=loss)
 
 
 def compare(options: argparse.Namespace, case: Case) -> dict[str, Any]:

@@ -94,14 +94,12 @@ class Contestant:
     model: torch.nn.Module
     inputs: dict[str, Any]
 
-    def step(self) -> torch.Tensor:
-        return self.trainer.training_step(self.model, dict(self.inputs), None)
-
-    def gradients(self) -> list[torch.Tensor]:
-        """Those of the last step; the model is then without."""
-        found = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+    def step(self) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Loss and gradients; the model keeps none."""
+        loss = self.trainer.training_step(self.model, dict(self.inputs), None)
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         self.model.zero_grad(set_to_none=True)
-        return found
+        return loss, gradients
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -139,17 +137,10 @@ def compare(setup: Setup) -> dict[str, Any]:
 
 def timed(setup: Setup) -> dict[str, Any]:
     """The batch and, for each of NAMES, errors, times and operations."""
-    with tempfile.TemporaryDirectory() as folder:
-        contestants = {name: build(name, setup, folder) for name in NAMES}
-        in_fp32 = replace(setup, dtype="fp32")
-        errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32, folder))
+    contestants, in_fp32 = {name: build(name, setup) for name in NAMES}, replace(setup, dtype="fp32")
+    errors = errors_of(contestants, contestants[TRL] if setup == in_fp32 else build(TRL, in_fp32))
     steps = {name: Step(contestant.step) for name, contestant in contestants.items()}
-
-    def tidy() -> None:
-        for contestant in contestants.values():
-            contestant.gradients()
-
-    times = interleaved_times(steps, CPU, 0, setup.repeats, tidy)  # the first step of each is behind it
+    times = interleaved_times(steps, CPU, 0, setup.repeats)  # the first step of each is behind it
     batch = contestants[TRL].inputs
     is_token, is_completion = batch["attention_mask"], batch["completion_mask"]
     tokens, completion_tokens = int(is_token.sum()), int(is_completion[:, 1:].sum())
@@ -210,11 +201,11 @@ def show(found: dict[str, Any]) -> None:
     print(f"\nErrors relative to TRL in fp32:\n{errors.to_string(float_format='{:.3g}'.format)}\n")
 
 
-def build(name: str, setup: Setup, folder: str) -> Contestant:
+def build(name: str, setup: Setup) -> Contestant:
     """One of NAMES, with models of its own, and the first batch of the data."""
     pairs, tokenizer = text()
     options = {
-        "output_dir": folder,
+        "output_dir": tempfile.gettempdir(),  # nothing is written there
         "report_to": "none",
         "use_cpu": True,
         "bf16": setup.dtype == "bf16",
@@ -256,10 +247,10 @@ def cut_text(lengths: str, count: int) -> list[dict[str, list[int]]]:
     ]
 
 
-def drawn(lengths: str, count: int, seed: int = 0) -> list[list[int]]:
+def drawn(lengths: str, count: int) -> list[list[int]]:
     """[count, 3]: of prompt, chosen and rejected. Each has its mean in the batch, before it is cut."""
     means, deviations, longest = (torch.tensor(each) for each in LENGTHS[lengths])
-    draws = (torch.randn(count, 3, generator=torch.Generator().manual_seed(seed)) * deviations).exp()
+    draws = (torch.randn(count, 3, generator=torch.Generator().manual_seed(0)) * deviations).exp()
     prompts, completions = (draws * means / draws.mean(0)).ceil().int().tensor_split([1], dim=1)
     prompts = prompts.clamp(max=longest - 256)  # room for the completions
     return torch.cat([prompts, completions.minimum(longest - prompts)], dim=1).tolist()
@@ -294,14 +285,14 @@ def scale_for(setup: Setup) -> float:
 
 def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str, dict[str, float]]:
     """Of loss and gradient (norms over all parameters), relative to those of `truth`."""
-    true_loss, true_gradients = truth.step().item(), truth.gradients()
+    true_loss, true_gradients = truth.step()
     size = torch.nn.utils.get_total_norm(true_gradients)
     found = {}
     for name, contestant in contestants.items():
-        loss, gradients = contestant.step().item(), contestant.gradients()
+        loss, gradients = contestant.step()
         errors = [mine - true for mine, true in zip(gradients, true_gradients, strict=True)]
         found[name] = {
-            "loss_error": abs(loss - true_loss) / abs(true_loss),
+            "loss_error": (abs(loss - true_loss) / abs(true_loss)).item(),
             "gradient_error": (torch.nn.utils.get_total_norm(errors) / size).item(),
         }
     return found
@@ -310,19 +301,11 @@ def errors_of(contestants: dict[str, Contestant], truth: Contestant) -> dict[str
 def memory_of(name: str, setup: Setup) -> PeakMemory:
     """Extra memory of a step; runs in a process of its own."""
     settle()
-    with tempfile.TemporaryDirectory() as folder:
-        contestant = build(name, setup, folder)
-
-        def step() -> list[torch.Tensor]:
-            contestant.step()
-            return contestant.gradients()
-
-        # Libraries and thread stacks come with the first step, whatever its size.
-        batch = contestant.inputs
-        contestant.inputs = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
-        step()
-        contestant.inputs = batch
-        return peak_extra_bytes(step, CPU)
+    contestant = build(name, setup)
+    # Libraries and thread stacks come with the first step, whatever its size.
+    small = contestant.trainer.data_collator([contestant.trainer.train_dataset[0]])
+    replace(contestant, inputs=small).step()
+    return peak_extra_bytes(lambda: contestant.step()[1], CPU)
 
 
 if __name__ == "__main__":

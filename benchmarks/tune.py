@@ -163,10 +163,9 @@ def installed(name: str, entry: Launch) -> contextlib.AbstractContextManager[Any
 
 def compile_candidate(setting: Setting, job: Job) -> tuple[Job, str]:
     """Compile it into Triton's cache on disk; the job, and why that failed if it did."""
-    name, options = job[0], TUNED[job[0]]
+    name, _ = job
     size = {"hidden_size": setting.hidden, "vocab_size": setting.vocab, "n": setting.tokens_for(name)}
-    variant = {"softcap": options.get("softcap"), "outputs": "outputs" in options}
-    launch = partial(launch_head, DTYPES[setting.dtype], **variant, **size)
+    launch = partial(launch_head, DTYPES[setting.dtype], **TUNED[name], **size)
     try:
         # Triton prints the whole of a kernel that ptxas refuses.
         with installed(*job), contextlib.redirect_stdout(None):

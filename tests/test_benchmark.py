@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import statistics
 import subprocess
@@ -11,11 +10,12 @@ import subprocess
 import pytest
 import torch
 
-from benchmarks import check, report
+from benchmarks import check, inputs, report
 from benchmarks.check import Gate
-from benchmarks.inputs import BETA, OBJECTIVES, PRESENT, Batch, Recipe, Sequences, Shape, calibrate
+from benchmarks.inputs import OBJECTIVES, PRESENT, Batch, Recipe, Sequences, Shape, calibrate
 from benchmarks.measure import PeakMemory, Step, in_fresh_process, interleaved_times, peak_extra_bytes
 from benchmarks.peers import PEERS, Unavailable, compiler_problem
+from focalkern import FusedFocalPOLoss
 from focalkern.records import LogitTransform
 from focalkern.reference import linear_logps
 
@@ -54,7 +54,7 @@ def test_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
     per_token = linear_logps(*head, **transform._asdict())["logps"]
     logps = torch.stack([sequence.sum() for sequence in per_token.split([12, 1, 5, 30])])
     chosen, rejected = (logps - batch.ref_logps.double()).chunk(2)
-    losses = -torch.nn.functional.logsigmoid(BETA * (chosen - rejected))
+    losses = -torch.nn.functional.logsigmoid(batch.objective.beta * (chosen - rejected))
     dhidden, dweight = torch.autograd.grad(losses.mean(), [batch.hidden, batch.weight])
 
     gate = Gate(batch)
@@ -81,8 +81,8 @@ def test_in_bf16_a_peer_passes_and_the_same_off_by_a_few_percent_does_not(name, 
     assert verdict(1, 1, 1) == ""
     wrong = [(1, 1.03, 1), (1, 1, 1 / 1.03), (1.05, 1, 1), (1 / 1.05, 1, 1)]
     assert [factors for factors in wrong if not verdict(*factors)] == []
-    beta = dataclasses.replace(batch.objective, beta=0.11)
-    assert gate.verdict(gate.errors(*step(name, dataclasses.replace(batch, objective=beta))))
+    batch.objective = FusedFocalPOLoss.dpo(beta=0.11)
+    assert gate.verdict(gate.errors(*step(name, batch)))
 
 
 def test_nan_outside_the_sample_is_seen(monkeypatch):
@@ -97,10 +97,10 @@ def test_nan_outside_the_sample_is_seen(monkeypatch):
 
 def test_pairs_that_differ_by_rounding_alone_have_no_adaptive_margin():
     logps, lengths = torch.tensor([-10.0, -12.0, -20.0, -9.0]), torch.tensor([5, 4, 8, 3])
-    objective = OBJECTIVES["alpha-dpo"]
-    losses = objective.losses(logps, logps * (1 + torch.tensor([1e-7, 0.0, 0.0, 1e-7])), lengths)
-    without = dataclasses.replace(objective, alpha=0.0)
-    torch.testing.assert_close(losses, without.losses(logps, logps, lengths))
+    ref_logps = logps * (1 + torch.tensor([1e-7, 0.0, 0.0, 1e-7]))
+    losses = inputs.losses_by_formula(OBJECTIVES["alpha-dpo"], logps, ref_logps, lengths)
+    without = FusedFocalPOLoss.alpha_dpo(alpha=0.0)
+    torch.testing.assert_close(losses, inputs.losses_by_formula(without, logps, logps, lengths))
 
 
 @pytest.mark.parametrize(
@@ -114,14 +114,14 @@ def test_peers_compute_every_loss_they_have(name, transform):
     require(name)
     batches = [tiny_batch(transform, bias=name != "cce-compile") for _ in range(2)]
     batches[1].ref_logps *= 1.1  # alpha-DPO's statistics are those of the batch, not of the batches so far
-    for objective, batch in itertools.product(OBJECTIVES.values(), batches):
-        batch.objective = objective
-        if name == "liger" and objective.name in ("focalpo", "alpha-dpo"):
-            with pytest.raises(Unavailable, match=f"Liger has no {objective.name}"):
+    for loss, batch in itertools.product(OBJECTIVES, batches):
+        batch.objective = OBJECTIVES[loss]
+        if name == "liger" and loss in ("focalpo", "alpha-dpo"):
+            with pytest.raises(Unavailable, match="Liger has no FocalPO and no alpha-DPO"):
                 step(name, batch)
             continue
         gate = Gate(batch)
-        assert gate.verdict(gate.errors(*step(name, batch))) == "", objective.name
+        assert gate.verdict(gate.errors(*step(name, batch))) == "", loss
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from benchmarks import capture
 from benchmarks.inputs import Capture
 from focalkern.reference import linear_logps
 
+RUN = "--device cpu --repeats 1"
 # Chosen and rejected differ in length, and so do the pairs.
 RECORDS = [
     {"prompt": f"The {thing} is", "chosen": f" {colour}.", "rejected": f" {'not ' * times}{colour}."}
@@ -102,15 +103,11 @@ def test_what_cannot_be_used_is_named(model, record, options, message, folder, t
         take(folder / model, path, tmp_path / "capture.pt", *options)
 
 
-def benchmark(path: Path, tmp_path: Path, options: str = "") -> dict:
-    return run(f"--capture {path} --device cpu --repeats 1 {options}", tmp_path / "result.json")
-
-
 @pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi"])
 def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, folder, tmp_path, capsys):
     taken = Capture.load(folder / f"{kind}.pt")
-    options = "--dtype fp32 bf16 --no-memory --only torch torch-exact eager --saturated 0 0.5"
-    comparisons = benchmark(folder / f"{kind}.pt", tmp_path, options)["comparisons"]
+    options = f"{RUN} --dtype fp32 bf16 --no-memory --only torch torch-exact eager --saturated 0 0.5"
+    comparisons = run(f"{options} --capture {folder / kind}.pt", tmp_path / "result.json")["comparisons"]
     assert len(comparisons) == 4
     for comparison in comparisons:
         assert [row["status"] for row in comparison["rows"]] == ["ok"] * 3
@@ -126,6 +123,7 @@ def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, folder, tmp
 
 
 def test_memory_is_measured_without_the_file(folder, tmp_path):
-    (comparison,) = benchmark(folder / "llama.pt", tmp_path, "--dtype fp32 --only torch")["comparisons"]
+    options = f"{RUN} --dtype fp32 --only torch --capture {folder / 'llama.pt'}"
+    (comparison,) = run(options, tmp_path / "result.json")["comparisons"]
     (row,) = comparison["rows"]
     assert row["note"] == "" and 0 <= row["extra_bytes"] < 2**28

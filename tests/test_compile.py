@@ -29,6 +29,7 @@ from focalkern.logps.triton_form import exact_backward
 from focalkern.pairs.objective import MODULATIONS
 from focalkern.pairs.triton_form import pair_forward, sequence_sums
 from focalkern.records import (
+    OUTPUTS,
     Forward,
     Head,
     LogitTransform,
@@ -66,8 +67,8 @@ VARIANTS = {
     "softcap, bias, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100},
     "few rows": {"n": 200},
     "few rows, softcap, bias": {"n": 200, "softcap": 30.0, "bias": True},
-    "outputs and entropy gradient": {"outputs": True},
-    "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": True},
+    "outputs and entropy gradient": {"outputs": OUTPUTS},
+    "everything, odd hidden size": {"softcap": 30.0, "bias": True, "hidden_size": 4100, "outputs": OUTPUTS},
     "update of rank 16": {"rank": 16},
     "update of rank 12": {"rank": 12},
     "update of rank 200, softcap, bias": {"rank": 200, "softcap": 30.0, "bias": True},
@@ -76,7 +77,7 @@ VARIANTS = {
         "softcap": 30.0,
         "bias": True,
         "hidden_size": 4100,
-        "outputs": True,
+        "outputs": OUTPUTS,
     },
     "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
     "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
