@@ -55,6 +55,10 @@ class CompiledLaunch:
     tile: records.Tile | None  # of kernels that multiply
 
     @property
+    def has_priority_in_l2(self) -> bool:
+        return "L2::evict_last" in self.kernel.asm["ptx"]
+
+    @property
     def name(self) -> str:
         return self.kernel.metadata.name
 
@@ -226,7 +230,7 @@ def compiled_kernels(arch: str) -> list[dict[str, Any]]:
             if launch.tile is not None and id(launch.kernel) not in found:
                 found[id(launch.kernel)] = {
                     "kernel": launch.name.removesuffix("_kernel"),
-                    "variant": variant,
+                    "variant": variant + ", priority in L2" * launch.has_priority_in_l2,
                     "tile": "{} × {} × {}".format(*launch.tile[:3]),
                     "warps": launch.kernel.metadata.num_warps,
                     "stages": launch.kernel.metadata.num_stages,

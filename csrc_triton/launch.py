@@ -160,11 +160,11 @@ LAUNCH_TABLE: dict[str, dict[int, dict[str, Launch]]] = {
     "sm_100": {16: _BLACKWELL, 32: _FP32_BLACKWELL},
     "sm_120": {16: _AMPERE, 32: _FP32},
 }
-# Products of dz and weight are held for this many columns of dhidden at least, or a multiple.
+# dhidden is made in rounds of a multiple of this many columns.
 PRODUCT_COLUMNS = 256
-# Bytes of products and sums that stay in the L2 cache, 40 MB on an A100; other data takes some 20 MB a round,
-# which would push them out but for their priority. The memory of sm_90 and sm_100 is fast enough for fewer,
-# larger launches; the L2 cache of sm_86 is too small.
+# Bytes of products, and of their sums, that are to stay in the L2 cache: 40 MB on an A100. dz and weight pass
+# through it meanwhile, 20 MB a part, and would push them out but for the products' priority. The memory of
+# sm_90 and sm_100 is fast enough for fewer, larger launches; the L2 cache of sm_86 is too small.
 PRODUCTS_IN_L2 = dict.fromkeys(("sm_80", "sm_89", "sm_120"), 32 * 2**20)
 # The interpreter runs the kernels on the CPU, for tests: tiles small enough that small shapes have several.
 _INTERPRET = dict.fromkeys(KERNELS, Launch(16, 128, 32, 1, 1))

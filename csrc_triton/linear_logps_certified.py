@@ -120,13 +120,15 @@ def linear_logps_certified_dbias_kernel(
     tl.store(dbias_ptr + o_v, b_acc.to(dbias_ptr.dtype.element_ty), mask=o_v < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_tile", "first_place"])
 def linear_logps_certified_product_kernel(
     dz_ptr,  # [pairs, 128]
     weight_ptr,  # [V, H]
     group,  # PairGroup
     tiles,  # PairTiles
-    product_ptr,  # [pairs, columns] out
+    product_ptr,  # [pairs of the part, columns] out
+    first_tile,  # of the part
+    first_place,  # of the part, in dz
     first_column,
     columns,
     sizes,  # of this product
@@ -135,7 +137,7 @@ def linear_logps_certified_product_kernel(
 ):
     """What each pair adds to its row of dhidden: dz @ weight[block], some columns of it."""
     num_n = tl.cdiv(columns, tile.n)
-    i_tile = tl.program_id(0) // num_n
+    i_tile = first_tile + tl.program_id(0) // num_n
     i_block = tl.load(tiles.block + i_tile)
     o_pair, m_pair = tile_pairs(i_tile, i_block, group, tiles, tile.m)
     place = tl.load(group.place + i_block)
@@ -156,7 +158,7 @@ def linear_logps_certified_product_kernel(
         p_weight += tile.k * sizes.H
 
     m_out = m_pair[:, None] & (o_n < columns)[None, :]
-    p_out = product_ptr + place * columns + o_pair[:, None] * columns + o_n[None, :]
+    p_out = product_ptr + (place - first_place) * columns + o_pair[:, None] * columns + o_n[None, :]
     tl.store(p_out, b_acc.to(product_ptr.dtype.element_ty), mask=m_out, eviction_policy=EVICTION)
 
 
@@ -164,8 +166,8 @@ def linear_logps_certified_product_kernel(
 def linear_logps_certified_dhidden_kernel(
     product_ptr,  # [pairs of the part, columns]
     row_places_ptr,  # [pairs] int64: row after row, the places of its pairs in dz, blocks ascending
-    start_ptr,  # [rows] int64, in row_places: the part's pairs of a row
-    end_ptr,  # [rows] int64
+    start_ptr,  # [rows] int32, in row_places: the part's pairs of a row
+    end_ptr,  # [rows] int32
     sum_ptr,  # [rows, columns] fp32: of the parts before
     dhidden_ptr,  # [n, H] out, by the last part
     first_place,  # of the part, in dz
@@ -182,6 +184,8 @@ def linear_logps_certified_dhidden_kernel(
     """One row per program: what its pairs add, on top of the sum of the parts before."""
     i_row = tl.program_id(0).to(tl.int64)
     start, end = tl.load(start_ptr + i_row), tl.load(end_ptr + i_row)
+    if (start == end) & (i_part > 0) & (i_part < num_parts - 1):
+        return
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_h = first_column + o_n
     m_n = (o_n < columns) & (o_h < H)
@@ -191,8 +195,8 @@ def linear_logps_certified_dhidden_kernel(
     b_acc = tl.zeros([BLOCK_K, BLOCK_N], dtype=tl.float32)
     for i_k in range(start, end, BLOCK_K):
         m_k = i_k + o_k < end
-        o_place = tl.load(row_places_ptr + i_k + o_k, mask=m_k, other=first_place) - first_place
-        p_product = product_ptr + o_place[:, None] * columns + o_n[None, :]
+        o_place = tl.load(row_places_ptr + i_k + o_k, mask=m_k, other=0)
+        p_product = product_ptr + (o_place - first_place)[:, None] * columns + o_n[None, :]
         m_product = m_k[:, None] & m_n[None, :]
         b_product = tl.load(p_product, mask=m_product, other=0.0, eviction_policy=EVICTION)
         b_acc += b_product.to(tl.float32)

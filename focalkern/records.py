@@ -247,7 +247,7 @@ class Chunk(NamedTuple):
 
 
 class PairGroup(NamedTuple):
-    """Kept pairs whose dz fits into the workspace together, as ranges in the list of all pairs."""
+    """Kept pairs whose dz is held together, as ranges in the list of all pairs."""
 
     start: torch.Tensor  # [NB] int64, of the block's range in the list
     size: torch.Tensor  # [NB] int64

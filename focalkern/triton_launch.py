@@ -91,8 +91,12 @@ def product_entry(kernel: str, hidden: torch.Tensor, few_rows: bool = False) -> 
 
 
 def products_in_l2(device: torch.device) -> int | None:
-    """Bytes of products and sums that stay there; None where they are not meant to."""
-    return PRODUCTS_IN_L2.get(arch_of(device))
+    """Bytes of products and of their sums to keep in the L2 cache; None: the workspace alone limits them."""
+    wanted = PRODUCTS_IN_L2.get(arch_of(device))
+    if wanted is not None and device.type == "cuda":
+        available = torch.cuda.get_device_properties(device).L2_cache_size
+        return wanted if wanted <= 0.85 * available else None
+    return wanted
 
 
 def sizes_of(head: Head) -> Sizes:

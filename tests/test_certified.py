@@ -285,30 +285,43 @@ def test_the_workspace_does_not_change_the_result(workspace_bytes, options, back
         assert relative_error(gradient, whole[name]) <= digits * EPS, name
 
 
-@pytest.mark.parametrize("options", [{}, {"rank": 40}], ids=str)
-def test_products_of_some_blocks_at_a_time_add_up_to_those_of_all(options, backend, monkeypatch):
+@pytest.mark.parametrize("options", [{"rank": 40}, {"hidden_size": 37}], ids=str)
+def test_products_of_some_pairs_and_columns_at_a_time_add_up_to_those_of_all(options, backend, monkeypatch):
     if backend != "triton":
         pytest.skip("the torch backend has no such products")
     from focalkern.logps import triton_certified
 
-    numbers, cut = [], triton_certified._Step._parts
+    problem, made, cut = sharp_problem(150, **options), [], triton_certified._Step._parts
 
-    def counted(*args):
-        parts = cut(*args)
-        numbers.append(len(parts))
-        return parts
+    def recorded(*args):
+        made.append(cut(*args))
+        return made[-1]
 
-    problem = sharp_problem(150, **options)
-    monkeypatch.setattr(triton_certified._Step, "_parts", counted)
+    monkeypatch.setattr(triton_certified._Step, "_parts", recorded)
     whole = measure(problem, backend)[1]
-    assert max(numbers) == 1
-    numbers.clear()
-    monkeypatch.setattr(triton_certified, "products_in_l2", lambda device: 60_000)
+    assert all(len(parts) == 1 for parts in made)
+    made.clear()
+    monkeypatch.setattr(triton_certified, "PRODUCT_COLUMNS", 16)
+    at_once = triton_certified._ProductsAtOnce(5_000, in_l2=True)
+    monkeypatch.setattr(triton_certified, "_products_at_once", lambda *_: at_once)
     in_parts = measure(problem, backend)[1]
-    assert min(numbers) > 1
+    assert all(len(parts) > 2 for parts in made)
     for name, gradient in in_parts.items():
         assert relative_error(gradient, whole[name]) <= 4 * EPS, name
     assert_equal(in_parts, measure(problem, backend)[1])
+
+
+@pytest.mark.parametrize(
+    ("rows", "l2_mib", "expected"),
+    [(8192, 32, (24, True)), (16384, 32, (16, True)), (32768, 32, (112, False)), (8192, None, (112, False))],
+)
+def test_products_and_sums_share_the_l2_cache_where_it_is_large_enough(rows, l2_mib, expected, monkeypatch):
+    triton_certified = pytest.importorskip("focalkern.logps.triton_certified")
+    in_l2 = l2_mib and l2_mib * 2**20
+    monkeypatch.setattr(triton_certified, "products_in_l2", lambda device: in_l2)
+    mib, stays = expected
+    found = triton_certified._products_at_once(torch.device("cuda"), rows, 224 * 2**20)
+    assert found == (mib * 2**20, stays)
 
 
 @each_dtype

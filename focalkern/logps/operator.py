@@ -125,8 +125,8 @@ def linear_logps(
         ValueError, TypeError: naming the argument.
 
     On CUDA the forward waits for the device once, to learn how many tokens are completions, and not where
-    labels and `cu_seqlens` are on the host; a certified backward waits once. The ranks of a split head wait
-    once more for one another.
+    labels and `cu_seqlens` are on the host; a certified backward waits once, or twice where its workspace
+    does not hold dz. The ranks of a split head wait once more for one another.
     """
     options = HeadOptions(
         ignore_index=ignore_index,

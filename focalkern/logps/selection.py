@@ -108,7 +108,7 @@ def _select_rows(
 
 
 def count_pairs(keep: torch.Tensor) -> KeptCounts:  # [n, NB]
-    """The only step of a certified backward that waits for the device."""
+    """Waits for the device: the only step of a certified backward that does where the workspace holds dz."""
     blocks = keep.shape[1]
     counts = torch.cat([keep.sum(0), keep.sum(1)])
     host = counts.cpu()

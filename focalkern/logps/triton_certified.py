@@ -1,14 +1,14 @@
 """The certified backward by Triton kernels: dz of the kept pairs, then dweight per block and dhidden per row.
 
-The workspace is dz, its products with weight, and sums of these. The lists of pairs come on top, about 50
-bytes a pair.
+The workspace is dz and its products with weight. The lists of pairs, about 50 bytes a pair, and the sums of
+products, 1 KiB a row, come on top.
 
 dz is kept for all pairs at once where the workspace holds it. Where it does not, dweight is made of some
 blocks at a time and dhidden of some rows at a time, and dz is formed for each.
 
-dhidden is made of some columns at a time. The products of a few blocks are added to the sums of their rows
-before the products of the next blocks take their place. Where an L2 cache holds both, they need not go to
-memory.
+dhidden is made in rounds of some columns. In each round, the products of a part of the pairs are added to the
+sums of their rows before the products of the next part take their place. Where products and sums stay in the
+L2 cache, they do not pass through memory.
 """
 
 from __future__ import annotations
@@ -49,14 +49,12 @@ def certified_backward(
 ) -> Gradients:
     """Gradients from the kept pairs alone; rows of dweight that no pair needs are zero."""
     step, counts, head = _Step(forward, g, pairs, needs, reduction), pairs.counts, forward.head
-    gradients = step.gradients
+    gradients, num_rows = step.gradients, len(counts.per_row)
     needs_hidden, needs_weight_or_bias = any(needs.of_hidden), any((*needs.of_weight, needs.bias))
 
-    pair_bytes = VOCAB_BLOCK * head.hidden.element_size()
-    for_products = workspace_bytes // 2 if needs_hidden else 0
-    if (in_l2 := products_in_l2(g.device)) is not None:
-        for_products = min(for_products, in_l2)
-    most_pairs = max((workspace_bytes - for_products) // pair_bytes, 1)
+    products = _products_at_once(head.hidden.device, num_rows, workspace_bytes)
+    free = workspace_bytes - (products.bytes if needs_hidden else 0)
+    most_pairs = max(free // (VOCAB_BLOCK * head.hidden.element_size()), 1)
     with on_device(head.hidden):
         if counts.total <= most_pairs:
             dz = step.dz(step.all_pairs)
@@ -66,61 +64,67 @@ def certified_backward(
             if reduction is None:
                 write_dweight()
             if needs_hidden:
-                step.write_dhidden(step.all_pairs, dz, (0, len(counts.per_row)), for_products)
+                step.write_dhidden(step.all_pairs, dz, (0, num_rows), products)
             gradients.start_reduction()
             if reduction is not None:
                 write_dweight()
             return gradients.result()
 
         if needs_hidden:
-            for rows in _ranges(counts.per_row_host, most_pairs):
-                group = step.group_of_rows(rows)
-                step.write_dhidden(group, step.dz(group), rows, for_products)
+            ranges = list(_ranges(counts.per_row_host, most_pairs))
+            for rows, group in zip(ranges, step.groups_of_rows(ranges), strict=True):
+                step.write_dhidden(group, step.dz(group), rows, products)
         gradients.start_reduction()
         if needs_weight_or_bias:
             for blocks in _ranges(counts.per_block_host, most_pairs):
-                group = step.all_pairs.in_blocks(blocks)
+                group = step.group_of_blocks(blocks)
                 step.write_dweight(group, step.dz(group), blocks)
     return gradients.result()
 
 
-class _Group(NamedTuple):
-    """Kept pairs whose dz, or whose products with weight, are held together."""
+class _ProductsAtOnce(NamedTuple):
+    bytes: int
+    in_l2: bool  # they are to stay there, with the sums
 
-    pairs: PairGroup
-    per_block: torch.Tensor  # [NB] int64: pairs.size on the host
+
+def _products_at_once(device: torch.device, num_rows: int, workspace_bytes: int) -> _ProductsAtOnce:
+    in_l2, sums = products_in_l2(device), num_rows * PRODUCT_COLUMNS * torch.float32.itemsize
+    if in_l2 is not None and 2 * sums <= in_l2:
+        return _ProductsAtOnce(min(in_l2 - sums, workspace_bytes // 2), True)
+    return _ProductsAtOnce(workspace_bytes // 2, False)
+
+
+class _Group(NamedTuple):
+    """Kept pairs whose dz is held together."""
+
+    ranges: PairGroup
+    per_block: torch.Tensor  # [NB] int64: ranges.size on the host
 
     @classmethod
     def of(cls, start: torch.Tensor, size: torch.Tensor, per_block: torch.Tensor) -> _Group:
         return cls(PairGroup(start, size, size.cumsum(0) - size), per_block)
 
-    @property
-    def num_pairs(self) -> int:
-        return int(self.per_block.sum())
+    def num_pairs(self, first_block: int = 0, end_block: int | None = None) -> int:
+        return int(self.per_block[first_block:end_block].sum())
 
-    def in_blocks(self, blocks: tuple[int, int]) -> _Group:
-        """Its pairs in these blocks; their places count from the first of them."""
-
-        def cut(per_block: torch.Tensor) -> torch.Tensor:
-            i_block = torch.arange(len(per_block), device=per_block.device)
-            return torch.where((i_block >= blocks[0]) & (i_block < blocks[1]), per_block, 0)
-
-        return _Group.of(self.pairs.start, cut(self.pairs.size), cut(self.per_block))
+    def num_tiles(self, block_m: int, first_block: int = 0, end_block: int | None = None) -> int:
+        return int(((self.per_block[first_block:end_block] + block_m - 1) // block_m).sum())
 
     def tiles(self, block_m: int) -> PairTiles:
-        num_tiles = int(((self.per_block + block_m - 1) // block_m).sum())
-        end = ((self.pairs.size + block_m - 1) // block_m).cumsum(0)
-        i_tile = torch.arange(num_tiles, device=end.device)
+        end = ((self.ranges.size + block_m - 1) // block_m).cumsum(0)
+        i_tile = torch.arange(self.num_tiles(block_m), device=end.device)
         return PairTiles(end, torch.searchsorted(end, i_tile, right=True))
 
 
 class _Part(NamedTuple):
-    """Pairs of a group in some blocks, whose products with weight are held at once."""
+    """Pairs of a group, those of some blocks, whose products with weight are held at once."""
 
-    group: _Group
-    first_place: int  # of the part, in the dz of all of the group
-    start: torch.Tensor  # [rows] int64, of each row's pairs in `row_places`
-    end: torch.Tensor  # [rows] int64
+    first_tile: int
+    num_tiles: int
+    first_place: int  # in dz
+    num_pairs: int
+    start: torch.Tensor  # [rows] int32, of each row's pairs in `_row_places`
+    end: torch.Tensor  # [rows] int32
 
 
 class _Step:
@@ -145,14 +149,27 @@ class _Step:
         dtype = None if reduction is None else torch.float32
         self.gradients = HeadGradients(self.head, needs, reduction, dtype)
 
-    def group_of_rows(self, rows: tuple[int, int]) -> _Group:
-        first_key = torch.arange(self.num_blocks, device=self.by_block.device) * self.targets.numel()
-        start, end = (torch.searchsorted(self.by_block, first_key + row) for row in rows)
-        return _Group.of(start, end - start, (end - start).cpu())
+    def group_of_blocks(self, blocks: tuple[int, int]) -> _Group:
+        def inside(per_block: torch.Tensor) -> torch.Tensor:
+            i_block = torch.arange(len(per_block), device=per_block.device)
+            return torch.where((i_block >= blocks[0]) & (i_block < blocks[1]), per_block, 0)
+
+        (start, size, _), per_block = self.all_pairs
+        return _Group.of(start, inside(size), inside(per_block))
+
+    def groups_of_rows(self, ranges: list[tuple[int, int]]) -> list[_Group]:
+        """One group for each range of rows; the ranges are all rows. Waits for the device."""
+        n, NB = len(self.targets), self.num_blocks
+        key = self.pairs.block * n + self.pairs.row  # ascending, as the pairs are
+        first_key = torch.arange(NB, device=key.device) * n
+        bounds = [first for first, _ in ranges] + [n]
+        starts = torch.stack([torch.searchsorted(key, first_key + row) for row in bounds])
+        sizes = starts.diff(dim=0)
+        return [_Group.of(*each) for each in zip(starts[:-1], sizes, sizes.cpu(), strict=True)]
 
     def dz(self, group: _Group) -> torch.Tensor:  # [pairs, 128]
         head, hidden = self.logits_head, self.head.hidden
-        dz = torch.empty((group.num_pairs, VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
+        dz = torch.empty((group.num_pairs(), VOCAB_BLOCK), dtype=hidden.dtype, device=hidden.device)
         if len(dz):
             small = self.transform.softcap is not None
             found = entry("certified_dz", hidden, small=small, few_rows=self.few_rows)
@@ -163,7 +180,7 @@ class _Step:
                 self.saved,
                 self.g,
                 self.pairs.row,
-                group.pairs,
+                group.ranges,
                 tiles,
                 dz,
                 sizes_of(head),
@@ -179,7 +196,7 @@ class _Step:
         if dbias is None and not any(x is not None for x in all_dweight):
             return
         # A few blocks hold frequent tokens and are needed by most rows: they are to start first.
-        order = blocks[0] + group.pairs.size[slice(*blocks)].argsort(descending=True, stable=True)
+        order = blocks[0] + group.ranges.size[slice(*blocks)].argsort(descending=True, stable=True)
         for (hidden, weight), dweight in zip(self.head.products, all_dweight, strict=True):
             if dweight is None:
                 continue
@@ -190,7 +207,7 @@ class _Step:
                 hidden,
                 self.pairs.row,
                 order,
-                group.pairs,
+                group.ranges,
                 dweight,
                 Sizes(*weight.shape),
                 found.tile(width),
@@ -198,94 +215,96 @@ class _Step:
             )
         if dbias is not None:
             kernels.linear_logps_certified_dbias_kernel[(len(order),)](
-                dz, order, group.pairs, dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
+                dz, order, group.ranges, dbias, self.head.vocab_size, BLOCK_K=32, **OPTIONS
             )
 
     def write_dhidden(
-        self, group: _Group, dz: torch.Tensor, rows: tuple[int, int], for_products: int
+        self, group: _Group, dz: torch.Tensor, rows: tuple[int, int], products: _ProductsAtOnce
     ) -> None:
-        """These rows in dhidden of each product, in so many bytes for products and sums."""
+        """These rows in dhidden of each product."""
         if not len(dz):
             return
-        n, dtype = rows[1] - rows[0], _product_dtype(dz)
-        places = self._row_places(group, rows)
+        num_rows, dtype, row_places = rows[1] - rows[0], _product_dtype(dz), self._row_places(group, rows)
         for (hidden, weight), dhidden in zip(self.head.products, self.gradients.dhidden, strict=True):
             if dhidden is None:
                 continue
             width, found = weight.shape[1], product_entry("certified_product", hidden, self.few_rows)
-            at_least = min(PRODUCT_COLUMNS, power_of_two(width))
-            free = max(for_products - n * at_least * torch.float32.itemsize, for_products // 4)
-            parts = self._parts(group, rows, free // (at_least * dtype.itemsize))
-            most_pairs = max(part.group.num_pairs for part in parts)
-            columns = max(free // (most_pairs * dtype.itemsize * at_least), 1) * at_least
-            columns = min(columns, triton.cdiv(width, at_least) * at_least)
+            block_m, block_n = found.config.block_m, found.config.block_n
+            min_columns = min(PRODUCT_COLUMNS, power_of_two(width))
+            parts = self._parts(group, rows, products.bytes // (min_columns * dtype.itemsize), block_m)
+            most_pairs = max(part.num_pairs for part in parts)
+            columns = _columns_of_a_round(width, products.bytes // (most_pairs * dtype.itemsize), min_columns)
             product = torch.empty((most_pairs, columns), dtype=dtype, device=dz.device)
             # A single part needs no sums.
-            sums = torch.empty((n if len(parts) > 1 else 0, columns), dtype=torch.float32, device=dz.device)
+            sums_shape = num_rows if len(parts) > 1 else 0, columns
+            sums = torch.empty(sums_shape, dtype=torch.float32, device=dz.device)
 
-            inputs = [(dz[part.first_place :], part.group.tiles(found.config.block_m)) for part in parts]
-            sizes, tile = Sizes(*weight.shape), found.tile(VOCAB_BLOCK)
-            for first in range(0, width, columns):
-                # The last round leaves nothing in L2 that would stay there.
-                stays = products_in_l2(dz.device) is not None and first + columns < width
-                eviction = "evict_last" if stays else ""
-                for i_part, (part, (part_dz, tiles)) in enumerate(zip(parts, inputs, strict=True)):
-                    grid = (len(tiles.block) * triton.cdiv(columns, found.config.block_n),)
-                    kernels.linear_logps_certified_product_kernel[grid](
-                        part_dz,
+            tiles, sizes, tile = group.tiles(block_m), Sizes(*weight.shape), found.tile(VOCAB_BLOCK)
+            for first_column in range(0, width, columns):
+                # The last round gives the priority in L2 up.
+                has_priority = products.in_l2 and first_column + columns < width
+                eviction = "evict_last" if has_priority else ""
+                for i_part, part in enumerate(parts):
+                    tile_grid = (part.num_tiles * triton.cdiv(columns, block_n),)
+                    kernels.linear_logps_certified_product_kernel[tile_grid](
+                        dz,
                         weight,
-                        part.group.pairs,
+                        group.ranges,
                         tiles,
                         product,
-                        first,
+                        part.first_tile,
+                        part.first_place,
+                        first_column,
                         columns,
                         sizes,
                         tile,
                         EVICTION=eviction,
                         **found.options,
                     )
-                    kernels.linear_logps_certified_dhidden_kernel[(n, triton.cdiv(columns, at_least))](
+                    row_grid = num_rows, triton.cdiv(columns, min_columns)
+                    kernels.linear_logps_certified_dhidden_kernel[row_grid](
                         product,
-                        places,
+                        row_places,
                         part.start,
                         part.end,
                         sums,
                         dhidden,
                         part.first_place,
                         rows[0],
-                        first,
+                        first_column,
                         columns,
                         width,
                         i_part,
                         len(parts),
-                        BLOCK_N=at_least,
+                        BLOCK_N=min_columns,
                         BLOCK_K=8,
                         EVICTION=eviction,
                         num_warps=1,
                         **OPTIONS,
                     )
 
-    def _parts(self, group: _Group, rows: tuple[int, int], most_pairs: int) -> list[_Part]:
+    def _parts(self, group: _Group, rows: tuple[int, int], most_pairs: int, block_m: int) -> list[_Part]:
         """The group, cut into ranges of blocks that have at most so many pairs."""
         keys, before = self.by_row.values, self._pairs_before(rows[0])
         first_key = torch.arange(*rows, device=keys.device) * self.num_blocks
 
         def row_starts(block: int) -> torch.Tensor:
-            return torch.searchsorted(keys, first_key + block) - before
+            return torch.searchsorted(keys, first_key + block, out_int32=True) - before
 
-        parts, place, start = [], 0, row_starts(0)
-        for blocks in _ranges(group.per_block, most_pairs):
-            part, end = group.in_blocks(blocks), row_starts(blocks[1])
-            if part.num_pairs:
-                parts.append(_Part(part, place, start, end))
-            place, start = place + part.num_pairs, end
+        parts, start = [], row_starts(0)
+        for first, end_block in _ranges(group.per_block, most_pairs):
+            end, num_pairs = row_starts(end_block), group.num_pairs(first, end_block)
+            if num_pairs:
+                tiles = group.num_tiles(block_m, 0, first), group.num_tiles(block_m, first, end_block)
+                parts.append(_Part(*tiles, group.num_pairs(0, first), num_pairs, start, end))
+            start = end
         return parts
 
     def _row_places(self, group: _Group, rows: tuple[int, int]) -> torch.Tensor:
         """Where in dz the pairs of each row are, row after row."""
         pair = self.by_row.indices[slice(*map(self._pairs_before, rows))]
         block = self.pairs.block[pair]
-        return pair - group.pairs.start[block] + group.pairs.place[block]
+        return pair - group.ranges.start[block] + group.ranges.place[block]
 
     def _pairs_before(self, row: int) -> int:
         return int(self.pairs.counts.per_row_host[:row].sum())
@@ -295,14 +314,15 @@ class _Step:
         return len(self.all_pairs.per_block)
 
     @cached_property
-    def by_block(self) -> torch.Tensor:  # [K] int64
-        """Block and row of each pair in one number, ascending as the pairs are."""
-        return self.pairs.block * self.targets.numel() + self.pairs.row
-
-    @cached_property
     def by_row(self) -> torch.return_types.sort:  # [K] int64 each
         """Row and block of each pair in one number, ascending, and the pairs in this order."""
         return (self.pairs.row * self.num_blocks + self.pairs.block).sort()
+
+
+def _columns_of_a_round(width: int, fitting: int, unit: int) -> int:
+    """As many as fit, but at least a unit; a multiple of it, and no more than all rounds need."""
+    rounds = triton.cdiv(width, max(fitting // unit, 1) * unit)
+    return triton.cdiv(triton.cdiv(width, rounds), unit) * unit
 
 
 def _product_dtype(dz: torch.Tensor) -> torch.dtype:

@@ -289,8 +289,8 @@ class FusedFocalPOLoss(PairLossBase):
             ValueError, TypeError: naming the argument.
 
         On CUDA the forward waits for the device once, and not where labels (and `cu_seqlens`) are on the
-        host; a certified backward waits once. Ranks of a split head or of `sequence_group` wait once more
-        for one another.
+        host; a certified backward waits once, or twice where its workspace does not hold dz. Ranks of a split
+        head or of `sequence_group` wait once more for one another.
         """
         inputs, batch = self.checked(
             hidden, weight, labels, bias, shift, cu_seqlens, update, vocab_shard, sequence_group
