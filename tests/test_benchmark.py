@@ -25,7 +25,6 @@ from focalkern import FusedFocalPOLoss
 from focalkern.records import LogitTransform
 from focalkern.reference import linear_logps
 
-CPU = torch.device("cpu")
 PLAIN, CAPPED, HALVED = LogitTransform(), LogitTransform(softcap=5.0), LogitTransform(logit_scale=0.5)
 SCALED = LogitTransform(softcap=5.0, logit_scale=0.5)
 PACKAGES = {"trl": "trl", "liger": "liger_kernel", "cce-compile": "cut_cross_entropy"}
@@ -69,8 +68,7 @@ def require(name: str) -> None:
 def test_reference_is_what_autograd_gives_on_the_whole(transform, monkeypatch):
     monkeypatch.setattr(check, "LOGITS_AT_ONCE", 20 * 300)  # 48 = 20 + 20 + 8
     batch = tiny_batch(transform, torch.float64)
-    parts = logps_of(batch, transform).split([12, 1, 5, 30])
-    logps = torch.stack([sequence.sum() for sequence in parts])
+    logps = torch.stack([part.sum() for part in logps_of(batch, transform).split([12, 1, 5, 30])])
     chosen, rejected = (logps - batch.ref_logps.double()).chunk(2)
     losses = -torch.nn.functional.logsigmoid(batch.objective.beta * (chosen - rejected))
     dhidden, dweight = torch.autograd.grad(losses.mean(), [batch.hidden, batch.weight])
@@ -158,7 +156,7 @@ def test_runs_alternate_and_one_that_fails_takes_no_further_part():
 
     steps = {name: Step(lambda name=name: take(name), lambda name: order.append(f"d{name}")) for name in "ab"}
     steps["c"] = Step(lambda: take("c"), guard=lambda: contextlib.suppress(RuntimeError))
-    times = interleaved_times(steps, CPU, 1, 3)
+    times = interleaved_times(steps, torch.device("cpu"), 1, 3)
     assert order == [*["a", "da", "b", "db", "c"] * 2, *["a", "da", "b", "db"] * 2]
     assert list(times) == ["a", "b"]
     for found in times.values():
@@ -178,7 +176,7 @@ def allocate(before: int, temporary: int, returned: int) -> PeakMemory:
         return [kept]
 
     torch.ones(before * 2**20, dtype=torch.uint8)
-    return peak_extra_bytes(call, CPU)
+    return peak_extra_bytes(call, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("before", "temporary", "returned"), [(1, 200, 100), (300, 50, 1)])
@@ -207,9 +205,6 @@ def test_commit_is_marked_when_anything_but_results_has_changed(tmp_path, monkey
     assert report.commit() == f"{clean}-dirty"
 
 
-# Runs of `throughput.py`
-
-
 def run(options: str, path: Path, status: int = 0) -> dict:
     assert throughput.main([*options.split(), "--json", str(path)]) == status
     return json.loads(path.read_text())
@@ -227,15 +222,14 @@ def test_script_measures_time_error_and_memory_of_each_peer_with_its_logits_with
     assert result["versions"]["torch"] == torch.__version__ and result["finished"]
     assert [comparison["dtype"] for comparison in result["comparisons"]] == ["fp32", "bf16"]
     for comparison in result["comparisons"]:
-        triton, *others = comparison["rows"]
+        triton, ours, exact, eager = comparison["rows"]
         assert (triton["id"], triton["status"], "both_ms" in triton) == ("triton", "skipped", False)
         assert comparison["bare_gemm_ms"]["median"] > 0
-        for row in others:
+        for row in (ours, exact, eager):
             for times in (row["forward_ms"], row["backward_ms"], row["both_ms"]):
                 assert len(times["samples"]) == 2 and 0 < times["min"] <= times["median"] <= times["max"]
             assert all(0 <= error < 0.1 for error in row["errors"].values())
             assert 0 <= row["extra_bytes"] < 2**28
-        ours, exact, eager = others
         assert 0 < ours["kept_share"] <= 1 and "kept_share" not in exact
         assert comparison["fp32_logits_bytes"] == 4 * 512 * 20000
         # The logits, their gradient, and the softmax it is made of.
@@ -272,11 +266,7 @@ ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="others do not kil
 ALL = "failed: wrong: error of loss and dhidden and dweight"
 RAISING = mock.Mock(side_effect=NotImplementedError("no such kernel\nat line 3"))
 CALLS = itertools.chain([peers.eager, peers.eager], itertools.repeat(RAISING))
-
-
-def beyond_memory(batch: Batch) -> PeerLoss:
-    torch.empty(2**31, dtype=torch.uint8)  # which Linux would grant
-    return peers.eager(batch)
+two_gib = partial(torch.empty, 2**31, dtype=torch.uint8)  # which Linux would grant
 
 
 @pytest.mark.parametrize(
@@ -288,7 +278,7 @@ def beyond_memory(batch: Batch) -> PeerLoss:
         ("torch-exact", lambda batch: PeerLoss(peers.eager(batch).loss * float("nan")), ALL),
         ("torch", RAISING, "failed: NotImplementedError: no such kernel"),
         ("trl", lambda batch: next(CALLS)(batch), "failed: NotImplementedError"),  # while it is timed
-        pytest.param("trl", beyond_memory, "skipped: ran out of memory", marks=ON_LINUX),
+        pytest.param("trl", lambda batch: two_gib(), "skipped: ran out of memory", marks=ON_LINUX),
     ],
 )
 def test_failing_peer_gets_no_time_and_others_go_on(name, loss, outcome, tmp_path, monkeypatch, capsys):
@@ -301,7 +291,7 @@ def test_failing_peer_gets_no_time_and_others_go_on(name, loss, outcome, tmp_pat
     assert not {"forward_ms", "backward_ms", "both_ms"} & set(failing)
     assert f"{name}: {outcome}" in " ".join(capsys.readouterr().out.split())
     assert other["status"] == "ok" and len(other["both_ms"]["samples"]) == 2
-    torch.empty(2**31, dtype=torch.uint8)  # the limit ends with the run
+    two_gib()  # the limit ends with the run
 
 
 def test_peers_that_cannot_run_are_skipped_by_name(tmp_path, monkeypatch, capsys):

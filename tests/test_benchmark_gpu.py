@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -35,13 +34,12 @@ HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
 
 def has_ended(pid: int) -> bool:
     """On a busy machine a killed process goes later, and it may stay as a zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for _ in range(400):
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-            time.sleep(0.05)
-        return False
-    return True
+    for _ in range(400):
+        statuses = {process.pid: process.info["status"] for process in psutil.process_iter(["status"])}
+        if statuses.get(pid, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # The steps of `make gpu`

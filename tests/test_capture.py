@@ -17,7 +17,6 @@ from transformers import AutoTokenizer
 from benchmarks import capture
 from benchmarks.inputs import Capture
 
-GATED = "--no-memory --only torch torch-exact eager"
 # Chosen and rejected differ in length, and so do the pairs.
 RECORDS = [
     {"prompt": f"The {thing} is", "chosen": f" {colour}.", "rejected": f" {'not ' * times}{colour}."}
@@ -96,13 +95,13 @@ def test_what_cannot_be_used_is_named(model, record, options, message, folder, t
         take(folder / model, path, tmp_path / "capture.pt", *options)
 
 
-@pytest.mark.parametrize(
-    ("kind", "options"), [("with-sft", GATED), ("gemma2", GATED), ("phi", GATED), ("llama", "--only torch")]
-)
-def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, options, folder, tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi", "llama"])
+def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, folder, tmp_path, capsys):
     taken = Capture.load(folder / f"{kind}.pt")
-    options += f" --device cpu --repeats 1 --dtype fp32 bf16 --saturated 0 0.5 --capture {folder / kind}.pt"
-    comparisons = run(options, tmp_path / "result.json")["comparisons"]
+    # Memory takes a process for each peer and comparison.
+    peers = "torch" if kind == "llama" else "torch torch-exact eager --no-memory"
+    options = f"--device cpu --repeats 1 --dtype fp32 bf16 --saturated 0 0.5 --only {peers}"
+    comparisons = run(f"{options} --capture {folder / kind}.pt", tmp_path / "result.json")["comparisons"]
     assert len(comparisons) == 4
     for comparison in comparisons:
         for row in comparison["rows"]:
