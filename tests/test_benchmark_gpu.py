@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
@@ -35,13 +34,12 @@ HOPPER = Setting("sm_90", SHARED_LIMIT["sm_90"])
 
 def has_ended(pid: int) -> bool:
     """On a busy machine a killed process goes later, and it may stay as a zombie."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for _ in range(400):
-            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-                return True
-            time.sleep(0.05)
-        return False
-    return True
+    for _ in range(400):
+        statuses = {process.pid: process.info["status"] for process in psutil.process_iter(["status"])}
+        if statuses.get(pid, psutil.STATUS_ZOMBIE) == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.05)
+    return False
 
 
 # The steps of `make gpu`
@@ -213,11 +211,8 @@ def test_a_candidate_that_is_wrong_or_differs_from_run_to_run_is_refused(results
     assert tune.measure(HOPPER, "fwd", HOPPER.shipped("fwd"))["status"] == status
 
 
-MEASURE = tune.measure
-
-
 def broken_measure(setting: Setting, name: str, entry: Launch) -> dict:
-    """As `tune.measure`, where candidates hang, end the process or break CUDA in it."""
+    """In place of `tune.measure` in the other process: candidates hang, end it or break CUDA in it."""
     if entry.num_stages == 6:
         time.sleep(60)
     if entry.num_stages == 7:
@@ -228,7 +223,7 @@ def broken_measure(setting: Setting, name: str, entry: Launch) -> dict:
         mock.patch.object(tune, "milliseconds", lambda launches: os.getpid()),
         mock.patch.multiple(torch.cuda, is_available=lambda: True, synchronize=illegal),
     ):
-        return MEASURE(setting, name, entry)
+        return tune.measure(setting, name, entry)
 
 
 def test_a_candidate_that_hangs_or_dies_costs_no_more_than_itself(monkeypatch):
@@ -272,9 +267,8 @@ from csrc_triton.launch import Launch
 
 tune.CANDIDATE_SECONDS = tune.START_SECONDS = 200
 setting = tune.Setting("interpret", 2**20, "fp32", tokens=16, hidden=32, vocab=2048, sharpness=4)
-other = {"certified_dweight": Launch(128, 64, 32, 1, 1)}
-names = ["fwd", "certified_dz_few", "certified_dweight"]
-jobs = [(name, other.get(name, Launch(32, 128, 32, 1, 1))) for name in names]
+tile = Launch(32, 128, 32, 1, 1)
+jobs = [("fwd", tile), ("certified_dz_few", tile), ("certified_dweight", Launch(128, 64, 32, 1, 1))]
 tune.sweep(setting, jobs, Path(sys.argv[1]), 350)
 """
 

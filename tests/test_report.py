@@ -33,10 +33,6 @@ def result(root: Path, name: str = LARGE) -> dict:
     return json.loads((root / report.RESULTS / name).read_text())
 
 
-def write(root: Path, name: str, data: dict) -> None:
-    (root / report.RESULTS / name).write_text(json.dumps(data))
-
-
 def test_the_repository_is_up_to_date(capsys):
     pytest.importorskip("trl", reason="the plans need it")
     assert report.main(["--check"]) == 0, capsys.readouterr().out
@@ -64,7 +60,7 @@ def test_new_results_reach_tables_and_figures_and_text_outside_the_markers_stays
         data = result(copy, name)
         rows = {row["id"]: row for row in data["comparisons"][0]["rows"]}
         rows["trl"]["both_ms"]["median"] = 3.9 * rows["torch"]["both_ms"]["median"]
-        write(copy, name, data)
+        report.write_json(data, copy / report.RESULTS / name)
     page, figure = copy / "README.md", copy / report.FIGURE
     page.write_text(f"Above.\n{page.read_text()}Below.")
     before = figure.read_bytes()
@@ -86,7 +82,8 @@ def test_results_of_a_gpu_come_first(copy):
     for row, name in zip(found["comparisons"][0]["rows"], ("triton", "triton-exact"), strict=False):
         row |= {"id": name, "peer": name}
     tests = {"passed": 61, "failed": {"test_a": "wrong"}, "skipped": {}}
-    write(copy, "nvidia-h200.json", {"device": GPU, "gpu_tests": tests, "reports": {"shipped": found}})
+    data = {"device": GPU, "gpu_tests": tests, "reports": {"shipped": found}}
+    report.write_json(data, copy / report.RESULTS / "nvidia-h200.json")
     assert report.main([], copy) == 0
     readme, page = ((copy / name).read_text() for name in ("README.md", "docs/performance.md"))
     assert "not been timed" not in readme and f"{GPU}: 61 GPU tests passed, 1 failed." in readme
@@ -100,7 +97,7 @@ def test_an_unfinished_run_and_a_page_without_its_markers_are_refused(copy):
     (copy / "README.md").write_text(page.replace("<!-- measured: end results -->", ""))
     with pytest.raises(SystemExit, match=r"README\.md: needs one "):
         report.main(["--check"], copy)
-    write(copy, "cpu-new.json", result(copy) | {"finished": False})
+    report.write_json(result(copy) | {"finished": False}, copy / report.RESULTS / "cpu-new.json")
     with pytest.raises(SystemExit, match=r"cpu-new\.json: its run has not ended"):
         report.main(["--check"], copy)
 
