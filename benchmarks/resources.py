@@ -55,10 +55,6 @@ class CompiledLaunch:
     tile: records.Tile | None  # of kernels that multiply
 
     @property
-    def has_priority_in_l2(self) -> bool:
-        return "L2::evict_last" in self.kernel.asm["ptx"]
-
-    @property
     def name(self) -> str:
         return self.kernel.metadata.name
 
@@ -230,7 +226,7 @@ def compiled_kernels(arch: str) -> list[dict[str, Any]]:
             if launch.tile is not None and id(launch.kernel) not in found:
                 found[id(launch.kernel)] = {
                     "kernel": launch.name.removesuffix("_kernel"),
-                    "variant": variant + ", priority in L2" * launch.has_priority_in_l2,
+                    "variant": variant + ", priority in L2" * ("evict_last" in launch.kernel.asm["ptx"]),
                     "tile": "{} × {} × {}".format(*launch.tile[:3]),
                     "warps": launch.kernel.metadata.num_warps,
                     "stages": launch.kernel.metadata.num_stages,
