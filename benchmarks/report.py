@@ -384,7 +384,7 @@ def summary(results: Results) -> str:
         f"under `patch()` a DPO step of TRL's trainer needs {patched['extra_mib']:,.0f} MiB instead of "
         f"{trl['extra_mib']:,.0f} MiB on top of model and gradients, and is {number(speed)} times as fast. "
         f"Expect less on a GPU: a factor of {rows:.2g} comes from rows that TRL's head computes on CPUs "
-        f"only. The model is tiny ({setup['layers']} layers of {setup['hidden']}): a 7B model gains less."
+        "only. The model is tiny, random and sharpened: a 7B model gains less."
     )
     no_gpu = (
         "**It has not been timed on a GPU yet**: [docs/performance.md](docs/performance.md#on-a-gpu) has "
@@ -450,7 +450,7 @@ def lengths_table(found: Json) -> list[str]:
         f"V = {setup['vocab']}, {setup['dtype']}:**",
         markdown(table),
         f"Shared prompts over the padded `FocalPOTrainer`: {gain}×. Operations of Llama-3-8B at these "
-        f"lengths, where attention skips hidden scores: padded has {packed}× as many as packed, {shared}× as "
+        f"lengths, where attention skips masked scores: padded has {packed}× as many as packed, {shared}× as "
         "many as shared.",
     ]
 
