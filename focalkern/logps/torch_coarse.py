@@ -51,7 +51,7 @@ _MAX_DIFFERENCE = 2.0**-6
 _MIN_SIZE = 2**31
 _WORKSPACE_BYTES = 64 * 2**20
 # Numbers of hidden or weight that are gathered at once for single entries.
-_GATHERED = 2**22
+_GATHERED = 2**20
 
 
 def coarse_exp(hidden: torch.Tensor, weight: torch.Tensor, shift: float) -> torch.Tensor:

@@ -33,7 +33,9 @@ class CoarseDz:
         self.forward, self.g, self.shift = forward, g, shift
         saved = forward.saved
         self.factor = extended(-g * (shift - saved.lse).exp(), 0.0)[:, None]
-        self.limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)
+        # In bits: bf16 numbers >= 0 are ordered as these integers, whose maximum takes a sixth of the time.
+        limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)
+        self.limit_bits = limit.view(torch.int32) >> 16
         self.targets = extended(forward.targets, -1)
         # Row and vocabulary entry of large ones that are no labels; two threads append to it.
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -63,7 +65,7 @@ class CoarseDz:
         """Set labels and large entries to 0, and note them for `add_large`."""
         label_at, label_column = targets_in(self.targets[row] - first_v, y.shape[1])
         y[label_at, label_column] = 0.0
-        at, column = entries_above(y, self.limit[row])
+        at, column = entries_above(y.view(torch.int16), self.limit_bits[row])
         y[at, column] = 0.0
         self.large.append((row[at], column + first_v.expand_as(row)[at]))
 
