@@ -82,7 +82,7 @@ VARIANTS = {
     "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
     "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
 }
-# With the constants of the others in one of these.
+# The constants of the others are those of some of these together; bf16 compiles all on their own.
 IN_EVERY_RUN = {
     "plain",
     "few rows",
