@@ -114,7 +114,8 @@ def compiled_launches(arch: str, run: Callable[[], object], only: str = "") -> l
         return kernel
 
     with (
-        # The registers of all kernels are the same without line numbers, and a sixth of the time is saved.
+        # Without line numbers, which take an eighth of the time: registers, spills and shared memory are the
+        # same in 138 of 138 kernels for sm_90, the order of instructions in 136.
         mock.patch.dict(os.environ, TRITON_DISABLE_LINE_INFO="1"),
         mock.patch.object(triton_launch, "arch_of", lambda device: arch),
         mock.patch.object(driver, "_active", no_gpu),

@@ -1,4 +1,4 @@
-"""Triton's interpreter without two thirds of its work. Imported where kernels are interpreted."""
+"""Triton's interpreter with less work for each operation. Imported where kernels are interpreted."""
 
 from __future__ import annotations
 
