@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.utils.checkpoint
-from conftest import DEVICE, LOW_PRECISION
+from conftest import DEVICE, INTERPRETED, LOW_PRECISION
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from problems import EPS, Problem, assert_equal, batch, each_dtype, outcome, sharp_problem, transformed
@@ -17,6 +17,8 @@ import focalkern.logps.function
 from focalkern import FusedFocalPOLoss, linear_logps
 
 TAU = 2.0**-9
+# Several tiles of rows for one block, which are of 16 rows in the interpreter.
+MANY = 60 if INTERPRETED else 150
 
 
 def measure(problem: Problem, backend: str, tau=TAU, **options):
@@ -78,7 +80,7 @@ def kept(monkeypatch):
             "hidden_size": 37,
             "has_bias": True,
         },  # a last block of ten entries, an odd hidden size
-        {"tokens": 150},
+        {"tokens": MANY},
         {"rank": 1},
         {"rank": 16, "has_bias": True},
         {"rank": 40, "softcap": 150.0, "has_bias": True},
@@ -255,8 +257,8 @@ def test_the_triton_workspace_is_honoured(backend, monkeypatch):
         sizes.append(tensor.nbytes)
         return tensor
 
-    problem = sharp_problem(150)
-    largest_block_bytes = 150 * (128 + 128) * 4
+    problem = sharp_problem(MANY)
+    largest_block_bytes = MANY * (128 + 128) * 4
     monkeypatch.setattr(focalkern.logps.function, "WORKSPACE_BYTES", largest_block_bytes)
     monkeypatch.setattr(triton_certified.torch, "empty", recorded)
     measure(problem, backend)
@@ -267,8 +269,8 @@ def test_the_triton_workspace_is_honoured(backend, monkeypatch):
 @pytest.mark.parametrize(
     ("workspace_bytes", "options"),
     [
-        (1, {"softcap": 50.0}),
-        (20_000, {"softcap": 50.0, "tokens": 150}),
+        (1, {"softcap": 50.0, "tokens": 20}),
+        (20_000, {"softcap": 50.0, "tokens": MANY}),
         (20_000, {"rank": 40}),
         (60_000, {"rank": 40}),
     ],
@@ -291,7 +293,7 @@ def test_products_of_some_pairs_and_columns_at_a_time_add_up_to_those_of_all(opt
         pytest.skip("the torch backend has no such products")
     from focalkern.logps import triton_certified
 
-    problem, made, cut = sharp_problem(150, **options), [], triton_certified._Step._parts
+    problem, made, cut = sharp_problem(MANY, **options), [], triton_certified._Step._parts
 
     def recorded(*args):
         made.append(cut(*args))
@@ -302,7 +304,7 @@ def test_products_of_some_pairs_and_columns_at_a_time_add_up_to_those_of_all(opt
     assert all(len(parts) == 1 for parts in made)
     made.clear()
     monkeypatch.setattr(triton_certified, "PRODUCT_COLUMNS", 16)
-    at_once = triton_certified._ProductsAtOnce(5_000, in_l2=True)
+    at_once = triton_certified._ProductsAtOnce(MANY * 32, in_l2=True)
     monkeypatch.setattr(triton_certified, "_products_at_once", lambda *_: at_once)
     in_parts = measure(problem, backend)[1]
     assert all(len(parts) > 2 for parts in made)
@@ -326,7 +328,7 @@ def test_products_and_sums_share_the_l2_cache_where_it_is_large_enough(rows, l2_
 
 @each_dtype
 def test_two_runs_are_bitwise_equal(dtype, backend):
-    problem = sharp_problem(150, dtype=dtype, has_bias=True)
+    problem = sharp_problem(MANY, dtype=dtype, has_bias=True)
     (first, found), (second, again) = (measure(problem, backend) for _ in range(2))
     assert first.kept_share < 0.4
     assert_equal(found, again)

@@ -138,7 +138,7 @@ def test_an_update_of_zeros_changes_nothing(backend):
 @pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[-1]], ids=str)
 @either_backward
 def test_two_runs_are_bitwise_equal(tau, dtype, backend):
-    head = sharp_problem(60, rank=40, dtype=dtype)
+    head = sharp_problem(rank=40, dtype=dtype)
     assert_equal(*(measure(head, backend, tau=tau) for _ in range(2)))
 
 
