@@ -82,9 +82,10 @@ VARIANTS = {
     "a shard of the vocabulary": {"is_shard": True, "vocab_size": 16032},
     "a shard, few rows, an update": {"is_shard": True, "vocab_size": 16032, "rank": 16, "n": 200},
 }
-# The constants of the others are those of some of these together; bf16 compiles all on their own.
 IN_EVERY_RUN = {
     "plain",
+    "vocabulary not a multiple of 16",
+    "softcap, bias, odd hidden size",
     "few rows",
     "few rows, softcap, bias",
     "outputs and entropy gradient",
@@ -106,7 +107,7 @@ KL_VARIANTS = {
     },
     "softcap": {"softcap": 30.0},
 }
-KL_IN_EVERY_RUN = {"plain", "softcap, biases, odd hidden sizes"}
+KL_IN_EVERY_RUN = {"plain", "vocabulary not a multiple of 16", "softcap, biases, odd hidden sizes"}
 
 
 def check_head(arch, dtype, precision="highest", **variant):
