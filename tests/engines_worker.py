@@ -391,85 +391,142 @@ def own_pairs(scenario: str) -> list[list[int]]:
     return [[i] for i in own] if scenario == "accumulated" else [own]
 
 
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how: the same by an engine and by one process."""
+
+    variant: str = "plain"
+    layout: str = "padded"
+    backward: str = "certified"
+    scenario: str = ""
+
+    @property
+    def is_uneven(self) -> bool:
+        """Engines average over ranks, so ranks with unequal numbers of pairs take sums."""
+        return self.scenario == "an empty micro-batch"
+
+    @property
+    def masked(self) -> tuple[int, ...]:
+        return (2, 3) if self.scenario == "all pairs of a rank masked" else ()
+
+    def policy(self) -> Policy:
+        make = WithoutAttention if self.is_uneven else functools.partial(llama, self.variant == "tied")
+        model = with_lora(make()) if self.variant == "LoRA" else make()
+        return Policy(model, self.loss_fn(), self.backward)
+
+    def reference(self) -> Policy:
+        make = WithoutAttention if self.is_uneven else llama
+        return Policy(make(seed=1), FusedFocalPOLoss(), self.backward).requires_grad_(False).eval()
+
+    def loss_fn(self) -> FusedFocalPOLoss:
+        return FusedFocalPOLoss(BETA, GAMMA, "focal", reduction="sum" if self.is_uneven else "mean")
+
+    def rows(self, policy: Policy, batch: Batch) -> list[torch.Tensor]:
+        """The gradient of the hidden states of each sequence."""
+        hidden = policy.hidden.grad
+        return batch.sequences(hidden if self.layout == "padded" else hidden[0])
+
+
+@dataclass
+class Step:
+    """Of one process, on all pairs."""
+
+    loss: torch.Tensor
+    dhidden: list[torch.Tensor]
+    dweight: list[torch.Tensor]
+    kept_share: torch.Tensor | None
+
+
+@functools.cache  # every engine is compared with the same
+def trained_alone(case: Case) -> tuple[list[Step], list[torch.Tensor], float, torch.Tensor]:
+    """The steps, the trained weights and their least movement, and the loss of an evaluation."""
+    policy, reference = case.policy(), case.reference()
+    alone = Alone(policy)
+    scale = 1 / PAIRS if case.is_uneven else 1.0
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    start = [p.detach().clone() for p in trained]
+
+    def loss_of_step(step: int) -> tuple[torch.Tensor, Any, Batch]:
+        batch = collate(pairs_of(step), case.layout, case.masked)
+        loss, out = policy(batch, references(reference, batch))
+        return scale * loss, out, batch
+
+    steps = []
+    for step in range(STEPS):
+        loss, out, batch = loss_of_step(step)
+        alone.backward(loss)
+        dweight = [p.grad.clone() for p in policy.trained_head()]
+        steps.append(Step(loss.detach(), case.rows(policy, batch), dweight, out.kept_share))
+        alone.step()
+    weights = [p.detach().clone() for p in trained]
+    policy.eval()
+    with torch.no_grad():
+        evaluation = loss_of_step(STEPS)[0]
+    return steps, weights, min(map(relative_error, start, weights)), evaluation
+
+
 def compare(
     engine_class: type[Alone],
+    outside: bool = False,  # the loss is computed outside the forward that the engine wraps
     variant: str = "plain",
     layout: str = "padded",
     backward: str = "certified",
     scenario: str = "",
-    outside: bool = False,  # the loss is computed outside the forward that the engine wraps
     **options,
 ) -> dict[str, float]:
     """Some steps of both, and an evaluation."""
-    make = WithoutAttention if scenario == "an empty micro-batch" else llama
-    model = llama(tied=True) if variant == "tied" else make()
-    model = with_lora(model) if variant == "LoRA" else model
-    reference = Policy(make(seed=1), FusedFocalPOLoss(), backward).requires_grad_(False).eval()
-    masked = (2, 3) if scenario == "all pairs of a rank masked" else ()
+    case = Case(variant, layout, backward, scenario)
+    expected, expected_weights, least_movement, expected_evaluation = trained_alone(case)
     mine = own_pairs(scenario)
-    # Engines average over ranks, so ranks with unequal numbers of pairs take sums.
-    sums = scenario == "an empty micro-batch"
-    loss_fn = FusedFocalPOLoss(BETA, GAMMA, "focal", reduction="sum" if sums else "mean")
-    scales = (WORLD / PAIRS, 1 / PAIRS) if sums else (1.0, 1.0)
-
-    alone = Alone(Policy(copy.deepcopy(model), loss_fn, backward))
-    their_reference = copy.deepcopy(reference)
-    engine = engine_class(Policy(model, loss_fn, backward), accumulated=len(mine), **options)
-    our_reference = engine_class.reference(reference)
-    policies = (engine.policy, alone.policy)
-    engine.policy.scenario = scenario
-    trained = [[p for p in policy.parameters() if p.requires_grad] for policy in policies]
-    start = [p.detach().clone() for p in trained[1]]
+    scale = WORLD / PAIRS if case.is_uneven else 1.0
+    engine = engine_class(case.policy(), accumulated=len(mine), **options)
+    reference = engine_class.reference(case.reference())
+    policy = engine.policy
+    policy.scenario = scenario
+    trained = [p for p in policy.parameters() if p.requires_grad]
     found = Found()
 
-    def loss_of_both(step: int) -> Iterator[tuple[torch.Tensor, Any, Batch]]:
-        """Of each micro-batch, and then of all pairs alone: the loss and all there is beside it."""
+    def losses_of(step: int) -> Iterator[tuple[torch.Tensor, Any, Batch]]:
+        """Of each micro-batch: the loss and all there is beside it."""
         pairs = pairs_of(step)
         for own in mine:
-            batch = collate([pairs[i] for i in own], layout, [own.index(i) for i in masked if i in own])
-            refs = references(our_reference, batch)
+            batch = collate([pairs[i] for i in own], layout, [own.index(i) for i in case.masked if i in own])
+            refs = references(reference, batch)
             if outside:
-                out = loss_of(loss_fn, engine.wrapped(batch), batch, refs)
+                out = loss_of(policy.loss_fn, engine.wrapped(batch), batch, refs)
                 loss = out.loss
             else:
                 loss, out = engine.wrapped(batch, refs)
-            yield scales[0] * loss, out, batch
-        batch = collate(pairs, layout, masked)
-        out = alone.wrapped(batch, references(their_reference, batch))[1]
-        yield scales[1] * out.loss, out, batch
+            yield scale * loss, out, batch
 
     found.note("whole between the steps", not engine.is_sharded())
-    for step in range(STEPS):
+    for step, exact in enumerate(expected):
         losses, rows = [], []
-        for loss, out, batch in loss_of_both(step):
-            last = len(losses) == len(mine)
-            trainer = alone if last else engine
-            trainer.backward(loss)
-            hidden = trainer.policy.hidden.grad
-            rows.append(batch.sequences(hidden if layout == "padded" else hidden[0]))
+        for loss, out, batch in losses_of(step):
+            engine.backward(loss)
+            rows += case.rows(policy, batch)
             losses.append(loss.detach())
             if out.kept_share is not None:
-                found.note("kept share of one process" if last else "kept share", out.kept_share.item())
+                found.note("kept share", out.kept_share.item())
+        if exact.kept_share is not None:
+            found.note("kept share of one process", exact.kept_share.item())
         found.note("whole between the steps", not engine.is_sharded())
-        found.error("loss", mean_over_ranks(torch.stack(losses[:-1]).mean()), losses[-1])
-        ours = [x for sequences in rows[:-1] for x in sequences]
-        theirs = [rows[-1][i + side] for own in mine for side in (0, PAIRS) for i in own]
-        if ours:
-            found.error("dhidden", torch.cat(ours) / WORLD, torch.cat(theirs))
-        for parameter, exact in zip(*(policy.trained_head() for policy in policies), strict=True):
-            found.error("dweight", engine.gradient(parameter), exact.grad)
-            found.note("a zero gradient", not exact.grad.any())
+        found.error("loss", mean_over_ranks(torch.stack(losses).mean()), exact.loss)
+        theirs = [exact.dhidden[i + side] for own in mine for side in (0, PAIRS) for i in own]
+        if rows:
+            found.error("dhidden", torch.cat(rows) / WORLD, torch.cat(theirs))
+        for parameter, dweight in zip(policy.trained_head(), exact.dweight, strict=True):
+            found.error("dweight", engine.gradient(parameter), dweight)
+            found.note("a zero gradient", not dweight.any())
         engine.step()
-        alone.step()
-    for parameter, exact in zip(*trained, strict=True):
-        found.error("weights", engine.value(parameter), exact)
-    found.values["least movement"] = min(map(relative_error, start, trained[1]))
+    for parameter, weight in zip(trained, expected_weights, strict=True):
+        found.error("weights", engine.value(parameter), weight)
+    found.values["least movement"] = least_movement
 
-    for policy in policies:
-        policy.eval()
+    policy.eval()
     with torch.no_grad():
-        *losses, expected = [loss for loss, *_ in loss_of_both(STEPS)]
-    found.error("evaluation", mean_over_ranks(torch.stack(losses).mean()), expected)
+        losses = [loss for loss, *_ in losses_of(STEPS)]
+    found.error("evaluation", mean_over_ranks(torch.stack(losses).mean()), expected_evaluation)
     return found.values
 
 
