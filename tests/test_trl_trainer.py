@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import signal
-import subprocess
 import sys
 from copy import deepcopy
 from functools import partial
@@ -19,7 +19,7 @@ pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset, load_from_disk
 from largest import Largest
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForPreference
 from trl_tiny import (
@@ -343,9 +343,10 @@ def test_the_auxiliary_loss_of_experts_is_trl_s(tmp_path):
 
 
 def test_autocast_costs_no_more_than_in_trl(tmp_path):
+    given = {"focal": {"gamma": 0.0}, "max_steps": 1}
     models = model_and_reference()
-    exact = trl_and_ours(tmp_path, *models, focal={"gamma": 0.0})[0][1]
-    (_, theirs), (_, ours) = trl_and_ours(tmp_path, *models, focal={"gamma": 0.0}, bf16=True)
+    exact = trl_and_ours(tmp_path, *models, **given)[0][1]
+    (_, theirs), (_, ours) = trl_and_ours(tmp_path, *models, **given, bf16=True)
 
     def error(run: Recording) -> tuple[float, float]:
         """RMS over the micro-steps of the first optimizer step, relative."""
@@ -527,30 +528,29 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(objective, layout, tmp_p
     assert ("alpha/mean" in logged) == ("alpha/std" in logged) == ("alpha" in objective)
 
 
-KILLED_BY_A_SIGNAL = """
-import os, signal, sys
-from pathlib import Path
-from transformers import TrainerCallback
-from trl_tiny import focal_trainer, llama, near, seeded
+class KillProcessAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
 
-class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 3:
+        if state.global_step == self.step:
             os.kill(os.getpid(), signal.SIGKILL)
-
-folder, options = Path(sys.argv[1]), eval(sys.argv[2])
-model = seeded(llama)
-focal_trainer(folder, model, near(model), options={"callbacks": [Kill()]}, **options).train()
-"""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
 def test_a_process_that_was_killed_goes_on_in_another(tmp_path):
     options = {**SCHEDULED_ALPHA, "max_steps": 4, "padding_free": True}
     options |= {"save_strategy": "steps", "save_steps": 2}
-    command = [sys.executable, "-c", KILLED_BY_A_SIGNAL, str(tmp_path / "killed"), repr(options)]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    if (child := os.fork()) == 0:
+        try:
+            torch.set_num_threads(1)  # a fork has none but its own
+            model = seeded(llama)
+            callbacks = {"callbacks": [KillProcessAt(3)]}
+            focal_trainer(tmp_path / "killed", model, near(model), options=callbacks, **options).train()
+        finally:
+            sys.excepthook(*sys.exc_info())
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     runs = []
     for folder, resume in (("whole", None), ("killed", True)):
         model = seeded(llama)

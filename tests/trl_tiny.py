@@ -11,8 +11,10 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+import accelerate.utils.imports
 import torch
 import transformers
 from datasets import Dataset, disable_progress_bars
@@ -41,6 +43,8 @@ from quickstart_parts import train_tokenizer
 
 disable_progress_bars()
 gc.freeze()  # every run of transformers collects garbage; over all that is loaded here it takes 0.2 s
+# Asked sixty times a run, and every time it reads the metadata of the package.
+accelerate.utils.imports._is_package_available = cache(accelerate.utils.imports._is_package_available)
 
 COLOURS = {"sky": "blue", "sea": "green", "door": "brown", "hat": "red", "old stone house": "grey"}
 COLOURS |= {"moon": "white", "coal": "black"}
