@@ -117,6 +117,7 @@ def test_every_recipe_runs_dry_and_leaves_nothing_behind(path, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delattr(ProgressPlot, "on_log")  # it draws at the end too
     assert cli.main(["train", str(path), "--dry-run", *QUIET]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Dry run: a tiny model and built-in pairs")
@@ -377,7 +378,7 @@ def test_the_line_that_cannot_be_read_is_named(lines, message, folder, tmp_path)
 def test_without_trl_the_command_says_what_to_install():
     code = """if True:
         import runpy, sys
-        sys.modules |= {"trl": None, "matplotlib": None}
+        sys.modules |= dict.fromkeys(("trl", "transformers", "accelerate", "matplotlib"))  # come with it
         for command in ("env", "train"):
             sys.argv[1:] = [command]
             try:
