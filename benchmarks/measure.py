@@ -137,13 +137,13 @@ def peak_resident_bytes() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of a module-level function in a new interpreter; `BrokenProcessPool` if that one is killed.
+    """Result of a module's function in a process that has only imported; `BrokenProcessPool` if killed.
 
-    There glibc gives freed tensors back to the system. Else the peak depends on how its heap is fragmented:
-    the same step of eager PyTorch took 5.0 or 6.0 times its logits, always 3.0 with this.
+    glibc gives freed tensors back there. Else a step of eager PyTorch took 5 or 6 times its logits, not 3.
     """
-    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_=str(2**17)), pool:
+    fork = multiprocessing.get_context("forkserver")
+    fork.set_forkserver_preload(["torch", f"benchmarks.{Path(function.__code__.co_filename).stem}"])
+    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="131072"), ProcessPoolExecutor(1, fork) as pool:
         return pool.submit(function, *arguments).result()
 
 

@@ -463,7 +463,7 @@ MACHINES = {  # by the end of the recipe's name
 
 
 def plans() -> str:
-    """The row of every recipe by `focalkern plan`: half a minute."""
+    """The row of every recipe by `focalkern plan`: ten seconds."""
     from focalkern.cli.main import main as focalkern
 
     header = "| recipe | machine | GiB per GPU | pairs that fit | host, GiB | hours |"

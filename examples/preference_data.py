@@ -110,6 +110,8 @@ def parse(path: Path) -> ast.Module:
 def documented_functions(node: ast.AST, scope: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """Functions with a docstring, each with the names of the classes and functions around it."""
     for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr):  # most of a tree, and without functions but lambdas
+            continue
         inner = scope
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             if not isinstance(child, ast.ClassDef) and ast.get_docstring(child):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import pytest
@@ -55,6 +56,10 @@ def pytest_collection_modifyitems(config, items) -> None:
         others = [item for item in items if "backend" not in item.fixturenames]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if "backend" in item.fixturenames]
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # every trainer collects garbage, and would look at all that was imported
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,6 @@ def test_what_cannot_be_used_is_named(model, record, options, message, folder, t
 @pytest.mark.parametrize("kind", ["with-sft", "gemma2", "phi", "llama"])
 def test_benchmark_runs_from_a_capture_and_agrees_with_float64(kind, folder, tmp_path, capsys):
     taken = Capture.load(folder / f"{kind}.pt")
-    # Memory takes a process for each peer and comparison.
     peers = "torch" if kind == "llama" else "torch torch-exact eager --no-memory"
     options = f"--device cpu --repeats 1 --dtype fp32 bf16 --saturated 0 0.5 --only {peers}"
     comparisons = run(f"{options} --capture {folder / kind}.pt", tmp_path / "result.json")["comparisons"]

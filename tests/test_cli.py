@@ -117,6 +117,7 @@ def test_every_recipe_runs_dry_and_leaves_nothing_behind(path, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.delattr(ProgressPlot, "on_log")  # it draws at the end too
     assert cli.main(["train", str(path), "--dry-run", *QUIET]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Dry run: a tiny model and built-in pairs")

@@ -307,24 +307,7 @@ def run(options: str, recipe: str = "llama3-8b-focalpo") -> int:
     return main(["plan", str(RECIPES / f"{recipe}.yaml"), *options.split()])
 
 
-_FOUND: dict[str, object] = {}
-
-
-@pytest.fixture
-def cached(monkeypatch):
-    """Recipes share models: each is run once."""
-
-    def remembering(config, *options):
-        same = {key: value for key, value in config.to_dict().items() if not key.startswith("_")}
-        key = repr((same, config._attn_implementation, options))
-        if key not in _FOUND:
-            _FOUND[key] = activations(config, *options)
-        return _FOUND[key]
-
-    monkeypatch.setattr(budget, "activations", remembering)
-
-
-def test_a_recipe_that_fits(cached, tmp_path, capsys):
+def test_a_recipe_that_fits(tmp_path, capsys):
     assert run(f"--plot {tmp_path / 'plan.png'}") == 0
     printed = capsys.readouterr().out
     assert max(map(len, printed.splitlines())) <= 100
@@ -340,7 +323,7 @@ def test_a_recipe_that_fits(cached, tmp_path, capsys):
         assert len(picture.convert("RGB").getcolors(2**20)) > 8  # the parts
 
 
-def test_a_recipe_that_does_not_fit_says_what_does(cached, capsys):
+def test_a_recipe_that_does_not_fit_says_what_does(capsys):
     assert run("--engine zero2 --per_device_train_batch_size 8") == 1
     printed = capsys.readouterr().out
     assert "does NOT fit" in printed
@@ -353,7 +336,7 @@ def test_a_recipe_that_does_not_fit_says_what_does(cached, capsys):
         assert run(f"{options} {batch} --row") == 0
 
 
-def test_nothing_fits(cached, capsys):
+def test_nothing_fits(capsys):
     assert run("--gpus 1 --gpu-memory 10GB") == 1
     assert "take more GPUs, or larger ones" in capsys.readouterr().out
 
@@ -382,7 +365,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("options", REFUSED)
-def test_what_a_plan_does_not_know_is_said(options, cached, capsys):
+def test_what_a_plan_does_not_know_is_said(options, capsys):
     with pytest.raises(SystemExit) as stopped:
         run(options)
     assert REFUSED[options] in f"{stopped.value}{capsys.readouterr().err}"

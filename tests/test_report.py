@@ -17,7 +17,7 @@ GPU = "NVIDIA H200"
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
-    """The pages, results and figures. The plans, which take half a minute, are as they stand there."""
+    """The pages, results and figures. The plans, which take ten seconds, are as they stand there."""
     begin, end = report.markers("plan")
     plans = (report.ROOT / "docs/training.md").read_text().split(begin)[1].split(end)[0].strip()
     monkeypatch.setattr(report, "plans", lambda: plans)

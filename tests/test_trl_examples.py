@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from functools import partial
@@ -55,6 +56,8 @@ def test_the_example_trains(tmp_path):
 def step_benchmark(monkeypatch):
     """`trl_step.main --quick` on a smaller model, and memory in this process: a fresh one starts slowly."""
     monkeypatch.setattr(trl_step, "in_fresh_process", lambda function, *given: function(*given))
+    few = partial(trl_step.docstring_pairs, library=Path(asyncio.__file__).parent)
+    monkeypatch.setattr(trl_step, "docstring_pairs", few)
     monkeypatch.setattr(trl_step, "QUICK", trl_step.Setup(32, 1, 4500, 3, repeats=2, entries=20))
     return lambda *options: trl_step.main(["--quick", "--dtype", "fp32", *options])
 

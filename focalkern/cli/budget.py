@@ -142,6 +142,9 @@ def plain_head(sizes: Sizes, rows: int, dtype: torch.dtype) -> float:
         return live.peak
 
 
+_RUNS: dict[str, Activations] = {}  # of all budgets: recipes share models
+
+
 @dataclass
 class Budget:
     """Bytes of a recipe on a machine, under any engine and with any micro-batch."""
@@ -154,7 +157,6 @@ class Budget:
     gpu_memory: float  # bytes
     peft_config: Any = None
     sizes: Sizes = field(init=False)
-    _runs: dict[tuple, Activations] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         model = on_meta(self.config, self.dtype, self.peft_config)
@@ -245,11 +247,11 @@ class Budget:
         is_padded = not (self.args.padding_free or self.args.share_prompt)
 
         def run(pairs: int, length: int) -> Activations:
-            key = (dtype, autocast, checkpointing, pairs, length)
-            if key not in self._runs:
-                options = (self.peft_config, *key[:3], is_padded)
-                self._runs[key] = activations(self.config, *options, 2 * pairs, length)
-            return self._runs[key]
+            options = (self.peft_config, dtype, autocast, checkpointing, is_padded, 2 * pairs, length)
+            key = repr((self.config, self.config._attn_implementation, options))
+            if key not in _RUNS:
+                _RUNS[key] = activations(self.config, *options)
+            return _RUNS[key]
 
         longest = self.args.max_length
         if length != longest and keeps_no_scores(self.config):
