@@ -13,7 +13,7 @@ KERNEL_TESTS := tests/test_adaptive_margin.py tests/test_batch_invariance.py tes
 COMPILE_TESTS := tests/test_compile.py tests/test_launch_resources.py
 
 # Packages are byte-compiled when they are first imported, and that is kept: installing takes 35 s instead of 90.
-export PYTHONDONTWRITEBYTECODE :=
+demo test reproduce report lint: export PYTHONDONTWRITEBYTECODE :=
 
 # Where other processes want the cores too, threads that spin at every barrier cost several times the work.
 export OMP_WAIT_POLICY := PASSIVE

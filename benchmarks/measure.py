@@ -143,7 +143,8 @@ def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
     """
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["torch", f"benchmarks.{Path(function.__code__.co_filename).stem}"])
-    with mock.patch.dict(os.environ, MALLOC_MMAP_THRESHOLD_="131072"), ProcessPoolExecutor(1, fork) as pool:
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "PYTHONPATH": os.pathsep.join(sys.path)}
+    with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, fork) as pool:
         return pool.submit(function, *arguments).result()
 
 

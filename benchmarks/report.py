@@ -253,7 +253,7 @@ STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
 LENGTHS = "cpu-trl-lengths"  # with the name of the lengths behind it
 SATURATED = "cpu-saturated-bf16"
 LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
-SMALL = "cpu-2048x512x32768"
+SMALL, EPYC = "cpu-2048x512x32768", ("cpu-epyc-1024x4096x128256-bf16", "cpu-epyc-2048x512x32768-bf16")
 # Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
 # `frame` for that peer, `{ours ...}` one for focalkern.
 BY_INPUT = {
@@ -276,7 +276,7 @@ BY_INPUT = {
         "kept share": "{ours kept}",
         "backward": "{ours backward}",
         "exact backward": "{torch-exact backward}",
-        "both": "{ours both}",
+        "in all": "{ours both}",
         "over exact, TRL": "{torch-exact ratio}, {trl ratio}",
     },
 }
@@ -300,11 +300,11 @@ class Results:
         return [comparison for name in names for comparison in self.files[name]["comparisons"]]
 
     def of_sizes(self) -> list[Json]:
-        """The first comparison of each GPU, if focalkern was timed in it; then those of the CPU."""
+        """The first comparison of each GPU, if focalkern was timed in it; then those of CPUs."""
         reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
         firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
         on_gpus = [comparison for comparison in firsts if ours_in(frame(comparison))]
-        return [*on_gpus, *self.comparisons(LLAMA, LARGE, SMALL)]
+        return [*on_gpus, *self.comparisons(LLAMA, LARGE, SMALL, *EPYC)]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
@@ -313,7 +313,7 @@ class Results:
             file = self.files[name]
             run = f"{file['device']}, {file['threads']} threads, torch {file['versions']['torch']}"
             run += f", {file['date'][:10]}, medians of {file['repeats']} runs"
-            links[run].append(f"[{name}.json](../{RESULTS}/{name}.json)")
+            links[run].append(f"[{name}](../{RESULTS}/{name}.json)")
         return "\n\n".join(f"{run}: {', '.join(files)}." for run, files in links.items())
 
 
@@ -396,17 +396,16 @@ def summary(results: Results) -> str:
 
 
 def peers_table(results: Results) -> str:
-    """All peers, a column for each comparison."""
+    """All peers, a column for each comparison in bf16."""
     columns = {}
-    for comparison in results.of_sizes()[:5]:
+    for comparison in [each for each in results.of_sizes() if each["dtype"] == "bf16"][:5]:
         found = frame(comparison)
         shown = cells(found)
         said = shown["ratio"].where(found["ratio"] != 1, shown["both"])
-        kept = shown.at[ours_in(found), "kept"]
-        title = f"{comparison['device']}, {size_of(comparison)}, kept share {kept}"
+        title = f"{comparison['device']}, {size_of(comparison)}, kept {shown.at[ours_in(found), 'kept']}"
         columns[title] = (said + ", " + shown["extra"] + ", " + shown["dhidden"]).set_axis(shown["peer"])
     table = pd.concat(columns, axis=1).fillna("–").rename_axis("method").reset_index()
-    return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL)}"
+    return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL, *EPYC)}"
 
 
 def step_table(results: Results) -> str:

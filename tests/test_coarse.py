@@ -93,6 +93,18 @@ def test_values_and_gradients_are_as_accurate_as_by_fp32_products(options, backw
         assert relative_error(found[name], exact[name]) <= 1.05 * of_fp32 + 1e-5, name
 
 
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+def test_the_gradient_of_a_label_of_many_rows_is_rounded_once(backward):
+    """48 numbers are gathered at once, of one row: each adds to what the last one left."""
+    problem = sharp_problem(300, dtype=BF16)
+    label = int(likeliest(problem)[problem.keep][0])
+    problem.labels[problem.keep] = label
+    _, found = measure(problem, backward=backward)
+    leaves = problem.leaves(torch.float64)
+    exact = outcome(problem, problem.plain(leaves), leaves)["weight"][label]
+    assert relative_error(found["weight"][label], exact) <= 1.5 * relative_error(exact.to(BF16), exact)
+
+
 def test_the_dropped_mass_is_exact(monkeypatch):
     kept, list_pairs = [], focalkern.logps.function.list_pairs
     monkeypatch.setattr(

@@ -537,13 +537,14 @@ class KillProcessAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no such signal")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a process with threads cannot be forked")
 def test_a_process_that_was_killed_goes_on_in_another(tmp_path):
     options = {**SCHEDULED_ALPHA, "max_steps": 4, "padding_free": True}
     options |= {"save_strategy": "steps", "save_steps": 2}
     if (child := os.fork()) == 0:
         try:
             torch.set_num_threads(1)  # a fork has none but its own
+            signal.alarm(300)
             model = seeded(llama)
             callbacks = {"callbacks": [KillProcessAt(3)]}
             focal_trainer(tmp_path / "killed", model, near(model), options=callbacks, **options).train()

@@ -248,7 +248,9 @@ class Budget:
 
         def run(pairs: int, length: int) -> Activations:
             options = (self.peft_config, dtype, autocast, checkpointing, is_padded, 2 * pairs, length)
-            key = repr((self.config, self.config._attn_implementation, options))
+            # Their repr lacks what is set beside the fields of a config.
+            ways = [getattr(self.config, f"_{name}_implementation", None) for name in ("attn", "experts")]
+            key = repr((self.config, ways, options))
             if key not in _RUNS:
                 _RUNS[key] = activations(self.config, *options)
             return _RUNS[key]

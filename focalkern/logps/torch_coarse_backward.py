@@ -80,19 +80,24 @@ class CoarseDz:
         entry, order = entry.sort(stable=True)
         row = row[order]
 
+        sums = [torch.zeros(())] * len(head.products)  # of the entry that the last part ended with
         for part, z, hidden, weight in entry_logits(head, row, entry):
             at, v = row[part], entry[part]
+            goes_on = part.start > 0 and bool(entry[part.start - 1] == v[0])
             rest = torch.where(v == targets[at], -saved.one_minus_p[at], (z - saved.lse[at]).exp())
             dz = (-self.g[at] * rest)[:, None]
             distinct, place = v.unique(return_inverse=True)
-            for h, w, dhidden, dweight in zip(
-                hidden, weight, gradients.dhidden, gradients.dweight, strict=True
+            for i, (h, w, dhidden, dweight) in enumerate(
+                zip(hidden, weight, gradients.dhidden, gradients.dweight, strict=True)
             ):
                 if dhidden is not None:
                     dhidden.index_add_(0, at, w.mul_(dz))
                 if dweight is not None:
-                    total = dweight[distinct].float().index_add_(0, place, h.mul_(dz))
-                    dweight[distinct] = total.to(dweight.dtype)
+                    total = dweight[distinct].float()
+                    if goes_on:
+                        total[0] = sums[i]
+                    dweight[distinct] = total.index_add_(0, place, h.mul_(dz)).to(dweight.dtype)
+                    sums[i] = total[-1].clone()
 
 
 def exact_backward(
