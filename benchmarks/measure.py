@@ -137,13 +137,13 @@ def peak_resident_bytes() -> int:
 
 
 def in_fresh_process(function: Callable[..., T], *arguments: Any) -> T:
-    """Result of a module's function in a process that has only imported; `BrokenProcessPool` if killed.
+    """Result of a function here, in a process that has only imported it; `BrokenProcessPool` if killed.
 
     glibc gives freed tensors back there. Else a step of eager PyTorch took 5 or 6 times its logits, not 3.
     """
     fork = multiprocessing.get_context("forkserver")
     fork.set_forkserver_preload(["torch", f"benchmarks.{Path(function.__code__.co_filename).stem}"])
-    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {"MALLOC_MMAP_THRESHOLD_": str(2**17), "PYTHONPATH": os.pathsep.join(sys.path)}
     with mock.patch.dict(os.environ, environment), ProcessPoolExecutor(1, fork) as pool:
         return pool.submit(function, *arguments).result()
 

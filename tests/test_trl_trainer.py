@@ -528,12 +528,9 @@ def test_a_run_that_was_killed_goes_on_as_if_it_had_not(objective, layout, tmp_p
     assert ("alpha/mean" in logged) == ("alpha/std" in logged) == ("alpha" in objective)
 
 
-class KillProcessAt(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
+class KillProcess(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
+        if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -544,9 +541,9 @@ def test_a_process_that_was_killed_goes_on_in_another(tmp_path):
     if (child := os.fork()) == 0:
         try:
             torch.set_num_threads(1)  # a fork has none but its own
-            signal.alarm(300)
+            signal.alarm(300)  # else this test would wait for ever
             model = seeded(llama)
-            callbacks = {"callbacks": [KillProcessAt(3)]}
+            callbacks = {"callbacks": [KillProcess()]}
             focal_trainer(tmp_path / "killed", model, near(model), options=callbacks, **options).train()
         finally:
             sys.excepthook(*sys.exc_info())

@@ -248,7 +248,7 @@ class Budget:
 
         def run(pairs: int, length: int) -> Activations:
             options = (self.peft_config, dtype, autocast, checkpointing, is_padded, 2 * pairs, length)
-            # Their repr lacks what is set beside the fields of a config.
+            # The repr of a config lacks how its attention and experts are computed.
             ways = [getattr(self.config, f"_{name}_implementation", None) for name in ("attn", "experts")]
             key = repr((self.config, ways, options))
             if key not in _RUNS:

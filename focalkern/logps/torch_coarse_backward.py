@@ -80,7 +80,7 @@ class CoarseDz:
         entry, order = entry.sort(stable=True)
         row = row[order]
 
-        sums = [torch.zeros(())] * len(head.products)  # of the entry that the last part ended with
+        sums: dict[int, torch.Tensor] = {}  # of the entry that the last part ended with, by product
         for part, z, hidden, weight in entry_logits(head, row, entry):
             at, v = row[part], entry[part]
             goes_on = part.start > 0 and bool(entry[part.start - 1] == v[0])
