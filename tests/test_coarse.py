@@ -1,4 +1,4 @@
-"""The bf16 products that take the place of fp32 ones on CPUs: against float64, and against the fp32 products.
+"""The products that give exp(z − S) on CPUs, coarse ones too: against float64, and against the dense logits.
 
 Small problems are made to suit. Where a CPU has no bf16 instructions, torch emulates them.
 """
@@ -13,7 +13,7 @@ from problems import Problem, outcome, sharp_problem
 from tolerance import relative_error
 
 import focalkern.logps.function
-from focalkern.logps import torch_coarse, torch_coarse_backward, torch_pairs
+from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp, torch_pairs
 from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
 
@@ -24,41 +24,48 @@ PROBLEMS = {
     "a narrow last block": {"vocab_size": 1290},
     "several tiles of rows": {"tokens": 150},
     "low-rank update": {"rank": 5},
+    "fp16": {"dtype": torch.float16},
 }
 
 
 @pytest.fixture(autouse=True)
-def coarse(monkeypatch):
-    """Turns coarse products on and off; they begin on."""
-    if not torch_coarse._is_accurate():
+def take(request, monkeypatch):
+    """Chooses "coarse" products, "one product" in fp32 or "dense" logits; coarse ones in the beginning."""
+    way = getattr(request, "param", "coarse")
+    if way == "coarse" and not torch_coarse._is_accurate():
         assert not TWO_ARE_FASTER
         pytest.skip("this CPU's bf16 products are not the rounded ones: the library does not take them")
 
-    def turn(on: bool) -> None:
-        monkeypatch.setattr(torch_coarse, "_is_trusted", on)
+    def choose(way: str) -> None:
+        monkeypatch.setattr(torch_coarse, "_is_trusted", way == "coarse")
+        monkeypatch.setattr(torch_exp, "_is_fp32_accurate", way != "dense")
 
-    monkeypatch.setattr(torch_coarse, "_MIN_SIZE", 0)
+    monkeypatch.setattr(torch_exp, "_MIN_SIZE", 0)
+    monkeypatch.setattr(torch_exp, "TILE_ROWS", 64)
+    monkeypatch.setattr(torch_exp, "_SAMPLED_ROWS", 16)
+    monkeypatch.setattr(torch_exp, "_GATHERED", 48 * 16)
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.9)
     monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", 1.0)
-    monkeypatch.setattr(torch_coarse, "TILE_ROWS", 64)
-    monkeypatch.setattr(torch_coarse, "_GATHERED", 48 * 16)
-    monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
     monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", True)
-    turn(True)
-    return turn
+    monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
+    choose(way)
+    return choose
+
+
+by_both = pytest.mark.parametrize("take", ["coarse", "one product"], indirect=True)
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many coarse products there were."""
-    made, product = [], torch_coarse.coarse_exp
+    """The dtypes of the products that gave exp(z − S)."""
+    made, product = [], torch_exp.exp_product
 
-    def counted(*operands):
-        made.append(operands)
-        return product(*operands)
+    def noted(hidden, *others):
+        made.append(hidden.dtype)
+        return product(hidden, *others)
 
-    for module in (torch_coarse, torch_coarse_backward):
-        monkeypatch.setattr(module, "coarse_exp", counted)
+    for module in (torch_exp, torch_coarse, torch_coarse_backward):
+        monkeypatch.setattr(module, "exp_product", noted)
     return made
 
 
@@ -78,12 +85,14 @@ def likeliest(problem: Problem) -> torch.Tensor:
 
 @pytest.mark.parametrize("backward", ["certified", "exact"])
 @pytest.mark.parametrize("options", PROBLEMS.values(), ids=PROBLEMS.keys())
-def test_values_and_gradients_are_as_accurate_as_by_fp32_products(options, backward, coarse, calls):
-    problem = sharp_problem(dtype=BF16, **options)
+@by_both
+def test_values_and_gradients_are_as_accurate_as_of_dense_logits(options, backward, take, calls):
+    problem = sharp_problem(**{"dtype": BF16, **options})
     problem.labels[..., ::2] = likeliest(problem)[..., ::2]
     _, found = measure(problem, backward=backward)
-    assert len(calls) >= 2, "a forward and a backward by coarse products"
-    coarse(False)
+    is_coarse = torch_coarse._is_trusted and problem.hidden.dtype == BF16
+    assert set(calls) == {BF16 if is_coarse else torch.float32}
+    take("dense")
     _, by_fp32 = measure(problem, backward=backward)
     leaves = problem.leaves(torch.float64)
     exact = outcome(problem, problem.plain(leaves), leaves)
@@ -123,10 +132,11 @@ def test_the_dropped_mass_is_exact(monkeypatch):
     assert ((result.dropped_mass[problem.keep] - dropped).abs() <= 1e-6 + rounding).all()
 
 
+@by_both
 @pytest.mark.parametrize("two_products", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1008.0])
-def test_every_block_has_its_mass(offset, two_products, monkeypatch):
-    """To the rounding of bf16, of two products in kept blocks, and of fp32 for labels."""
+def test_every_block_has_its_mass(offset, two_products, take, monkeypatch):
+    """To the rounding of fp32; of coarse products to that of bf16, in kept blocks to that of two products."""
     monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", two_products)
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     ulp, rounding = offset * 2.0**-23, 2.0**-17 * problem.largest_logit()
@@ -142,11 +152,14 @@ def test_every_block_has_its_mass(offset, two_products, monkeypatch):
     z[here, labels[here]] = -torch.inf
     lse = z.view(len(labels), 32, 128).logsumexp(-1)
     torch.testing.assert_close(found.target_z.double(), target_z, rtol=1e-6, atol=1e-5 + 4 * ulp)
-    large = lse > lse.logsumexp(1, keepdim=True) + math.log(2 * torch_coarse._TAU)
-    large[here, labels[here] // 128] = True
-    assert 0 < large.double().mean() < 1
-    assert (found.lse - lse)[large].abs().max() < rounding + 4 * ulp
-    assert (found.lse - lse)[~large].abs().max() < 2.0**-7
+    error = (found.lse - lse).abs()
+    if torch_coarse._is_trusted:
+        large = lse > lse.logsumexp(1, keepdim=True) + math.log(2 * torch_coarse._TAU)
+        large[here, labels[here] // 128] = True
+        assert 0 < large.double().mean() < 1
+        assert error[~large].max() < 2.0**-7
+        error = error[large]
+    assert error.max() < rounding + 4 * ulp
     # Large entries take fp32.
     assert (found.lse.logsumexp(1) - lse.logsumexp(1)).abs().max() < 1e-5 + 4 * ulp
 
@@ -161,9 +174,10 @@ def test_only_the_gradients_that_are_needed(backward, trained):
     assert torch.equal(alone[trained], both[trained])
 
 
+@by_both
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_comes_out_as_nan(name, value):
+def test_what_is_not_finite_comes_out_as_nan(name, value, take):
     problem = sharp_problem(dtype=BF16)
     getattr(problem, name).view(-1)[7] = value
     result, found = measure(problem)
@@ -173,34 +187,35 @@ def test_what_is_not_finite_comes_out_as_nan(name, value):
 
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 60.0}, {"temperature": 0.7}, {"has_bias": True}, {"dtype": torch.float16}],
+    [{"softcap": 60.0}, {"temperature": 0.7}, {"has_bias": True}, {"dtype": torch.float32}],
     ids=str,
 )
-def test_other_heads_take_fp32_products(options, calls):
+def test_other_heads_have_dense_logits(options, calls):
     measure(sharp_problem(**{"dtype": BF16, **options}))
     assert not calls
 
 
-def test_logits_too_far_apart_take_fp32_products(coarse):
+@by_both
+def test_logits_too_far_apart_are_dense(take):
     problem = sharp_problem(dtype=BF16)
     problem.hidden[problem.keep.nonzero()[0].tolist()[0]] *= 16
     _, found = measure(problem)
-    coarse(False)
-    _, by_fp32 = measure(problem)
-    assert torch.equal(found["logps"], by_fp32["logps"])
+    take("dense")
+    _, dense = measure(problem)
+    assert torch.equal(found["logps"], dense["logps"])
 
 
 @pytest.mark.parametrize("offset", [-9984.0, 9984.0])
 @pytest.mark.parametrize("backward", ["certified", "exact"])
-def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward, offset, coarse):
+def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward, offset, take):
     """S takes their place in bf16, which rounds it to a multiple of 64."""
     problem = sharp_problem(dtype=BF16, sharpness=4.0)
     problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
     leaves = problem.leaves(torch.float64)
     exact = outcome(problem, problem.plain(leaves), leaves)
     errors = []
-    for on in (True, False):
-        coarse(on)
+    for way in ("coarse", "dense"):
+        take(way)
         _, found = measure(problem, backward=backward)
         # The offset's own column is a sum of all dz, which is 0.
         errors.append(relative_error(found["hidden"][:, 1:], exact["hidden"][:, 1:]))
@@ -236,16 +251,24 @@ def test_a_forward_in_inference_mode_by_two_threads(calls):
     assert len(calls) >= 2
 
 
-def test_a_product_that_is_off_is_not_trusted_again(coarse, monkeypatch):
-    product = torch_coarse.coarse_exp
+def test_a_product_that_is_off_is_not_trusted_again(monkeypatch):
+    product = torch_exp.exp_product
     problem = sharp_problem(dtype=BF16)
-    monkeypatch.setattr(torch_coarse, "coarse_exp", lambda *operands: product(*operands) * 1.05)
+    monkeypatch.setattr(torch_exp, "exp_product", lambda *operands: product(*operands) * 1.05)
     torch_coarse.warn_once.cache_clear()
     with pytest.warns(UserWarning, match="less accurate than bf16"):
         _, found = measure(problem)
     assert not torch_coarse._is_trusted
     _, by_fp32 = measure(problem)
     assert torch.equal(found["logps"], by_fp32["logps"])
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(BF16, 2.0**-7), (torch.float32, 2.0**-17)])
+def test_a_logistic_function_that_is_off_is_not_taken(dtype, error, monkeypatch):
+    product = torch_exp.exp_product
+    assert torch_exp.is_exp_accurate(dtype, error)
+    monkeypatch.setattr(torch_exp, "exp_product", lambda *operands: product(*operands) * (1 + 2 * error))
+    assert not torch_exp.is_exp_accurate(dtype, error)
 
 
 @pytest.mark.parametrize("operands", [(64, 64, 48), (3, 1, 4096), (1000, 1, 128)], ids=str)
@@ -261,9 +284,10 @@ def test_two_products_give_what_one_rounds_off(operands, monkeypatch):
 def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     hidden = problem.hidden[problem.keep]
-    masses = torch_coarse._coarse_masses(Head(hidden, problem.weight), 64.0)[:-1]
-    y = torch_coarse.coarse_exp(hidden, problem.weight, 64.0).double()
-    torch.testing.assert_close(masses.double(), y.view(len(y), 32, 128).sum(-1), rtol=2.0**-16, atol=0.0)
+    sampled = torch_exp.Sampled.of(Head(hidden, problem.weight), torch.full((len(hidden),), -128))
+    masses, _ = sampled.masses(64.0, BF16)
+    y = torch_exp.exp_product(hidden, problem.weight, 64.0).double()
+    torch.testing.assert_close(masses[:-1].double(), y.view(len(y), 32, 128).sum(-1), rtol=1e-6, atol=0.0)
 
 
 @pytest.mark.parametrize("offset", [-9984.0, 1008.0, 6000.0, 9984.0])

@@ -14,14 +14,17 @@ from __future__ import annotations
 import torch
 
 from focalkern.distributed import AsyncReduction
-from focalkern.logps import torch_coarse
-from focalkern.logps.torch_coarse import FURTHEST, NEAREST, as_bias, coarse_exp, entries_above, entry_logits
+from focalkern.logps import torch_coarse, torch_exp
+from focalkern.logps.torch_coarse import as_bias, entries_above
+from focalkern.logps.torch_exp import FURTHEST, entry_logits, exp_product
 from focalkern.logps.torch_pairs import Group, extended, joined
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
 
 _LARGE = 2.0**-5
+# How far S is above the highest logsumexp: σ is exp to 1e-4 of small entries.
+_NEAREST = 5.0
 # Products of exp(z − S) with small weights are 0 in bf16 from 57 on.
 _FURTHEST_UNSCALED = 48.0
 
@@ -43,16 +46,18 @@ class CoarseDz:
     @classmethod
     def of(cls, forward: Forward, grads: RowGradients, furthest: float = FURTHEST) -> CoarseDz | None:
         """None where the head does not suit, or the rows' logits lie too far apart."""
-        if grads.entropy is not None or not torch_coarse.suits(forward.head, forward.transform):
+        head = forward.head
+        suits = torch_exp.suits(head, forward.transform) and torch_coarse.is_fast(head)
+        if grads.entropy is not None or not suits:
             return None
         lowest, highest = forward.saved.lse.aminmax()
         # Above 2^9 the rounding of S is large: S may come out below the logits.
-        shift = as_bias(highest.item() + NEAREST)
-        is_near = highest + NEAREST / 2 <= shift <= lowest + furthest
+        shift = as_bias(highest.item() + _NEAREST)
+        is_near = highest + _NEAREST / 2 <= shift <= lowest + furthest
         return cls(forward, grads.logps, shift) if is_near else None
 
     def of_group(self, group: Group) -> torch.Tensor:  # [k, 128] −g·p in bf16
-        y = torch.cat([coarse_exp(hidden, weight, self.shift) for hidden, weight in group.joined()])
+        y = torch.cat([exp_product(hidden, weight, self.shift) for hidden, weight in group.joined()])
         self.take_large(y, group.row, group.first_v)
         return y.float().mul_(self.factor[group.row]).bfloat16()
 
@@ -113,7 +118,7 @@ def exact_backward(
     scaled = [(h * factor).bfloat16() if any(needs.of_weight) else h for h, _ in head.products]
     for start, end in vocab_chunks(head.vocab_size, n):
         weights = [weight[start:end] for _, weight in head.products]
-        y = coarse_exp(hidden, joined(weights), coarse.shift)
+        y = exp_product(hidden, joined(weights), coarse.shift)
         coarse.take_large(y, row, torch.tensor(start))
         # The rows' factors are in hidden for dweight, and come last for dhidden: dz itself is not formed.
         for dhidden, weight in zip(gradients.dhidden, weights, strict=True):
@@ -122,6 +127,7 @@ def exact_backward(
         for dweight, h in zip(gradients.dweight, scaled, strict=True):
             if dweight is not None:
                 torch.mm(y.t(), h, out=dweight[start:end])
+        del y
     for dhidden in gradients.dhidden:
         if dhidden is not None:
             dhidden *= factor

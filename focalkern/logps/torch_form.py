@@ -9,7 +9,7 @@ import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
-from focalkern.logps import torch_coarse, torch_coarse_backward
+from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp
 from focalkern.logps.statistics import (
     ShardStatistics,
     empty_statistics,
@@ -18,6 +18,7 @@ from focalkern.logps.statistics import (
     values_of_shards,
 )
 from focalkern.logps.torch_certified import certified_backward as certified_backward
+from focalkern.logps.torch_exp import Sampled
 from focalkern.products import ExactGradients
 from focalkern.records import (
     BlockStatistics,
@@ -46,8 +47,11 @@ def block_statistics(
     head: Head, targets: torch.Tensor, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> BlockStatistics:
     """The forward of a head, or of a vocabulary shard: then targets of other shards are negative."""
-    coarse = torch_coarse.suits(head, transform, outputs) and torch_coarse.block_statistics(head, targets)
-    return coarse or _dense_statistics(head, targets, transform, outputs)
+    found = None
+    if torch_exp.suits(head, transform, outputs):
+        sampled = Sampled.of(head, targets)
+        found = torch_coarse.block_statistics(sampled) or torch_exp.block_statistics(sampled)
+    return found or _dense_statistics(head, targets, transform, outputs)
 
 
 def _dense_statistics(
