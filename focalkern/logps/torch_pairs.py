@@ -30,7 +30,7 @@ _PADDING = 32
 _GROUP_ROWS, _GROUP_ELEMENTS = 2048, 2**20
 _GROUP_BLOCKS = 32
 # A part takes as long as this many rows, on top of its own.
-_PART_ROWS = 128
+_PART_ROWS = 64
 
 
 @dataclass(frozen=True)
