@@ -252,8 +252,8 @@ def plots(report: Json, folder: Path) -> list[Path]:
 STEP, SHARPNESS = "cpu-trl-step-128256", "cpu-sharpness-bf16"
 LENGTHS = "cpu-trl-lengths"  # with the name of the lengths behind it
 SATURATED = "cpu-saturated-bf16"
-LLAMA, LARGE = "cpu-1024x4096x128256-bf16", "cpu-4096x512x128256-bf16"
-SMALL, EPYC = "cpu-2048x512x32768", ("cpu-epyc-1024x4096x128256-bf16", "cpu-epyc-2048x512x32768-bf16")
+LLAMA, SMALL = "cpu-1024x4096x128256-bf16", "cpu-2048x512x32768"
+EPYC = [f"cpu-epyc-{size}-bf16" for size in ("1024x4096x128256", "2048x512x32768", "4096x512x128256")]
 # Tables with a row for each comparison: title and template of each column. `{trl ratio}` is a column of
 # `frame` for that peer, `{ours ...}` one for focalkern.
 BY_INPUT = {
@@ -304,7 +304,7 @@ class Results:
         reports = [next(iter(gpu["reports"].values()), {}) for gpu in self.gpus]
         firsts = [comparison for found in reports for comparison in found.get("comparisons", [])[:1]]
         on_gpus = [comparison for comparison in firsts if ours_in(frame(comparison))]
-        return [*on_gpus, *self.comparisons(LLAMA, LARGE, SMALL, *EPYC)]
+        return [*on_gpus, *self.comparisons(EPYC[0], LLAMA, EPYC[1], SMALL, *EPYC[2:])]
 
     def sources(self, *names: str) -> str:
         """Device, versions and date of files, and links to them."""
@@ -405,7 +405,7 @@ def peers_table(results: Results) -> str:
         title = f"{comparison['device']}, {size_of(comparison)}, kept {shown.at[ours_in(found), 'kept']}"
         columns[title] = (said + ", " + shown["extra"] + ", " + shown["dhidden"]).set_axis(shown["peer"])
     table = pd.concat(columns, axis=1).fillna("–").rename_axis("method").reset_index()
-    return f"{markdown(table)}\n\n{results.sources(LLAMA, LARGE, SMALL, *EPYC)}"
+    return f"{markdown(table)}\n\n{results.sources(*EPYC, LLAMA, SMALL)}"
 
 
 def step_table(results: Results) -> str:
