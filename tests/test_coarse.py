@@ -13,11 +13,13 @@ from problems import Problem, outcome, sharp_problem
 from tolerance import relative_error
 
 import focalkern.logps.function
-from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp, torch_pairs
+from focalkern import torch_logits
+from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp, torch_form, torch_pairs
 from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
 
 BF16 = torch.bfloat16
+DENSE = torch_form._dense_statistics
 TWO_ARE_FASTER = torch_coarse._TWO_ARE_FASTER  # on a CPU with AMX
 PROBLEMS = {
     "plain": {},
@@ -30,16 +32,24 @@ PROBLEMS = {
 
 @pytest.fixture(autouse=True)
 def take(request, monkeypatch):
-    """Chooses "coarse" products, "one product" in fp32 or "dense" logits; coarse ones in the beginning."""
+    """Chooses "coarse" products, "one product" in fp32 or "dense" logits; coarse ones in the beginning.
+
+    Dense logits that were not chosen fail the test, unless it has `or_dense`.
+    """
     way = getattr(request, "param", "coarse")
     if way == "coarse" and not torch_coarse._is_accurate():
         assert not TWO_ARE_FASTER
         pytest.skip("this CPU's bf16 products are not the rounded ones: the library does not take them")
 
     def choose(way: str) -> None:
+        monkeypatch.setattr(torch_form, "_dense_statistics", DENSE if way == "dense" else refused)
         monkeypatch.setattr(torch_coarse, "_is_trusted", way == "coarse")
         monkeypatch.setattr(torch_exp, "_is_fp32_accurate", way != "dense")
 
+    def refused(*args):
+        pytest.fail("the dense forward")
+
+    monkeypatch.setattr(torch_logits, "_MAX_VOCAB_CHUNK", 512)
     monkeypatch.setattr(torch_exp, "_MIN_SIZE", 0)
     monkeypatch.setattr(torch_exp, "TILE_ROWS", 64)
     monkeypatch.setattr(torch_exp, "_SAMPLED_ROWS", 16)
@@ -50,6 +60,11 @@ def take(request, monkeypatch):
     monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
     choose(way)
     return choose
+
+
+@pytest.fixture
+def or_dense(take, monkeypatch):
+    monkeypatch.setattr(torch_form, "_dense_statistics", DENSE)
 
 
 by_both = pytest.mark.parametrize("take", ["coarse", "one product"], indirect=True)
@@ -93,7 +108,9 @@ def test_values_and_gradients_are_as_accurate_as_of_dense_logits(options, backwa
     is_coarse = torch_coarse._is_trusted and problem.hidden.dtype == BF16
     assert set(calls) == {BF16 if is_coarse else torch.float32}
     take("dense")
+    calls.clear()
     _, by_fp32 = measure(problem, backward=backward)
+    assert not calls
     leaves = problem.leaves(torch.float64)
     exact = outcome(problem, problem.plain(leaves), leaves)
     assert (found["logps"].double() - exact["logps"]).abs().max() < 1e-5 * problem.largest_logit()
@@ -177,7 +194,7 @@ def test_only_the_gradients_that_are_needed(backward, trained):
 @by_both
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_comes_out_as_nan(name, value, take):
+def test_what_is_not_finite_comes_out_as_nan(name, value, take, or_dense):
     problem = sharp_problem(dtype=BF16)
     getattr(problem, name).view(-1)[7] = value
     result, found = measure(problem)
@@ -187,16 +204,24 @@ def test_what_is_not_finite_comes_out_as_nan(name, value, take):
 
 @pytest.mark.parametrize(
     "options",
-    [{"softcap": 60.0}, {"temperature": 0.7}, {"has_bias": True}, {"dtype": torch.float32}],
+    [
+        {"softcap": 60.0},
+        {"temperature": 0.7},
+        {"has_bias": True},
+        {"dtype": torch.float32},
+        {"outputs": ("entropy",)},
+    ],
     ids=str,
 )
-def test_other_heads_have_dense_logits(options, calls):
-    measure(sharp_problem(**{"dtype": BF16, **options}))
+def test_other_heads_have_dense_logits(options, calls, or_dense):
+    options = {"dtype": BF16, "outputs": (), **options}
+    outputs = options.pop("outputs")
+    sharp_problem(**options).run("torch", outputs=outputs)
     assert not calls
 
 
 @by_both
-def test_logits_too_far_apart_are_dense(take):
+def test_logits_too_far_apart_are_dense(take, or_dense):
     problem = sharp_problem(dtype=BF16)
     problem.hidden[problem.keep.nonzero()[0].tolist()[0]] *= 16
     _, found = measure(problem)
@@ -285,12 +310,37 @@ def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     hidden = problem.hidden[problem.keep]
     sampled = torch_exp.Sampled.of(Head(hidden, problem.weight), torch.full((len(hidden),), -128))
-    masses, _ = sampled.masses(64.0, BF16)
-    y = torch_exp.exp_product(hidden, problem.weight, 64.0).double()
+    sampled = sampled._replace(highest=64.0)  # not to be raised
+    masses, _, shift = sampled.masses(BF16)
+    y = torch_exp.exp_product(hidden, problem.weight, shift).double()
     torch.testing.assert_close(masses[:-1].double(), y.view(len(y), 32, 128).sum(-1), rtol=1e-6, atol=0.0)
 
 
-@pytest.mark.parametrize("offset", [-9984.0, 1008.0, 6000.0, 9984.0])
+@by_both
+def test_a_shift_that_turns_out_too_low_is_raised(take):
+    problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
+    head, labels = Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep]
+    sampled = torch_exp.Sampled.of(head, labels)
+    of = torch_coarse.block_statistics if torch_coarse._is_trusted else torch_exp.block_statistics
+    expected, found = of(sampled), of(sampled._replace(highest=sampled.highest - 40))
+    torch.testing.assert_close(found.lse.logsumexp(1), expected.lse.logsumexp(1), rtol=0.0, atol=1e-5)
+
+
+@by_both
+@pytest.mark.parametrize("distance", [30.0, 36.0, 40.0, 48.0])
+def test_what_is_beside_a_confident_label_is_not_lost(distance, take, or_dense):
+    """Next to a row whose logits are all higher by this distance; exp(z − S) of the others may be 0."""
+    hidden, weight = torch.zeros(64, 16), torch.zeros(8192, 16)
+    hidden[:, 0], weight[0, 0] = 23.25, 1.0  # p of the label, 0, is 1 − 7e-7
+    hidden[5, 1], weight[:, 1] = distance, 1.0
+    head = Head(hidden.to(BF16), weight.to(BF16))
+    found = block_statistics(head, torch.zeros(64).long(), LogitTransform(), ())
+    rest = (hidden @ weight.t())[:, 1:].double().logsumexp(1)
+    atol = 2.0**-8 if torch_coarse._is_trusted else 1e-5
+    torch.testing.assert_close(found.lse.logsumexp(1).double(), rest, rtol=0.0, atol=atol)
+
+
+@pytest.mark.parametrize("offset", [-9984.0, -128.0, 1008.0, 6000.0, 9984.0])
 def test_an_offset_is_not_taken_for_an_error_of_the_products(offset):
     problem = sharp_problem(100, vocab_size=8192, dtype=BF16)
     problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64

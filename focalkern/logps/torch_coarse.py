@@ -6,7 +6,8 @@ with more than `_TAU` of a row's mass, and the label's, are then computed exactl
 `two_products`, whose entries above `_LARGE` then take fp32 one by one. The roundings of the other blocks are
 independent of each other: their error is 3e-7 of the row's mass, root mean square, and 1.2e-6 at most
 (2048 × 512 × 128256, 50 entries above 2^-12, 2026-11). Equal rows of weight round alike: with 1 % of the
-mass on them it is 3e-6.
+mass on them it is 3e-6. 1 − p of a confident label, where no other block is exact, is off by up to 2^-8 of
+itself.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from focalkern.logps.selection import count_pairs, list_pairs
 from focalkern.logps.torch_exp import (
     MARGIN,
     Sampled,
+    as_bias,
     entry_logits,
     exp_product,
     is_exp_accurate,
 )
-from focalkern.logps.torch_pairs import Group, PairLogits
-from focalkern.records import BlockStatistics, Head, KeptPairs
+from focalkern.logps.torch_pairs import Group, PairLogits, extended
+from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
 # The dropped mass comes from sums of y: 2^-15 keeps it exact to 1e-6.
@@ -65,39 +67,34 @@ _is_trusted = HAS_BF16_PRODUCTS and _is_accurate()
 _TWO_ARE_FASTER = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
-def is_fast(head: Head) -> bool:
-    """Whether coarse products of a head that suits take less time than fp32 ones."""
+def is_trusted(head: Head) -> bool:
+    """Whether a head that suits has coarse products."""
     return _is_trusted and head.hidden.dtype == torch.bfloat16
 
 
 def block_statistics(sampled: Sampled) -> BlockStatistics | None:
     """None where an fp32 product of all is to be taken."""
     global _is_trusted
-    head, targets, target_z, highest, relative_mass = sampled
-    if not is_fast(head) or (relative_mass > math.log(_TAU)).double().mean() > _MAX_ESTIMATE:
+    head, targets, target_z, _, log_share = sampled
+    if not is_trusted(head) or (log_share > math.log(_TAU)).double().mean() > _MAX_ESTIMATE:
         return None
-    shift = as_bias(highest + MARGIN)
-    found = sampled.masses(shift, torch.bfloat16)
+    found = sampled.masses(torch.bfloat16)
     if found is None:
         return None
-    masses, total = found
+    masses, total, shift = found
     keep = masses[:-1] > _TAU * total[:, None]
     row = (targets >= 0).nonzero().squeeze(1)
     keep[row, targets[row] // VOCAB_BLOCK] = True
     counts = count_pairs(keep)
     if counts.share > _MAX_SHARE:
         return None
-    exact = _ExactBlocks(head, targets, list_pairs(keep, counts), masses, shift)
-    if not exact.largest_difference() <= _MAX_DIFFERENCE:
+    exact = _ExactBlocks(PairLogits(head, targets, list_pairs(keep, counts), _WORKSPACE_BYTES), masses, shift)
+    exact.logits.for_each_group(exact.of_half)
+    if not exact.differences.amax() <= _MAX_DIFFERENCE:
         _is_trusted = False
         warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
         return None
     return BlockStatistics(target_z, lse=masses[:-1].log_().add_(shift))
-
-
-def as_bias(shift: float) -> float:
-    """Rounded to bf16, in which the product takes it."""
-    return torch.tensor(shift, dtype=torch.bfloat16).item()
 
 
 def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,20 +107,14 @@ def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, t
 class _ExactBlocks:
     """Puts the exact masses of the kept pairs in the place of the coarse ones."""
 
-    def __init__(
-        self, head: Head, targets: torch.Tensor, pairs: KeptPairs, masses: torch.Tensor, shift: float
-    ) -> None:
-        self.logits = PairLogits(head, targets, pairs, _WORKSPACE_BYTES)
-        self.masses, self.shift = masses, shift
+    def __init__(self, logits: PairLogits, masses: torch.Tensor, shift: float) -> None:
+        self.logits, self.masses, self.shift = logits, masses, shift
         # Two products round least near their shift.
         self.center = as_bias(shift - MARGIN)
         # [n + 1] z − center above which an entry takes fp32.
-        self.large = masses.sum(1).log_().add_(shift - self.center + math.log(_LARGE))
+        large = masses[:-1].sum(1).log_().add_(shift - self.center + math.log(_LARGE))
+        self.large = extended(large, torch.inf)
         self.differences = masses.new_zeros(2)  # the largest in each half of the pairs
-        self.logits.for_each_group(self.of_half)
-
-    def largest_difference(self) -> float:
-        return self.differences.amax().item()
 
     def of_half(self, half: int) -> Callable[[Group], None]:
         def replace(group: Group) -> None:

@@ -15,18 +15,18 @@ import torch
 
 from focalkern.distributed import AsyncReduction
 from focalkern.logps import torch_coarse, torch_exp
-from focalkern.logps.torch_coarse import as_bias, entries_above
-from focalkern.logps.torch_exp import FURTHEST, entry_logits, exp_product
+from focalkern.logps.torch_coarse import entries_above
+from focalkern.logps.torch_exp import as_bias, entry_logits, exp_product
 from focalkern.logps.torch_pairs import Group, extended, joined
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
 
 _LARGE = 2.0**-5
-# How far S is above the highest logsumexp: σ is exp to 1e-4 of small entries.
-_NEAREST = 5.0
-# Products of exp(z − S) with small weights are 0 in bf16 from 57 on.
-_FURTHEST_UNSCALED = 48.0
+# How far S is above the highest logsumexp of a row: σ is exp to 2e-4 of small entries.
+_ABOVE = 5.0
+# How far it may be above the lowest: further, small y are 0, and products with small weights from 57 on.
+_FURTHEST, _FURTHEST_UNSCALED = 64.0, 48.0
 
 
 class CoarseDz:
@@ -44,16 +44,16 @@ class CoarseDz:
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
-    def of(cls, forward: Forward, grads: RowGradients, furthest: float = FURTHEST) -> CoarseDz | None:
+    def of(cls, forward: Forward, grads: RowGradients, furthest: float = _FURTHEST) -> CoarseDz | None:
         """None where the head does not suit, or the rows' logits lie too far apart."""
         head = forward.head
-        suits = torch_exp.suits(head, forward.transform) and torch_coarse.is_fast(head)
+        suits = torch_exp.suits(head, forward.transform) and torch_coarse.is_trusted(head)
         if grads.entropy is not None or not suits:
             return None
         lowest, highest = forward.saved.lse.aminmax()
         # Above 2^9 the rounding of S is large: S may come out below the logits.
-        shift = as_bias(highest.item() + _NEAREST)
-        is_near = highest + _NEAREST / 2 <= shift <= lowest + furthest
+        shift = as_bias(highest.item() + _ABOVE)
+        is_near = highest + _ABOVE / 2 <= shift <= lowest + furthest
         return cls(forward, grads.logps, shift) if is_near else None
 
     def of_group(self, group: Group) -> torch.Tensor:  # [k, 128] −g·p in bf16

@@ -6,7 +6,7 @@ logits,
     y = σ(z − S) = exp(z − S) up to a factor of 1 + exp(z − S),
 
 so that a sum over each vocabulary block is all that is left to do: a forward of 2048 × 512 × 32768 takes
-362 ms, with dense logits 379 (bf16, 2 cores of an AMD EPYC, torch 2.13, 2026-12).
+362 ms, with dense logits 379 (bf16, 2 cores of an AMD EPYC, torch 2.13, 2026-12); at H = 2048 as long.
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from focalkern.logps.torch_pairs import joined
 from focalkern.records import BlockStatistics, Head, LogitTransform
 from focalkern.torch_logits import TILE_ROWS, in_blocks, matmul, nonfinite_to_nan, targets_in, vocab_chunks
 
-# How far S is above the highest logsumexp of a row, as far as that is known.
-MARGIN = 20.0
-# How far it may be from a row's: nearer, y is not exp(z − S), here to 6e-6; further, small y are 0.
-_NEAREST, FURTHEST = 12.0, 64.0
+# How far S is above the highest logsumexp of a row, as far as that is known. Where a block has more than this
+# mass, y is not exp(z − S), here to 6e-6: S is raised.
+MARGIN = 16.0
+_MAX_MASS, _RAISE = math.exp(-12.0), 12.0
+# y below it is 0. What is lost of a row so may be this much of the mass beside its label, or of all.
+_SMALLEST, _MAX_LOST, _MAX_LOST_OF_ALL = math.exp(-87.0), 1e-6, 1e-9
 _SAMPLED_BLOCKS, _SAMPLED_ROWS = 4, 512
 # Below this many multiplications the calls cost more than they save.
 _MIN_SIZE = 2**31
@@ -68,6 +70,14 @@ def suits(head: Head, transform: LogitTransform, outputs: tuple[str, ...] = ()) 
     )
 
 
+class Masses(NamedTuple):
+    """Sums of exp(z − S) in fp32."""
+
+    of_blocks: torch.Tensor  # [n + 1, NB] without the label; the last row pads
+    of_rows: torch.Tensor  # [n] with the label
+    shift: float
+
+
 class Sampled(NamedTuple):
     """A head that suits, or its vocabulary shard, and what a look at its labels and a few blocks told."""
 
@@ -75,7 +85,7 @@ class Sampled(NamedTuple):
     targets: torch.Tensor  # [n]
     target_z: torch.Tensor  # [n] fp32, −inf where the label is in another shard
     highest: float  # estimate of the highest logsumexp of a row
-    relative_mass: torch.Tensor  # [rows, blocks] of the blocks: the logarithm of their share of the row's
+    log_share: torch.Tensor  # [rows, blocks] of the looked at ones: logarithm of their share of a row's mass
 
     @classmethod
     def of(cls, head: Head, targets: torch.Tensor) -> Sampled:
@@ -94,15 +104,15 @@ class Sampled(NamedTuple):
         highest = torch.maximum(lse.amax(), target_z.amax()).item()
         return cls(head, targets, target_z, highest, block_lse - lse[:, None])
 
-    def masses(self, shift: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Σ exp(z − S) of each block without the label [n + 1, NB], the last row pads; and of each row [n].
+    def masses(self, dtype: torch.dtype) -> Masses | None:
+        """By a product in this dtype. None where the dense forward is to be taken.
 
-        By a product in this dtype. None where the rows' logits lie too far apart, or something is not finite:
-        the dense forward tells which row it is.
+        That is where logits lie too far apart, or something is not finite: it tells which row it is.
         """
         head, targets, n = self.head, self.targets, len(self.targets)
         masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
         poison = torch.zeros(())
+        shift = as_bias(self.highest + MARGIN, dtype)
         for row_start in range(0, n, TILE_ROWS):
             rows = slice(row_start, min(row_start + TILE_ROWS, n))
             hidden = joined([h[rows] for h, _ in head.products]).to(dtype)
@@ -111,12 +121,26 @@ class Sampled(NamedTuple):
                 weight = joined([w[start:end] for _, w in head.products]).to(dtype)
                 if row_start == 0:
                     poison += nonfinite_to_nan(weight)
-                blocks = slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
-                masses[rows, blocks] = _tile_masses(hidden, weight, targets[rows] - start, shift)
-        total = masses[:-1].sum(1) + (self.target_z - shift).exp() + poison
-        distance = -total.log()
-        is_near = distance.amin() >= _NEAREST and distance.amax() <= FURTHEST
-        return (masses, total) if is_near else None
+                column, before = targets[rows] - start, shift
+                tile = _tile_masses(hidden, weight, column, shift)
+                while tile.amax() > _MAX_MASS:
+                    raised = as_bias(shift + _RAISE, dtype)
+                    if not shift < raised < before + 8 * _RAISE:
+                        return None
+                    masses *= math.exp(shift - raised)
+                    shift = raised
+                    tile = _tile_masses(hidden, weight, column, shift)
+                masses[rows, start // VOCAB_BLOCK : -(-end // VOCAB_BLOCK)] = tile
+        rest = masses[:-1].sum(1) + poison
+        total = rest + (self.target_z - shift).exp()
+        lost = head.vocab_size * _SMALLEST
+        is_exact = (lost <= _MAX_LOST * rest) | (lost <= _MAX_LOST_OF_ALL * total)
+        return Masses(masses, total, shift) if is_exact.all() else None
+
+
+def as_bias(shift: float, dtype: torch.dtype = torch.bfloat16) -> float:
+    """Rounded to the dtype in which the product takes it."""
+    return torch.tensor(shift, dtype=dtype).item()
 
 
 def _tile_masses(
@@ -129,9 +153,10 @@ def _tile_masses(
 
 def block_statistics(sampled: Sampled) -> BlockStatistics | None:
     """By one fp32 product; None where the dense forward is to be taken."""
-    shift = sampled.highest + MARGIN
-    found = sampled.masses(shift, torch.float32)
-    return found and BlockStatistics(sampled.target_z, lse=found[0][:-1].log_().add_(shift))
+    found = sampled.masses(torch.float32)
+    if found is None:
+        return None
+    return BlockStatistics(sampled.target_z, lse=found.of_blocks[:-1].log_().add_(found.shift))
 
 
 def entry_logits(
