@@ -20,14 +20,7 @@ import torch
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.checks import warn_once
 from focalkern.logps.selection import count_pairs, list_pairs
-from focalkern.logps.torch_exp import (
-    MARGIN,
-    Sampled,
-    as_bias,
-    entry_logits,
-    exp_product,
-    is_exp_accurate,
-)
+from focalkern.logps.torch_exp import MARGIN, Sampled, as_bias, entry_logits, exp_product, is_exp_accurate
 from focalkern.logps.torch_pairs import Group, PairLogits, extended
 from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
@@ -73,7 +66,7 @@ def is_trusted(head: Head) -> bool:
 
 
 def block_statistics(sampled: Sampled) -> BlockStatistics | None:
-    """None where an fp32 product of all is to be taken."""
+    """By a bf16 product, and exact ones of large blocks; None where an fp32 product of all is to be taken."""
     global _is_trusted
     head, targets, target_z, _, log_share = sampled
     if not is_trusted(head) or (log_share > math.log(_TAU)).double().mean() > _MAX_ESTIMATE:

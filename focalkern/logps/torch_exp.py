@@ -105,9 +105,9 @@ class Sampled(NamedTuple):
         return cls(head, targets, target_z, highest, block_lse - lse[:, None])
 
     def masses(self, dtype: torch.dtype) -> Masses | None:
-        """By a product in this dtype. None where the dense forward is to be taken.
+        """By a product in this dtype. None where logits lie too far apart, or something is not finite.
 
-        That is where logits lie too far apart, or something is not finite: it tells which row it is.
+        The dense forward then tells which row it is.
         """
         head, targets, n = self.head, self.targets, len(self.targets)
         masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
