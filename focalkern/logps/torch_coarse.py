@@ -19,6 +19,7 @@ import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.checks import warn_once
+from focalkern.logps import torch_exp
 from focalkern.logps.selection import count_pairs, list_pairs
 from focalkern.logps.torch_exp import MARGIN, Sampled, as_bias, entry_logits, exp_product, is_exp_accurate
 from focalkern.logps.torch_pairs import Group, PairLogits, extended
@@ -66,11 +67,11 @@ def is_trusted(head: Head) -> bool:
 
 
 def block_statistics(sampled: Sampled) -> BlockStatistics | None:
-    """By a bf16 product, and exact ones of large blocks; None where an fp32 product of all is to be taken."""
+    """By coarse products, or one in fp32 where it is as fast; None where the dense forward is to be taken."""
     global _is_trusted
-    head, targets, target_z, _, log_share = sampled
+    head, targets, target_z, _, _, log_share = sampled
     if not is_trusted(head) or (log_share > math.log(_TAU)).double().mean() > _MAX_ESTIMATE:
-        return None
+        return torch_exp.block_statistics(sampled)
     found = sampled.masses(torch.bfloat16)
     if found is None:
         return None
@@ -80,13 +81,13 @@ def block_statistics(sampled: Sampled) -> BlockStatistics | None:
     keep[row, targets[row] // VOCAB_BLOCK] = True
     counts = count_pairs(keep)
     if counts.share > _MAX_SHARE:
-        return None
+        return torch_exp.block_statistics(sampled)
     exact = _ExactBlocks(PairLogits(head, targets, list_pairs(keep, counts), _WORKSPACE_BYTES), masses, shift)
     exact.logits.for_each_group(exact.of_half)
     if not exact.differences.amax() <= _MAX_DIFFERENCE:
         _is_trusted = False
         warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
-        return None
+        return torch_exp.block_statistics(sampled)
     return BlockStatistics(target_z, lse=masses[:-1].log_().add_(shift))
 
 

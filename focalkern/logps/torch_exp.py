@@ -84,7 +84,8 @@ class Sampled(NamedTuple):
     head: Head
     targets: torch.Tensor  # [n]
     target_z: torch.Tensor  # [n] fp32, −inf where the label is in another shard
-    highest: float  # estimate of the highest logsumexp of a row
+    highest: float  # estimates of the highest and lowest logsumexp of a row
+    lowest: float
     log_share: torch.Tensor  # [rows, blocks] of the looked at ones: logarithm of their share of a row's mass
 
     @classmethod
@@ -102,7 +103,7 @@ class Sampled(NamedTuple):
         lse = block_lse.logsumexp(-1) + math.log(blocks / _SAMPLED_BLOCKS)
         lse = torch.maximum(lse, target_z[row])
         highest = torch.maximum(lse.amax(), target_z.amax()).item()
-        return cls(head, targets, target_z, highest, block_lse - lse[:, None])
+        return cls(head, targets, target_z, highest, lse.amin().item(), block_lse - lse[:, None])
 
     def masses(self, dtype: torch.dtype) -> Masses | None:
         """By a product in this dtype. None where logits lie too far apart, or something is not finite.
@@ -113,6 +114,9 @@ class Sampled(NamedTuple):
         masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
         poison = torch.zeros(())
         shift = as_bias(self.highest + MARGIN, dtype)
+        lost = head.vocab_size * _SMALLEST
+        if lost > _MAX_LOST * math.exp(self.lowest - shift):
+            return None
         for row_start in range(0, n, TILE_ROWS):
             rows = slice(row_start, min(row_start + TILE_ROWS, n))
             hidden = joined([h[rows] for h, _ in head.products]).to(dtype)
@@ -133,7 +137,6 @@ class Sampled(NamedTuple):
                 masses[rows, start // VOCAB_BLOCK : -(-end // VOCAB_BLOCK)] = tile
         rest = masses[:-1].sum(1) + poison
         total = rest + (self.target_z - shift).exp()
-        lost = head.vocab_size * _SMALLEST
         is_exact = (lost <= _MAX_LOST * rest) | (lost <= _MAX_LOST_OF_ALL * total)
         return Masses(masses, total, shift) if is_exact.all() else None
 

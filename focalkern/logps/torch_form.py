@@ -49,8 +49,7 @@ def block_statistics(
     """The forward of a head, or of a vocabulary shard: then targets of other shards are negative."""
     found = None
     if torch_exp.suits(head, transform, outputs):
-        sampled = Sampled.of(head, targets)
-        found = torch_coarse.block_statistics(sampled) or torch_exp.block_statistics(sampled)
+        found = torch_coarse.block_statistics(Sampled.of(head, targets))
     return found or _dense_statistics(head, targets, transform, outputs)
 
 
