@@ -72,15 +72,18 @@ by_both = pytest.mark.parametrize("take", ["coarse", "one product"], indirect=Tr
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The dtypes of the products that gave exp(z − S)."""
+    """Module and dtype of each product that gave exp(z − S)."""
     made, product = [], torch_exp.exp_product
 
-    def noted(hidden, *others):
-        made.append(hidden.dtype)
-        return product(hidden, *others)
+    def noted_of(module):
+        def noted(hidden, *others):
+            made.append((module, hidden.dtype))
+            return product(hidden, *others)
+
+        return noted
 
     for module in (torch_exp, torch_coarse, torch_coarse_backward):
-        monkeypatch.setattr(module, "exp_product", noted)
+        monkeypatch.setattr(module, "exp_product", noted_of(module))
     return made
 
 
@@ -105,8 +108,10 @@ def test_values_and_gradients_are_as_accurate_as_of_dense_logits(options, backwa
     problem = sharp_problem(**{"dtype": BF16, **options})
     problem.labels[..., ::2] = likeliest(problem)[..., ::2]
     _, found = measure(problem, backward=backward)
-    is_coarse = torch_coarse._is_trusted and problem.hidden.dtype == BF16
-    assert set(calls) == {BF16 if is_coarse else torch.float32}
+    if torch_coarse._is_trusted and problem.hidden.dtype == BF16:
+        assert set(calls) == {(torch_exp, BF16), (torch_coarse_backward, BF16)}
+    else:
+        assert set(calls) == {(torch_exp, torch.float32)}
     take("dense")
     calls.clear()
     _, by_fp32 = measure(problem, backward=backward)
@@ -273,7 +278,7 @@ def test_a_forward_in_inference_mode_by_two_threads(calls):
             assert torch.equal(problem.run("torch").logps, expected)
     finally:
         torch.set_num_threads(threads)
-    assert len(calls) >= 2
+    assert set(calls) == {(torch_exp, BF16)}
 
 
 def test_a_product_that_is_off_is_not_trusted_again(monkeypatch):
