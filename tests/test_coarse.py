@@ -15,12 +15,12 @@ from tolerance import relative_error
 import focalkern.logps.function
 from focalkern import torch_logits
 from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp, torch_form, torch_pairs
+from focalkern.logps.torch_exp import Sampled
 from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
 
 BF16 = torch.bfloat16
 DENSE = torch_form._dense_statistics
-TWO_ARE_FASTER = torch_coarse._TWO_ARE_FASTER  # on a CPU with AMX
 PROBLEMS = {
     "plain": {},
     "a narrow last block": {"vocab_size": 1290},
@@ -38,7 +38,6 @@ def take(request, monkeypatch):
     """
     way = getattr(request, "param", "coarse")
     if way == "coarse" and not torch_coarse._is_accurate():
-        assert not TWO_ARE_FASTER
         pytest.skip("this CPU's bf16 products are not the rounded ones: the library does not take them")
 
     def choose(way: str) -> None:
@@ -52,11 +51,9 @@ def take(request, monkeypatch):
     monkeypatch.setattr(torch_logits, "_MAX_VOCAB_CHUNK", 512)
     monkeypatch.setattr(torch_exp, "_MIN_SIZE", 0)
     monkeypatch.setattr(torch_exp, "TILE_ROWS", 64)
-    monkeypatch.setattr(torch_exp, "_SAMPLED_ROWS", 16)
     monkeypatch.setattr(torch_exp, "_GATHERED", 48 * 16)
-    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.9)
-    monkeypatch.setattr(torch_coarse, "_MAX_ESTIMATE", 1.0)
-    monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", True)
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 1.0)
+    monkeypatch.setattr(torch_coarse, "_WIDE", 48 * 100)
     monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
     choose(way)
     return choose
@@ -82,7 +79,7 @@ def calls(monkeypatch):
 
         return noted
 
-    for module in (torch_exp, torch_coarse, torch_coarse_backward):
+    for module in (torch_exp, torch_coarse_backward):
         monkeypatch.setattr(module, "exp_product", noted_of(module))
     return made
 
@@ -155,13 +152,11 @@ def test_the_dropped_mass_is_exact(monkeypatch):
 
 
 @by_both
-@pytest.mark.parametrize("two_products", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1008.0])
-def test_every_block_has_its_mass(offset, two_products, take, monkeypatch):
-    """To the rounding of fp32; of coarse products to that of bf16, in kept blocks to that of two products."""
-    monkeypatch.setattr(torch_coarse, "_TWO_ARE_FASTER", two_products)
+def test_every_block_has_its_mass(offset, take):
+    """To the rounding of fp32; small entries of coarse products to that of bf16."""
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
-    ulp, rounding = offset * 2.0**-23, 2.0**-17 * problem.largest_logit()
+    ulp = offset * 2.0**-23
     if offset:
         problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
     hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
@@ -172,18 +167,15 @@ def test_every_block_has_its_mass(offset, two_products, take, monkeypatch):
     target_z = torch.full_like(z[:, 0], -torch.inf)
     target_z[here] = z[here, labels[here]]
     z[here, labels[here]] = -torch.inf
-    lse = z.view(len(labels), 32, 128).logsumexp(-1)
     torch.testing.assert_close(found.target_z.double(), target_z, rtol=1e-6, atol=1e-5 + 4 * ulp)
-    error = (found.lse - lse).abs()
-    if torch_coarse._is_trusted:
-        large = lse > lse.logsumexp(1, keepdim=True) + math.log(2 * torch_coarse._TAU)
-        large[here, labels[here] // 128] = True
-        assert 0 < large.double().mean() < 1
-        assert error[~large].max() < 2.0**-7
-        error = error[large]
-    assert error.max() < rounding + 4 * ulp
-    # Large entries take fp32.
-    assert (found.lse.logsumexp(1) - lse.logsumexp(1)).abs().max() < 1e-5 + 4 * ulp
+    p = z.softmax(1)
+    small = torch.where(p <= 2 * torch_coarse._THRESHOLDS[0], p, 0.0).view(len(labels), 32, 128).sum(-1)
+    mass = p.view(len(labels), 32, 128).sum(-1)
+    assert 0.1 < (small / mass).mean() < 0.9
+    rounding = 1e-5 + 8 * ulp
+    error = ((found.lse - z.logsumexp(1, keepdim=True)).exp() - mass).abs()
+    assert (error <= rounding * mass + 2.0**-8 * small * torch_coarse._is_trusted).all()
+    assert (found.lse.logsumexp(1) - z.logsumexp(1)).abs().max() < rounding
 
 
 @pytest.mark.parametrize("trained", ["hidden", "weight"])
@@ -226,13 +218,27 @@ def test_other_heads_have_dense_logits(options, calls, or_dense):
 
 
 @by_both
-def test_logits_too_far_apart_are_dense(take, or_dense):
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+def test_rows_may_have_logits_of_any_size(backward, take):
     problem = sharp_problem(dtype=BF16)
-    problem.hidden[problem.keep.nonzero()[0].tolist()[0]] *= 16
-    _, found = measure(problem)
-    take("dense")
-    _, dense = measure(problem)
-    assert torch.equal(found["logps"], dense["logps"])
+    tokens = problem.keep.nonzero()
+    for factor, at in zip((16.0, 0.0), tokens, strict=False):
+        problem.hidden[tuple(at)] *= factor
+    leaves = problem.leaves(torch.float64)
+    exact = outcome(problem, problem.plain(leaves), leaves)
+    _, found = measure(problem, backward=backward)
+    assert (found["logps"].double() - exact["logps"]).abs().max() < 1e-6 * problem.largest_logit()
+    for name in ("hidden", "weight"):
+        assert relative_error(found[name], exact[name]) < 4e-3
+
+
+@by_both
+def test_a_shift_that_is_not_found_leaves_it_to_dense_logits(take):
+    problem = sharp_problem(dtype=BF16)
+    sampled = Sampled.of(Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep])
+    dtype = BF16 if torch_coarse._is_trusted else torch.float32
+    assert sampled._replace(lse=sampled.lse - 500).block_statistics(dtype) is None
+    assert sampled._replace(lse=sampled.lse + 100).block_statistics(dtype) is None
 
 
 @pytest.mark.parametrize("offset", [-9984.0, 9984.0])
@@ -301,33 +307,63 @@ def test_a_logistic_function_that_is_off_is_not_taken(dtype, error, monkeypatch)
     assert not torch_exp.is_exp_accurate(dtype, error)
 
 
-@pytest.mark.parametrize("operands", [(64, 64, 48), (3, 1, 4096), (1000, 1, 128)], ids=str)
-def test_two_products_give_what_one_rounds_off(operands, monkeypatch):
-    rows, columns, size = operands
-    a, b = torch.randn(rows, size).to(BF16), torch.randn(columns, size).to(BF16)
-    exact = a.double() @ b.double().t() - 8.0
-    assert (torch_coarse.two_products(a, b, 8.0) - exact).abs().max() <= 2.0**-17 * exact.abs().max()
-    monkeypatch.setattr(torch_coarse, "two_products", lambda a, b, shift: (a @ b.t() - shift).float())
+@pytest.mark.parametrize("size", [(64, 64, 48), (3, 1, 4096), (1000, 1, 128)], ids=str)
+def test_single_logits(size, monkeypatch):
+    columns, rows, width = size
+    weight, hidden = torch.randn(columns, width), torch.randn(rows, width)
+    v, row = (torch.rand(columns, rows) < 0.3).nonzero(as_tuple=True)
+    exact = (weight.double() @ hidden.double().t())[v, row]
+    z = torch_coarse.logits_at(v, row, weight, hidden)
+    torch.testing.assert_close(z.double(), exact, rtol=1e-6, atol=1e-5 * math.sqrt(width))
+    assert torch_coarse._is_accurate()
+    monkeypatch.setattr(torch_coarse, "logits_at", lambda *operands: torch.zeros(2))
     assert not torch_coarse._is_accurate()
+
+
+@pytest.mark.parametrize("rows", [1, 8, 13, 200])
+def test_entries_above_a_limit(rows):
+    y, limit = torch.rand(rows, 50).to(BF16), torch.rand(50).mul(1.5).to(BF16)
+    y[y < 0.1] = 0.0
+    limit[:2] = 0.0
+    found = torch_coarse.entries_above(torch_coarse.bits(y), torch_coarse.bits(limit))
+    expected = (y > limit).nonzero()
+    assert torch.equal(found[0], found[0].sort()[0])
+    assert torch.equal(torch.stack(found, 1)[(found[0] * 50 + found[1]).argsort()], expected)
 
 
 def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
-    hidden = problem.hidden[problem.keep]
-    sampled = torch_exp.Sampled.of(Head(hidden, problem.weight), torch.full((len(hidden),), -128))
-    sampled = sampled._replace(highest=64.0)  # not to be raised
-    masses, _, shift = sampled.masses(BF16)
-    y = torch_exp.exp_product(hidden, problem.weight, shift).double()
-    torch.testing.assert_close(masses[:-1].double(), y.view(len(y), 32, 128).sum(-1), rtol=1e-6, atol=0.0)
+    hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
+    shift = problem.logits().logsumexp(1).float() + 20
+    y, sums = torch_exp._exp_without_labels(problem.weight, hidden, shift, labels)
+    exact = y.double().view(32, 128, -1).sum(1)
+    torch.testing.assert_close(sums.double(), exact, rtol=1e-6, atol=0.0)
+    assert (y[labels, torch.arange(len(labels))] == 0).all()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_equal_rows_of_weight_whose_roundings_add_up_take_fp32(share, calls, monkeypatch):
+    """As of a head that is filled with zeros."""
+    monkeypatch.setattr(torch_coarse, "_THRESHOLDS", (2.0**-10,))
+    monkeypatch.setattr(torch_coarse, "_MAX_ERROR", 3e-5)
+    weight, hidden = torch.randn(8192, 16) / 16, torch.randn(64, 16)
+    weight[torch.rand(8192) < share] = weight[0].clone()
+    head, labels = Head(hidden.to(BF16), weight.to(BF16)), torch.arange(64)
+    found = block_statistics(head, labels, LogitTransform(), ())
+    assert {dtype for _, dtype in calls} == ({torch.float32} if share else {BF16})
+    z = head.hidden.double() @ head.weight.double().t()
+    z[labels, labels] = -torch.inf
+    torch.testing.assert_close(found.lse.logsumexp(1).double(), z.logsumexp(1), rtol=0.0, atol=1e-4)
 
 
 @by_both
 def test_a_shift_that_turns_out_too_low_is_raised(take):
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     head, labels = Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep]
-    sampled = torch_exp.Sampled.of(head, labels)
-    of = torch_coarse.block_statistics if torch_coarse._is_trusted else torch_exp.block_statistics
-    expected, found = of(sampled), of(sampled._replace(highest=sampled.highest - 40))
+    sampled = Sampled.of(head, labels)
+    lower = sampled._replace(lse=sampled.lse - 60.0 * (torch.arange(len(labels)) % 2))
+    expected, found = (torch_coarse.block_statistics(x) for x in (sampled, lower))
+    torch.testing.assert_close(found.lse, expected.lse, rtol=0.0, atol=2.0**-7)
     torch.testing.assert_close(found.lse.logsumexp(1), expected.lse.logsumexp(1), rtol=0.0, atol=1e-5)
 
 
@@ -341,8 +377,7 @@ def test_what_is_beside_a_confident_label_is_not_lost(distance, take, or_dense):
     head = Head(hidden.to(BF16), weight.to(BF16))
     found = block_statistics(head, torch.zeros(64).long(), LogitTransform(), ())
     rest = (hidden @ weight.t())[:, 1:].double().logsumexp(1)
-    atol = 2.0**-8 if torch_coarse._is_trusted else 1e-5
-    torch.testing.assert_close(found.lse.logsumexp(1).double(), rest, rtol=0.0, atol=atol)
+    torch.testing.assert_close(found.lse.logsumexp(1).double(), rest, rtol=0.0, atol=1e-5)
 
 
 @pytest.mark.parametrize("offset", [-9984.0, -128.0, 1008.0, 6000.0, 9984.0])

@@ -1,64 +1,65 @@
-"""The forward on CPUs with bf16 instructions: a coarse product for all, an exact one where the mass is.
+"""The forward on CPUs with bf16 instructions: a coarse product for all, exact logits where they are large.
 
 Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
-10 is off by up to 0.03. exp(z − S) of `torch_exp` is off by at most 2^-8 of itself, whatever its size. Blocks
-with more than `_TAU` of a row's mass, and the label's, are then computed exactly: in fp32, or with AMX by
-`two_products`, whose entries above `_LARGE` then take fp32 one by one. The roundings of the other blocks are
-independent of each other: their error is 3e-7 of the row's mass, root mean square, and 1.2e-6 at most
-(2048 × 512 × 128256, 50 entries above 2^-12, 2026-11). Equal rows of weight round alike: with 1 % of the
-mass on them it is 3e-6. 1 − p of a confident label, where no other block is exact, is off by up to 2^-8 of
-itself.
+10 is off by up to 0.03. exp(z − S) of `torch_exp` is off by at most 2^-8 of itself, whatever its size.
+Entries with more than 2^-15 of a row's mass, some hundred, are computed again in fp32, one by one. The
+roundings of the others are independent of each other: they change the mass by 2e-7, root mean square, and
+9e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, 2026-12). Equal logits round
+alike; where that shows in a sample, the product is one in fp32.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
 
 import torch
 
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.checks import warn_once
-from focalkern.logps import torch_exp
-from focalkern.logps.selection import count_pairs, list_pairs
-from focalkern.logps.torch_exp import MARGIN, Sampled, as_bias, entry_logits, exp_product, is_exp_accurate
-from focalkern.logps.torch_pairs import Group, PairLogits, extended
+from focalkern.logps.torch_exp import MARGIN, Sampled, Tile, is_exp_accurate
 from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
-# The dropped mass comes from sums of y: 2^-15 keeps it exact to 1e-6.
-_TAU = 2.0**-15
-# Log-probs are then off by up to 5e-6, by fp32 products 1e-5 (2048 × 512 × 32768, logits up to 49, AMX).
-_LARGE = 2.0**-7
-# Where more pairs than this are exact, one fp32 product of all is as fast; the estimate of the share is high.
-_MAX_SHARE, _MAX_ESTIMATE = 0.3, 0.45
-# By how much a block's coarse and exact mass may differ.
+# Large entries have more than one of these shares of their row's mass so far, without the label.
+_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17, 2.0**-18)
+# By how much the rounding of the others may change that mass, root mean square.
+_MAX_ERROR, _MEDIAN_TO_RMS = 4.5e-7, 1.5
+# Where more entries are large, one fp32 product of all is as fast.
+_MAX_SHARE = 0.04
+# By how much a coarse and an exact entry may differ.
 _MAX_DIFFERENCE = 2.0**-6
-_WORKSPACE_BYTES = 64 * 2**20
+# Numbers of weight that are in fp32 at once.
+_WIDE = 2**21
 
 
-def two_products(hidden: torch.Tensor, weight: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
-    """z = hidden @ weightᵀ − shift in fp32, to 2^-17·max|z|: the second product gives what the first lost."""
-    bias = weight.new_full((len(weight),), -shift)
-    first = torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "none", [], "")
-    rest = torch.ops.mkldnn._linear_pointwise.binary(hidden, first.neg(), weight, bias, "add")
-    return first.float().add_(rest.float())
+def logits_at(
+    v: torch.Tensor,  # [k] in rising order
+    row: torch.Tensor,  # [k]
+    weight: torch.Tensor,  # [c, K] fp32
+    hidden: torch.Tensor,  # [n, K] fp32
+) -> torch.Tensor:  # [k]
+    """Single entries of weight @ hiddenᵀ."""
+    ends = torch.searchsorted(v, torch.arange(len(weight) + 1))
+    size = len(weight), len(hidden)
+    wanted = torch.sparse_csr_tensor(ends, row, torch.zeros(len(v)), size, check_invariants=False)
+    return torch.sparse.sampled_addmm(wanted, weight, hidden.t(), beta=0.0).values()
 
 
 def _is_accurate() -> bool:
-    x = torch.arange(4096.0).sin().view(2, 2048).bfloat16()
-    try:
-        product = two_products(x, x[:1], shift=100.0)
-    except (AttributeError, RuntimeError, TypeError):
-        return False
-    exact = x.double() @ x[:1].double().t() - 100.0
-    is_product_accurate = (product - exact).abs().amax() <= 2.0**-17 * exact.abs().amax()
-    return is_exp_accurate(torch.bfloat16, 2.0**-8) and bool(is_product_accurate)
+    x = torch.arange(4096.0).sin().view(2, 2048)
+    with warnings.catch_warnings():
+        # torch calls sparse tensors a beta, once.
+        warnings.simplefilter("ignore")
+        try:
+            z = logits_at(torch.tensor([0, 1]), torch.tensor([1, 0]), x, x)
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+    exact = (x[0].double() * x[1].double()).sum()
+    return is_exp_accurate(torch.bfloat16, 2.0**-8) and bool((z - exact).abs().amax() <= 1e-5 * exact.abs())
 
 
 _is_trusted = HAS_BF16_PRODUCTS and _is_accurate()
-# With AMX a bf16 product takes a quarter of an fp32 one's time, with AVX512-BF16 half. Private to torch.
-_TWO_ARE_FASTER = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)()
 
 
 def is_trusted(head: Head) -> bool:
@@ -69,66 +70,71 @@ def is_trusted(head: Head) -> bool:
 def block_statistics(sampled: Sampled) -> BlockStatistics | None:
     """By coarse products, or one in fp32 where it is as fast; None where the dense forward is to be taken."""
     global _is_trusted
-    head, targets, target_z, _, _, log_share = sampled
-    if not is_trusted(head) or (log_share > math.log(_TAU)).double().mean() > _MAX_ESTIMATE:
-        return torch_exp.block_statistics(sampled)
-    found = sampled.masses(torch.bfloat16)
-    if found is None:
-        return None
-    masses, total, shift = found
-    keep = masses[:-1] > _TAU * total[:, None]
-    row = (targets >= 0).nonzero().squeeze(1)
-    keep[row, targets[row] // VOCAB_BLOCK] = True
-    counts = count_pairs(keep)
-    if counts.share > _MAX_SHARE:
-        return torch_exp.block_statistics(sampled)
-    exact = _ExactBlocks(PairLogits(head, targets, list_pairs(keep, counts), _WORKSPACE_BYTES), masses, shift)
-    exact.logits.for_each_group(exact.of_half)
-    if not exact.differences.amax() <= _MAX_DIFFERENCE:
-        _is_trusted = False
-        warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
-        return torch_exp.block_statistics(sampled)
-    return BlockStatistics(target_z, lse=masses[:-1].log_().add_(shift))
+    threshold = _threshold(sampled) if is_trusted(sampled.head) else None
+    if threshold is None:
+        return sampled.block_statistics(torch.float32)
+    exact = _LargeEntries(threshold)
+    found = sampled.block_statistics(torch.bfloat16, exact.correct)
+    if exact.difference <= _MAX_DIFFERENCE:
+        return found
+    _is_trusted = False
+    warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
+    return sampled.block_statistics(torch.float32)
+
+
+def _threshold(sampled: Sampled) -> float | None:
+    """Above which entries are to be exact; None where too many were, or roundings of the others add up."""
+    log_p = sampled.z - sampled.lse[:, None]
+    p, y = log_p.exp(), (log_p - MARGIN).exp()
+    error = p * (y.bfloat16() / y - 1).nan_to_num_(0.0)  # y may be 0
+    scale = math.sqrt(sampled.head.vocab_size / p.shape[1])
+    for threshold in _THRESHOLDS:
+        is_large = p > threshold
+        if is_large.double().mean() > _MAX_SHARE:
+            break
+        # Roundings of equal logits are alike, and their sum is large.
+        error.masked_fill_(is_large, 0.0)
+        if scale * _MEDIAN_TO_RMS * error.sum(1).abs_().median() <= _MAX_ERROR:
+            return threshold
+    return None
+
+
+def bits(y: torch.Tensor) -> torch.Tensor:
+    """y >= 0 in bf16 as int16, in the same order: the maximum takes a sixth of the time."""
+    return y.bfloat16().view(torch.int16)
 
 
 def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of the entries of x [k, c] above their row's limit [k], where few rows have any."""
-    row = (x.amax(1) > limit).nonzero().squeeze(1)
-    at, column = (x[row] > limit[row, None]).nonzero(as_tuple=True)
-    return row[at], column
+    """Rows and columns of the entries of x [c, k] above their column's limit [k], by rows; int16, >= 0."""
+    # Row i of each slab together: few such groups hold any. The sign of a difference takes a tenth of a
+    # comparison's time.
+    slabs = x.view(8 if len(x) % 8 == 0 else 1, -1, len(limit))
+    row, column = (limit - slabs.amax(0)).bitwise_right_shift_(15).nonzero(as_tuple=True)
+    group = slabs.flatten(1).index_select(1, row * len(limit) + column)
+    slab, at = (limit[column] - group).bitwise_right_shift_(15).nonzero(as_tuple=True)
+    return slab * slabs.shape[1] + row[at], column[at]
 
 
-class _ExactBlocks:
-    """Puts the exact masses of the kept pairs in the place of the coarse ones."""
+class _LargeEntries:
+    """Puts exact exp(z − S) of large entries in the place of coarse ones."""
 
-    def __init__(self, logits: PairLogits, masses: torch.Tensor, shift: float) -> None:
-        self.logits, self.masses, self.shift = logits, masses, shift
-        # Two products round least near their shift.
-        self.center = as_bias(shift - MARGIN)
-        # [n + 1] z − center above which an entry takes fp32.
-        large = masses[:-1].sum(1).log_().add_(shift - self.center + math.log(_LARGE))
-        self.large = extended(large, torch.inf)
-        self.differences = masses.new_zeros(2)  # the largest in each half of the pairs
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+        self.difference = 0.0  # the largest between both, relative
 
-    def of_half(self, half: int) -> Callable[[Group], None]:
-        def replace(group: Group) -> None:
-            row, column = self.logits.labels(group)
-            y = self.exp_of(group)
-            y[row, column] = 0.0
-            exact, at = y.sum(1), (group.row, group.first_v // VOCAB_BLOCK)
-            difference = (exact / self.masses[at] - 1).abs_()
-            difference[row] = 0.0  # a label's block may have no other mass
-            difference.masked_fill_(group.row == len(self.masses) - 1, 0.0)
-            self.differences[half] = torch.maximum(self.differences[half], difference.amax())
-            self.masses[at] = exact
+    def correct(self, tile: Tile, rest: torch.Tensor) -> None:
+        v, row = entries_above(bits(tile.y), bits(self.threshold * rest))
+        if not len(v):
+            return
+        exact = self._logits(tile, v, row).sub_(tile.shift[row]).exp_()
+        coarse = tile.y[v, row].float()
+        self.difference = max(self.difference, (exact / coarse - 1).abs_().amax().item())
+        tile.masses.view(-1).index_add_(0, v // VOCAB_BLOCK * len(rest) + row, exact - coarse)
 
-        return replace
-
-    def exp_of(self, group: Group) -> torch.Tensor:  # [k, 128] exp(z − S)
-        if not _TWO_ARE_FASTER:
-            return torch.cat([exp_product(*operands, self.shift) for operands in group.wide.joined()])
-        z = torch.cat([two_products(*operands, self.center) for operands in group.joined()])
-        row, column = entries_above(z, self.large[group.row])
-        for part, exact, _, _ in entry_logits(self.logits.head, group.row[row], group.first_v[row] + column):
-            z[row[part], column[part]] = exact - self.center
-        return z.sub_(self.shift - self.center).exp_()
+    def _logits(self, tile: Tile, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        step = max(_WIDE // tile.weight.shape[1], 1)
+        weights = tile.weight.split(step)
+        counts = torch.bincount(v // step, minlength=len(weights)).tolist()
+        parts = zip(weights, (v % step).split(counts), row.split(counts), strict=True)
+        z = [logits_at(v, row, weight.float(), tile.wide_hidden) for weight, v, row in parts]
+        return torch.cat(z)

@@ -1,12 +1,12 @@
 """The backward on CPUs with bf16 instructions: small probabilities by bf16 products, large ones one by one.
 
-Gradients have the 8 bits of bf16. A coarse product (see `torch_coarse`) gives p to 2^-8 of itself, and the
-products of dz = −g·p with hidden and weight round their results to bf16. Neither shows as long as no large
-entry takes part: the roundings of many small ones cancel. Entries with p > `_LARGE` and labels are left out
-of dz, and added to the gradients in fp32, from dot products of their own. Errors of dhidden and dweight are
-then those of fp32 products, to 1 % (2048 × 512 × 32768 and 2048 × 512 × 128256, 2026-11). Rows of weight
-may share a direction, which cancels in dhidden: where the mean row is as large as the standard deviation,
-the error is 1.09 times as large. That of bf16 logits is several times as large.
+|g|·p, up to a power of 2, comes from one product: `exp_product` with S_t = lse_t − log|g_t|. It is off by at
+most 2^-8 of itself, and its products with hidden and weight round their results to bf16. Neither shows as
+long as no large entry takes part: the roundings of many small ones cancel. Entries with p > `_LARGE` and
+labels are left out, and added to the gradients in fp32, from dot products of their own. Errors of dhidden and
+dweight are then those of fp32 products, to 1 % (2048 × 512 × 32768 and 2048 × 512 × 128256, 2026-11). Rows of
+weight may share a direction, which cancels in dhidden: where the mean row is as large as the standard
+deviation, the error is 1.09 times as large. That of bf16 logits is several times as large.
 """
 
 from __future__ import annotations
@@ -15,63 +15,60 @@ import torch
 
 from focalkern.distributed import AsyncReduction
 from focalkern.logps import torch_coarse, torch_exp
-from focalkern.logps.torch_coarse import entries_above
-from focalkern.logps.torch_exp import as_bias, entry_logits, exp_product
+from focalkern.logps.torch_coarse import bits, entries_above
+from focalkern.logps.torch_exp import entry_logits, exp_product
 from focalkern.logps.torch_pairs import Group, extended, joined
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
 
 _LARGE = 2.0**-5
-# How far S is above the highest logsumexp of a row: σ is exp to 2e-4 of small entries.
-_ABOVE = 5.0
-# How far it may be above the lowest: further, small y are 0, and products with small weights from 57 on.
-_FURTHEST, _FURTHEST_UNSCALED = 64.0, 48.0
+# y is at most this much of p: σ is exp to 1.3e-4 of small entries.
+_MAX_Y = 2.0**-8
 
 
 class CoarseDz:
     """dz of a backward without its large entries, and these."""
 
-    def __init__(self, forward: Forward, g: torch.Tensor, shift: float) -> None:
-        self.forward, self.g, self.shift = forward, g, shift
-        saved = forward.saved
-        self.factor = extended(-g * (shift - saved.lse).exp(), 0.0)[:, None]
-        # In bits: bf16 numbers >= 0 are ordered as these integers, whose maximum takes a sixth of the time.
-        limit = extended(_LARGE * (saved.lse - shift).exp(), torch.inf)
-        self.limit_bits = limit.view(torch.int32) >> 16
+    def __init__(self, forward: Forward, g: torch.Tensor) -> None:
+        self.forward, self.g = forward, g
+        # y = |g|·p / scale; by a power of 2 nothing is rounded.
+        scale = torch.frexp(g.abs().amax())[1].exp2() / _MAX_Y
+        share = g.abs() / scale
+        self.shift = extended(forward.saved.lse - share.log(), torch.inf)
+        self.limit = extended(bits(_LARGE * share), 0)
+        self.factor = extended(-g.sign() * scale, 0.0).bfloat16()
         self.targets = extended(forward.targets, -1)
         # Row and vocabulary entry of large ones that are no labels; two threads append to it.
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
-    def of(cls, forward: Forward, grads: RowGradients, furthest: float = _FURTHEST) -> CoarseDz | None:
-        """None where the head does not suit, or the rows' logits lie too far apart."""
+    def of(cls, forward: Forward, grads: RowGradients) -> CoarseDz | None:
+        """None where the head does not suit, or something is not finite."""
         head = forward.head
         suits = torch_exp.suits(head, forward.transform) and torch_coarse.is_trusted(head)
         if grads.entropy is not None or not suits:
             return None
-        lowest, highest = forward.saved.lse.aminmax()
-        # Above 2^9 the rounding of S is large: S may come out below the logits.
-        shift = as_bias(highest.item() + _ABOVE)
-        is_near = highest + _ABOVE / 2 <= shift <= lowest + furthest
-        return cls(forward, grads.logps, shift) if is_near else None
+        is_finite = (grads.logps.abs().amax() + forward.saved.lse.abs().amax()).isfinite()
+        return cls(forward, grads.logps) if is_finite else None
 
     def of_group(self, group: Group) -> torch.Tensor:  # [k, 128] −g·p in bf16
-        y = torch.cat([exp_product(hidden, weight, self.shift) for hidden, weight in group.joined()])
+        operands = zip(group.joined(), group.split(self.shift[group.row]), strict=True)
+        y = torch.cat([exp_product(weight, hidden, shift) for (hidden, weight), shift in operands], 1)
         self.take_large(y, group.row, group.first_v)
-        return y.float().mul_(self.factor[group.row]).bfloat16()
+        return y.mul_(self.factor[group.row]).t()
 
     def take_large(
         self,
-        y: torch.Tensor,  # [k, c] exp(z − S), overwritten
+        y: torch.Tensor,  # [c, k] overwritten
         row: torch.Tensor,  # [k]
         first_v: torch.Tensor,  # [k] or []: the entry of the first column
     ) -> None:
         """Set labels and large entries to 0, and note them for `add_large`."""
-        label_at, label_column = targets_in(self.targets[row] - first_v, y.shape[1])
-        y[label_at, label_column] = 0.0
-        at, column = entries_above(y.view(torch.int16), self.limit_bits[row])
-        y[at, column] = 0.0
+        label_at, label_column = targets_in(self.targets[row] - first_v, len(y))
+        y[label_column, label_at] = 0.0
+        column, at = entries_above(bits(y), self.limit[row])
+        y[column, at] = 0.0
         self.large.append((row[at], column + first_v.expand_as(row)[at]))
 
     def add_large(self, gradients: HeadGradients) -> None:
@@ -109,24 +106,25 @@ def exact_backward(
     forward: Forward, grads: RowGradients, needs: Needs, reduction: AsyncReduction | None
 ) -> Gradients | None:
     """All pairs, by vocabulary chunks; None where the head does not suit."""
-    coarse = CoarseDz.of(forward, grads, _FURTHEST_UNSCALED)
+    coarse = CoarseDz.of(forward, grads)
     if coarse is None:
         return None
     head, n = forward.head, len(grads.logps)
     gradients = HeadGradients(head, needs, reduction, torch.float32)
-    hidden, row, factor = joined([h for h, _ in head.products]), torch.arange(n), coarse.factor[:n]
-    scaled = [(h * factor).bfloat16() if any(needs.of_weight) else h for h, _ in head.products]
+    hidden, row = joined([h for h, _ in head.products]), torch.arange(n)
+    shift, factor = coarse.shift[:n], coarse.factor[:n, None]
+    scaled = [h * factor if any(needs.of_weight) else h for h, _ in head.products]
     for start, end in vocab_chunks(head.vocab_size, n):
         weights = [weight[start:end] for _, weight in head.products]
-        y = exp_product(hidden, joined(weights), coarse.shift)
+        y = exp_product(joined(weights), hidden, shift)
         coarse.take_large(y, row, torch.tensor(start))
         # The rows' factors are in hidden for dweight, and come last for dhidden: dz itself is not formed.
         for dhidden, weight in zip(gradients.dhidden, weights, strict=True):
             if dhidden is not None:
-                dhidden += y @ weight
+                dhidden += y.t() @ weight
         for dweight, h in zip(gradients.dweight, scaled, strict=True):
             if dweight is not None:
-                torch.mm(y.t(), h, out=dweight[start:end])
+                torch.mm(y, h, out=dweight[start:end])
         del y
     for dhidden in gradients.dhidden:
         if dhidden is not None:

@@ -1,18 +1,18 @@
 """The forward of 16-bit heads on CPUs: exp(z − S) straight from a product.
 
-oneDNN applies a function to the fp32 sums of a product before it stores them. With a shift S above all
-logits,
+oneDNN applies a function to the fp32 sums of a product before it stores them. With a shift S_t well above
+the logsumexp of row t,
 
-    y = σ(z − S) = exp(z − S) up to a factor of 1 + exp(z − S),
+    y = σ(z − S_t) = exp(z − S_t) up to a factor of 1 + exp(z − S_t),
 
-so that a sum over each vocabulary block is all that is left to do: a forward of 2048 × 512 × 32768 takes
-362 ms, with dense logits 379 (bf16, 2 cores of an AMD EPYC, torch 2.13, 2026-12); at H = 2048 as long.
+so that a sum over each vocabulary block is all that is left to do. oneDNN adds one number to each column of a
+product: for S_t the rows are to be columns, y is [vocabulary, rows].
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,35 +20,35 @@ import torch
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.logps.torch_pairs import joined
 from focalkern.records import BlockStatistics, Head, LogitTransform
-from focalkern.torch_logits import TILE_ROWS, in_blocks, matmul, nonfinite_to_nan, targets_in, vocab_chunks
+from focalkern.torch_logits import TILE_ROWS, matmul, nonfinite_to_nan, targets_in, vocab_chunks
 
-# How far S is above the highest logsumexp of a row, as far as that is known. Where a block has more than this
-# mass, y is not exp(z − S), here to 6e-6: S is raised.
-MARGIN = 16.0
-_MAX_MASS, _RAISE = math.exp(-12.0), 12.0
+# How far S_t is above an estimate of the row's logsumexp.
+MARGIN = 30.0
+# Where a block has more mass, the estimate was 18 too low, and y is not exp(z − S) to 6e-6: S_t is raised.
+_MAX_MASS, _RAISE, _MAX_RAISES = math.exp(-12.0), 20.0, 8
 # y below it is 0. What is lost of a row so may be this much of the mass beside its label, or of all.
 _SMALLEST, _MAX_LOST, _MAX_LOST_OF_ALL = math.exp(-87.0), 1e-6, 1e-9
-_SAMPLED_BLOCKS, _SAMPLED_ROWS = 4, 512
+# Vocabulary entries that the estimates come from, and rows at a time.
+_SAMPLED, _SAMPLED_ROWS = 256, 512
 # Below this many multiplications the calls cost more than they save.
 _MIN_SIZE = 2**31
 # Numbers of hidden or weight that are gathered at once for single entries.
 _GATHERED = 2**19
 
 
-def exp_product(hidden: torch.Tensor, weight: torch.Tensor, shift: float) -> torch.Tensor:
-    """y = σ(hidden @ weightᵀ − shift), rounded once to the dtype of the operands."""
-    bias = weight.new_full((len(weight),), -shift)
-    return torch.ops.mkldnn._linear_pointwise(hidden, weight, bias, "sigmoid", [], "")
+def exp_product(weight: torch.Tensor, hidden: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """y = σ(weight @ hiddenᵀ − shift) [c, n], rounded once to the operands' dtype; shift [n] in fp32."""
+    return torch.ops.mkldnn._linear_pointwise(weight, hidden, -shift, "sigmoid", [], "")
 
 
 def is_exp_accurate(dtype: torch.dtype, error: float) -> bool:
     """The operator is private to torch, and the accuracy of the logistic function nowhere stated."""
-    z = -torch.arange(1.0, 81.0)[:, None]
+    z, shift = -torch.arange(1.0, 81.0), torch.linspace(0.1, 5.0, 80)
     try:
-        y = exp_product(z.to(dtype), torch.ones(1, 1, dtype=dtype), shift=5.0)
+        y = exp_product(torch.ones(2, 1, dtype=dtype), z[:, None].to(dtype), shift)
     except (AttributeError, RuntimeError, TypeError):
         return False
-    return bool((y / (z.double() - 5.0).sigmoid() - 1).abs().amax() <= error)
+    return bool((y / (z - shift).double().sigmoid() - 1).abs().amax() <= error)
 
 
 _is_fp32_accurate = is_exp_accurate(torch.float32, 2.0**-20)
@@ -63,103 +63,101 @@ def suits(head: Head, transform: LogitTransform, outputs: tuple[str, ...] = ()) 
         and hidden.device.type == "cpu"
         and hidden.dtype in (torch.bfloat16, torch.float16)
         and hidden.numel() * head.vocab_size >= _MIN_SIZE
-        and head.vocab_size >= _SAMPLED_BLOCKS * VOCAB_BLOCK
+        and head.vocab_size >= _SAMPLED
         and head.bias is None
         and has_plain_logits
         and not outputs
     )
 
 
-class Masses(NamedTuple):
-    """Sums of exp(z − S) in fp32."""
+class Tile(NamedTuple):
+    """Some columns and rows of y = exp(z − S), and what they are made of."""
 
-    of_blocks: torch.Tensor  # [n + 1, NB] without the label; the last row pads
-    of_rows: torch.Tensor  # [n] with the label
-    shift: float
+    y: torch.Tensor  # [c, rows], 0 at the labels
+    masses: torch.Tensor  # [blocks, rows] fp32: sums of y
+    weight: torch.Tensor  # [c, ΣK]
+    wide_hidden: torch.Tensor  # [rows, ΣK] fp32
+    shift: torch.Tensor  # [rows]
 
 
 class Sampled(NamedTuple):
-    """A head that suits, or its vocabulary shard, and what a look at its labels and a few blocks told."""
+    """A head that suits, or its vocabulary shard, and what a look at its labels and a few entries told."""
 
     head: Head
     targets: torch.Tensor  # [n]
     target_z: torch.Tensor  # [n] fp32, −inf where the label is in another shard
-    highest: float  # estimates of the highest and lowest logsumexp of a row
-    lowest: float
-    log_share: torch.Tensor  # [rows, blocks] of the looked at ones: logarithm of their share of a row's mass
+    z: torch.Tensor  # [n, sampled entries] fp32
+    lse: torch.Tensor  # [n] estimates
 
     @classmethod
     def of(cls, head: Head, targets: torch.Tensor) -> Sampled:
         labels = entry_logits(head, torch.arange(len(targets)), targets.clamp(min=0))
         target_z = torch.cat([z for _, z, _, _ in labels]).masked_fill_(targets < 0, -torch.inf)
-        blocks = head.vocab_size // VOCAB_BLOCK
-        first = torch.arange(_SAMPLED_BLOCKS) * blocks // _SAMPLED_BLOCKS * VOCAB_BLOCK
-        v = (first[:, None] + torch.arange(VOCAB_BLOCK)).flatten()
-        row = torch.arange(0, len(targets), -(-len(targets) // _SAMPLED_ROWS))
-        hidden = joined([h[row] for h, _ in head.products])
-        weight = joined([w[v] for _, w in head.products])
-        z = matmul(hidden.float(), weight.float())
-        block_lse = z.unflatten(1, (-1, VOCAB_BLOCK)).logsumexp(-1)
-        lse = block_lse.logsumexp(-1) + math.log(blocks / _SAMPLED_BLOCKS)
-        lse = torch.maximum(lse, target_z[row])
-        highest = torch.maximum(lse.amax(), target_z.amax()).item()
-        return cls(head, targets, target_z, highest, lse.amin().item(), block_lse - lse[:, None])
+        v = torch.arange(_SAMPLED) * (head.vocab_size // _SAMPLED)
+        hidden = joined([h for h, _ in head.products]).split(_SAMPLED_ROWS)
+        weight = joined([w[v] for _, w in head.products]).float()
+        z = torch.cat([matmul(h.float(), weight) for h in hidden])
+        lse = z.logsumexp(1) + math.log(head.vocab_size / _SAMPLED)
+        return cls(head, targets, target_z, z, torch.maximum(lse, target_z))
 
-    def masses(self, dtype: torch.dtype) -> Masses | None:
-        """By a product in this dtype. None where logits lie too far apart, or something is not finite.
+    def block_statistics(
+        self, dtype: torch.dtype, correct: Callable[[Tile, torch.Tensor], None] | None = None
+    ) -> BlockStatistics | None:
+        """By a product in this dtype. None where S is not found, or something is not finite.
 
-        The dense forward then tells which row it is.
+        The dense forward then tells which row it is. `correct` may change the masses of each tile; it is also
+        given those of its rows so far, without their labels.
         """
         head, targets, n = self.head, self.targets, len(self.targets)
-        masses = torch.ones(n + 1, -(-head.vocab_size // VOCAB_BLOCK))
+        masses = torch.empty(-(-head.vocab_size // VOCAB_BLOCK), n)
+        shift = self.lse + MARGIN
         poison = torch.zeros(())
-        shift = as_bias(self.highest + MARGIN, dtype)
-        lost = head.vocab_size * _SMALLEST
-        if lost > _MAX_LOST * math.exp(self.lowest - shift):
-            return None
         for row_start in range(0, n, TILE_ROWS):
             rows = slice(row_start, min(row_start + TILE_ROWS, n))
             hidden = joined([h[rows] for h, _ in head.products]).to(dtype)
+            wide_hidden = hidden.float()
             poison += nonfinite_to_nan(hidden)
+            rest = torch.zeros(len(hidden))
             for start, end in vocab_chunks(head.vocab_size, len(hidden)):
                 weight = joined([w[start:end] for _, w in head.products]).to(dtype)
                 if row_start == 0:
                     poison += nonfinite_to_nan(weight)
-                column, before = targets[rows] - start, shift
-                tile = _tile_masses(hidden, weight, column, shift)
-                while tile.amax() > _MAX_MASS:
-                    raised = as_bias(shift + _RAISE, dtype)
-                    if not shift < raised < before + 8 * _RAISE:
-                        return None
-                    masses *= math.exp(shift - raised)
-                    shift = raised
-                    tile = _tile_masses(hidden, weight, column, shift)
-                masses[rows, start // VOCAB_BLOCK : -(-end // VOCAB_BLOCK)] = tile
-        rest = masses[:-1].sum(1) + poison
+                column, blocks = targets[rows] - start, slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
+                for _ in range(_MAX_RAISES):
+                    y, sums = _exp_without_labels(weight, hidden, shift[rows], column)
+                    is_high = sums.amax(0) > _MAX_MASS
+                    if not is_high.any():
+                        break
+                    shift[rows] += _RAISE * is_high
+                    shrink = torch.where(is_high, math.exp(-_RAISE), 1.0)
+                    rest *= shrink
+                    masses[: blocks.start, rows] *= shrink
+                else:
+                    return None
+                rest += sums.sum(0)
+                if correct is not None:
+                    correct(Tile(y, sums, weight, wide_hidden, shift[rows]), rest)
+                masses[blocks, rows] = sums
+        rest = masses.sum(0) + poison
         total = rest + (self.target_z - shift).exp()
-        is_exact = (lost <= _MAX_LOST * rest) | (lost <= _MAX_LOST_OF_ALL * total)
-        return Masses(masses, total, shift) if is_exact.all() else None
+        lost = head.vocab_size * _SMALLEST
+        if not ((lost <= _MAX_LOST * rest) | (lost <= _MAX_LOST_OF_ALL * total)).all():
+            return None
+        return BlockStatistics(self.target_z, lse=masses.log_().add_(shift).t().contiguous())
 
 
-def as_bias(shift: float, dtype: torch.dtype = torch.bfloat16) -> float:
-    """Rounded to the dtype in which the product takes it."""
-    return torch.tensor(shift, dtype=dtype).item()
-
-
-def _tile_masses(
-    hidden: torch.Tensor, weight: torch.Tensor, column: torch.Tensor, shift: float
-) -> torch.Tensor:  # [rows, blocks] fp32, without the labels in these columns
-    y = exp_product(hidden, weight, shift)
-    y[targets_in(column, y.shape[1])] = 0.0
-    return in_blocks(y, padding=0.0).sum(-1, dtype=torch.float32)
-
-
-def block_statistics(sampled: Sampled) -> BlockStatistics | None:
-    """By one fp32 product; None where the dense forward is to be taken."""
-    found = sampled.masses(torch.float32)
-    if found is None:
-        return None
-    return BlockStatistics(sampled.target_z, lse=found.of_blocks[:-1].log_().add_(found.shift))
+def _exp_without_labels(
+    weight: torch.Tensor,
+    hidden: torch.Tensor,
+    shift: torch.Tensor,
+    column: torch.Tensor,  # of the rows' labels, perhaps outside
+) -> tuple[torch.Tensor, torch.Tensor]:  # y [c, rows], and its sums [blocks, rows] in fp32
+    y = exp_product(weight, hidden, shift)
+    row, v = targets_in(column, len(y))
+    y[v, row] = 0.0
+    if len(y) % VOCAB_BLOCK:
+        y = torch.nn.functional.pad(y, (0, 0, 0, -len(y) % VOCAB_BLOCK))
+    return y, y.view(-1, VOCAB_BLOCK, len(shift)).sum(1, dtype=torch.float32)
 
 
 def entry_logits(

@@ -4,7 +4,7 @@ One block after the other would be many small calls. Several blocks share the ga
 element-wise work; each has its own product. Half of the blocks are worked on in a thread of its own: forward
 and backward of 2048 × 512 × 32768 with a fifth of the pairs kept are then 2.1 times as fast as exact ones,
 and 1.8 times otherwise (fp32 products, 2 cores of an AMD EPYC, 2026-11). A dispatch mode, such as a counter
-of operations, does not see into these threads. Used by the certified backward and the coarse forward.
+of operations, does not see into these threads.
 """
 
 from __future__ import annotations
