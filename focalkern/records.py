@@ -44,6 +44,10 @@ class Head(NamedTuple):
             return [(self.hidden, self.weight)]
         return [(self.hidden, self.weight), (self.update_hidden, self.update_weight)]
 
+    def with_hidden(self, hidden: list[torch.Tensor]) -> Head:
+        """With other hidden states of each product."""
+        return self._replace(hidden=hidden[0], update_hidden=hidden[1] if len(hidden) > 1 else None)
+
 
 class Needs(NamedTuple):
     """Which gradients of a `Head` are needed."""

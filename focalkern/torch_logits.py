@@ -59,10 +59,10 @@ def targets_in(column: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Te
     return row, column[row]
 
 
-def in_blocks(z: torch.Tensor, padding: float = -torch.inf) -> torch.Tensor:  # [n, c] -> [n, blocks, 128]
+def in_blocks(z: torch.Tensor) -> torch.Tensor:  # [n, c] -> [n, blocks, 128]
     """Columns as vocabulary blocks, the last one filled up."""
     if z.shape[1] % VOCAB_BLOCK:
-        z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=padding)
+        z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=-torch.inf)
     return z.view(z.shape[0], -1, VOCAB_BLOCK)
 
 

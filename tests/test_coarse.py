@@ -52,6 +52,7 @@ def take(request, monkeypatch):
     monkeypatch.setattr(torch_exp, "_MIN_SIZE", 0)
     monkeypatch.setattr(torch_exp, "TILE_ROWS", 64)
     monkeypatch.setattr(torch_exp, "_GATHERED", 48 * 16)
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE_OF_ROW", 1.0)
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 1.0)
     monkeypatch.setattr(torch_coarse, "_WIDE", 48 * 100)
     monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
@@ -235,16 +236,29 @@ def test_rows_may_have_logits_of_any_size(backward, take):
 @by_both
 def test_a_shift_that_is_not_found_leaves_it_to_dense_logits(take):
     problem = sharp_problem(dtype=BF16)
-    sampled = Sampled.of(Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep])
+    head, labels = Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep]
+    sampled = Sampled.of(head, labels, torch_coarse._thresholds)
     dtype = BF16 if torch_coarse._is_trusted else torch.float32
-    assert sampled._replace(lse=sampled.lse - 500).block_statistics(dtype) is None
+    assert sampled._replace(lse=sampled.lse - 3000).block_statistics(dtype) is None
     assert sampled._replace(lse=sampled.lse + 100).block_statistics(dtype) is None
+
+
+@by_both
+def test_the_default_dtype_does_not_matter(take):
+    problem = sharp_problem(dtype=BF16)
+    expected, _ = measure(problem)
+    for dtype in (BF16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            found = problem.run("torch", problem.leaves())
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(found.logps, expected.logps)
 
 
 @pytest.mark.parametrize("offset", [-9984.0, 9984.0])
 @pytest.mark.parametrize("backward", ["certified", "exact"])
 def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward, offset, take):
-    """S takes their place in bf16, which rounds it to a multiple of 64."""
     problem = sharp_problem(dtype=BF16, sharpness=4.0)
     problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
     leaves = problem.leaves(torch.float64)
@@ -341,48 +355,86 @@ def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     assert (y[labels, torch.arange(len(labels))] == 0).all()
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-def test_equal_rows_of_weight_whose_roundings_add_up_take_fp32(share, calls, monkeypatch):
-    """As of a head that is filled with zeros."""
+@pytest.mark.parametrize("rows", [0, 1, 12, 20, 64])
+def test_rows_of_equal_logits_whose_roundings_add_up_take_fp32(rows, calls, monkeypatch):
+    """Hidden states of zero, as of a head that is filled with zeros."""
     monkeypatch.setattr(torch_coarse, "_THRESHOLDS", (2.0**-10,))
     monkeypatch.setattr(torch_coarse, "_MAX_ERROR", 3e-5)
-    weight, hidden = torch.randn(8192, 16) / 16, torch.randn(64, 16)
-    weight[torch.rand(8192) < share] = weight[0].clone()
+    monkeypatch.setattr(torch_coarse, "_MAX_SUM", 4e-4)
+    weight, hidden = torch.randn(8192, 16), torch.randn(64, 16) / 8
+    hidden[torch.randperm(64)[:rows]] = 0.0
     head, labels = Head(hidden.to(BF16), weight.to(BF16)), torch.arange(64)
     found = block_statistics(head, labels, LogitTransform(), ())
-    assert {dtype for _, dtype in calls} == ({torch.float32} if share else {BF16})
+    of_rows = {torch.float32} if rows >= 20 else {torch.float32, BF16} if rows else {BF16}
+    assert {dtype for _, dtype in calls} == of_rows
     z = head.hidden.double() @ head.weight.double().t()
     z[labels, labels] = -torch.inf
     torch.testing.assert_close(found.lse.logsumexp(1).double(), z.logsumexp(1), rtol=0.0, atol=1e-4)
+
+
+def test_rows_whose_entries_are_all_large_take_fp32(calls, monkeypatch):
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE_OF_ROW", 0.16)
+    problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
+    hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
+    hidden[::8] /= 16
+    block_statistics(Head(hidden, problem.weight), labels, LogitTransform(), ())
+    assert {dtype for _, dtype in calls} == {torch.float32, BF16}
+    calls.clear()
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.0)
+    block_statistics(Head(hidden, problem.weight), labels, LogitTransform(), ())
+    assert {dtype for _, dtype in calls} == {torch.float32}
 
 
 @by_both
 def test_a_shift_that_turns_out_too_low_is_raised(take):
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     head, labels = Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep]
-    sampled = Sampled.of(head, labels)
+    sampled = Sampled.of(head, labels, torch_coarse._thresholds)
     lower = sampled._replace(lse=sampled.lse - 60.0 * (torch.arange(len(labels)) % 2))
-    expected, found = (torch_coarse.block_statistics(x) for x in (sampled, lower))
+    dtype, correct = torch.float32, None
+    if torch_coarse._is_trusted:
+        dtype, correct = BF16, torch_coarse._LargeEntries(sampled.judgement).correct
+    expected, found = (x.block_statistics(dtype, correct) for x in (sampled, lower))
     torch.testing.assert_close(found.lse, expected.lse, rtol=0.0, atol=2.0**-7)
     torch.testing.assert_close(found.lse.logsumexp(1), expected.lse.logsumexp(1), rtol=0.0, atol=1e-5)
 
 
 @by_both
-@pytest.mark.parametrize("distance", [30.0, 36.0, 40.0, 48.0])
-def test_what_is_beside_a_confident_label_is_not_lost(distance, take, or_dense):
-    """Next to a row whose logits are all higher by this distance; exp(z − S) of the others may be 0."""
+@pytest.mark.parametrize("distance", [10.0, 36.0, 60.0, 80.0])
+def test_what_is_beside_a_confident_label_is_not_lost(distance, take):
+    """1 − p of the label is 8191·exp(−distance)."""
     hidden, weight = torch.zeros(64, 16), torch.zeros(8192, 16)
-    hidden[:, 0], weight[0, 0] = 23.25, 1.0  # p of the label, 0, is 1 − 7e-7
-    hidden[5, 1], weight[:, 1] = distance, 1.0
+    hidden[:, 0], weight[0, 0] = distance, 1.0
+    hidden[5, 1], weight[:, 1] = 40.0, 1.0
+    hidden[:, 2:], weight[:, 2:] = torch.randn(64, 14), torch.randn(8192, 14) / 2
     head = Head(hidden.to(BF16), weight.to(BF16))
     found = block_statistics(head, torch.zeros(64).long(), LogitTransform(), ())
-    rest = (hidden @ weight.t())[:, 1:].double().logsumexp(1)
-    torch.testing.assert_close(found.lse.logsumexp(1).double(), rest, rtol=0.0, atol=1e-5)
+    rest = (head.hidden.double() @ head.weight.double().t())[:, 1:].logsumexp(1)
+    torch.testing.assert_close(found.lse.logsumexp(1).double(), rest, rtol=0.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 65536.0, 1e34, math.inf, math.nan])
+def test_gradients_of_any_size(scale, backward, take):
+    """Of flat rows, where small entries show; not finite where a loss scale is too large."""
+    problem = sharp_problem(60, vocab_size=2048, dtype=BF16, sharpness=2.0)
+    problem.grad[0] *= scale
+    _, found = measure(problem, backward=backward, trained=("hidden", "weight"))
+    take("dense")
+    _, dense = measure(problem, backward=backward, trained=("hidden", "weight"))
+    leaves = problem.leaves(torch.float64)
+    exact = outcome(problem, problem.plain(leaves), leaves)
+    for name in ("hidden", "weight"):
+        assert torch.equal(found[name].isfinite(), dense[name].isfinite())
+        if math.isfinite(scale):
+            of_dense = relative_error(dense[name], exact[name])
+            assert relative_error(found[name], exact[name]) <= 1.05 * of_dense + 1e-5, name
 
 
 @pytest.mark.parametrize("offset", [-9984.0, -128.0, 1008.0, 6000.0, 9984.0])
-def test_an_offset_is_not_taken_for_an_error_of_the_products(offset):
-    problem = sharp_problem(100, vocab_size=8192, dtype=BF16)
+@pytest.mark.parametrize("hidden_size", [48, 2048])
+def test_an_offset_is_not_taken_for_an_error_of_the_products(hidden_size, offset):
+    problem = sharp_problem(100, vocab_size=2048, dtype=BF16, hidden_size=hidden_size)
     problem.hidden[:, 0], problem.weight[:, 0] = 64.0, offset / 64
     problem.run("torch")
     assert torch_coarse._is_trusted

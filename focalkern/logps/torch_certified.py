@@ -5,7 +5,7 @@ Where bf16 products are fast, they compute the pairs but for large entries, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -26,7 +26,7 @@ from focalkern.torch_logits import (
 # Where this much may be left out, how oneDNN adds up a logit (see `Product`) does not show.
 _ROUNDING_TAU = 2.0**-20
 
-DzOfGroup = Callable[[Group], torch.Tensor]
+DzOfGroup = Callable[[Group], Sequence[torch.Tensor]]  # of each part
 
 
 def certified_backward(
@@ -60,13 +60,13 @@ def _exact_dz(forward: Forward, g: torch.Tensor, logits: PairLogits) -> DzOfGrou
     lse, minus_g = extended(saved.lse, torch.inf)[:, None], -extended(g, 0.0)[:, None]
     target_dz = extended(g * saved.one_minus_p, 0.0)
 
-    def of_group(group: Group) -> torch.Tensor:
+    def of_group(group: Group) -> Sequence[torch.Tensor]:
         z, slope = transform_logits(logits.logits(group), forward.transform)
         # d logps / dz_v = 1[v = y] − p_v
         dz = z.sub_(lse[group.row]).exp_().mul_(minus_g[group.row])
         label_row, column = logits.labels(group)
         dz[label_row, column] = target_dz[group.row[label_row]]
-        return times_slope(dz, slope)
+        return group.split(times_slope(dz, slope))
 
     return of_group
 
@@ -80,8 +80,7 @@ def _gradients_of_pairs(
 ) -> HeadGradients:
     """What the pairs give, group by group; dhidden is yet to be reduced."""
     head, n = logits.head, len(logits.head.hidden)
-    padded = head._replace(**dict(zip(("hidden", "update_hidden"), logits.hidden, strict=False)))
-    gradients = HeadGradients(padded, needs, reduction, compute_dtype(head.hidden))
+    gradients = HeadGradients(head.with_hidden(logits.hidden), needs, reduction, compute_dtype(head.hidden))
     # Each half of the pairs adds its blocks up by itself.
     halves = [gradients.dhidden, [None if x is None else torch.zeros_like(x) for x in gradients.dhidden]]
 
@@ -94,7 +93,7 @@ def _gradients_of_pairs(
             _add_dhidden(halves[half], group, dz)
             if any(needs.of_weight):
                 _add_dweight(sums_of_weight, group if is_native else group.wide, dz)
-            sum_of_bias.add(group.parts, (part.sum(0) for part in group.split(dz)))
+            sum_of_bias.add(group.parts, (part.sum(0) for part in dz))
 
         return add
 
@@ -111,20 +110,19 @@ def _gradients_of_pairs(
     return gradients
 
 
-def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: torch.Tensor) -> None:
-    weights_of = (group if dz.dtype == group.hidden[0].dtype else group.wide).weights()
+def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: Sequence[torch.Tensor]) -> None:
+    weights_of = (group if dz[0].dtype == group.hidden[0].dtype else group.wide).weights()
     for total, weights in zip(totals, weights_of, strict=True):
         if total is None:
             continue
-        for row, dz_part, weight in zip(*map(group.split, (group.row, dz)), weights, strict=True):
+        for row, dz_part, weight in zip(group.split(group.row), dz, weights, strict=True):
             total.index_add_(0, row, _product(dz_part, weight.t()).to(total.dtype))
 
 
-def _add_dweight(sums: list[_BlockSum], group: Group, dz: torch.Tensor) -> None:
-    dz_parts = group.split(dz.to(group.hidden[0].dtype))
+def _add_dweight(sums: list[_BlockSum], group: Group, dz: Sequence[torch.Tensor]) -> None:
     for block_sum, hidden in zip(sums, group.hidden, strict=True):
-        operands = zip(dz_parts, group.split(hidden), strict=True)
-        block_sum.add(group.parts, (_product_over_rows(part, h) for part, h in operands))
+        operands = zip(dz, group.split(hidden), strict=True)
+        block_sum.add(group.parts, (_product_over_rows(part.to(h.dtype), h) for part, h in operands))
 
 
 class _BlockSum:
@@ -160,6 +158,5 @@ def _product_over_rows(dz: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
     """dzᵀ @ hidden."""
     # oneDNN takes the transpose of a bf16 matrix in twice the time: 128 × 128 × 4096, 1 core of an Intel Xeon
     # with AMX, torch 2.13, 2026-11.
-    is_slow = dz.dtype == torch.bfloat16 and not dz.is_cuda and dz.is_contiguous()
-    transposed = dz.t().contiguous() if is_slow else dz.t()
+    transposed = dz.t().contiguous() if dz.dtype == torch.bfloat16 and not dz.is_cuda else dz.t()
     return _product(transposed, hidden.t())

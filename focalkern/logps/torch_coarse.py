@@ -3,9 +3,9 @@
 Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
 10 is off by up to 0.03. exp(z − S) of `torch_exp` is off by at most 2^-8 of itself, whatever its size.
 Entries with more than 2^-15 of a row's mass, some hundred, are computed again in fp32, one by one. The
-roundings of the others are independent of each other: they change the mass by 2e-7, root mean square, and
-9e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, 2026-12). Equal logits round
-alike; where that shows in a sample, the product is one in fp32.
+roundings of the others are independent of each other: they change the mass by 1.4e-7, root mean square, and
+8e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, 2026-12). Equal logits round
+alike: rows where a sample shows it take an fp32 product.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
 # Large entries have more than one of these shares of their row's mass so far, without the label.
-_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17, 2.0**-18)
-# By how much the rounding of the others may change that mass, root mean square.
-_MAX_ERROR, _MEDIAN_TO_RMS = 4.5e-7, 1.5
-# Where more entries are large, one fp32 product of all is as fast.
-_MAX_SHARE = 0.04
-# By how much a coarse and an exact entry may differ.
-_MAX_DIFFERENCE = 2.0**-6
+_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17)
+# By how much the rounding of the others may change that mass: root mean square where they are independent of
+# each other, and where they are all alike.
+_MAX_ERROR, _MAX_SUM = 6.5e-7, 5e-5
+# Where more entries are large, of a row and of all, one fp32 product of all is as fast; estimates are high.
+_MAX_SHARE_OF_ROW, _MAX_SHARE = 0.16, 0.045
+# Of fewer rows a coarse product of their own gains nothing.
+_MIN_SUITED = 0.8
+# By how much a coarse and an exact entry may differ, and how that grows with √K·|S|.
+_MAX_DIFFERENCE, _ROUNDING = 2.0**-6, 2.0**-22
 # Numbers of weight that are in fp32 at once.
 _WIDE = 2**21
 
@@ -42,12 +45,12 @@ def logits_at(
     """Single entries of weight @ hiddenᵀ."""
     ends = torch.searchsorted(v, torch.arange(len(weight) + 1))
     size = len(weight), len(hidden)
-    wanted = torch.sparse_csr_tensor(ends, row, torch.zeros(len(v)), size, check_invariants=False)
+    wanted = torch.sparse_csr_tensor(ends, row, weight.new_zeros(len(v)), size, check_invariants=False)
     return torch.sparse.sampled_addmm(wanted, weight, hidden.t(), beta=0.0).values()
 
 
 def _is_accurate() -> bool:
-    x = torch.arange(4096.0).sin().view(2, 2048)
+    x = torch.arange(4096, dtype=torch.float32).sin().view(2, 2048)
     with warnings.catch_warnings():
         # torch calls sparse tensors a beta, once.
         warnings.simplefilter("ignore")
@@ -67,36 +70,53 @@ def is_trusted(head: Head) -> bool:
     return _is_trusted and head.hidden.dtype == torch.bfloat16
 
 
-def block_statistics(sampled: Sampled) -> BlockStatistics | None:
-    """By coarse products, or one in fp32 where it is as fast; None where the dense forward is to be taken."""
-    global _is_trusted
-    threshold = _threshold(sampled) if is_trusted(sampled.head) else None
-    if threshold is None:
+def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | None:
+    """By coarse products, or one in fp32 where it is as fast; None where the dense forward is to be taken.
+
+    Of a head that suits (`torch_exp`), or its vocabulary shard.
+    """
+    sampled = Sampled.of(head, targets, _thresholds)
+    suits = sampled.judgement > 0
+    if not is_trusted(head) or suits.double().mean() < _MIN_SUITED:
         return sampled.block_statistics(torch.float32)
-    exact = _LargeEntries(threshold)
-    found = sampled.block_statistics(torch.bfloat16, exact.correct)
-    if exact.difference <= _MAX_DIFFERENCE:
+    if suits.all():
+        return _coarse_statistics(sampled)
+    by_coarse, by_fp32 = suits.nonzero().squeeze(1), suits.logical_not().nonzero().squeeze(1)
+    exact = sampled.rows(by_fp32).block_statistics(torch.float32)
+    coarse = _coarse_statistics(sampled.rows(by_coarse)) if exact else None
+    if exact is None or coarse is None:
+        return None
+    order = torch.cat([by_coarse, by_fp32]).argsort()
+    return BlockStatistics(sampled.target_z, lse=torch.cat([coarse.lse, exact.lse])[order])
+
+
+def _coarse_statistics(sampled: Sampled) -> BlockStatistics | None:
+    global _is_trusted
+    entries = _LargeEntries(sampled.judgement)
+    found = sampled.block_statistics(torch.bfloat16, entries.correct)
+    if entries.is_bf16:
         return found
     _is_trusted = False
     warn_once("bf16 products of this CPU are less accurate than bf16: from now on fp32 ones are taken")
     return sampled.block_statistics(torch.float32)
 
 
-def _threshold(sampled: Sampled) -> float | None:
-    """Above which entries are to be exact; None where too many were, or roundings of the others add up."""
-    log_p = sampled.z - sampled.lse[:, None]
+def _thresholds(log_p: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Above which p entries are to be exact; 0 of rows where too many were, or the others' roundings show."""
     p, y = log_p.exp(), (log_p - MARGIN).exp()
     error = p * (y.bfloat16() / y - 1).nan_to_num_(0.0)  # y may be 0
-    scale = math.sqrt(sampled.head.vocab_size / p.shape[1])
-    for threshold in _THRESHOLDS:
+    scale = vocab_size / p.shape[1]
+    thresholds = torch.zeros_like(p[:, 0])
+    for threshold in reversed(_THRESHOLDS):
         is_large = p > threshold
-        if is_large.double().mean() > _MAX_SHARE:
-            break
-        # Roundings of equal logits are alike, and their sum is large.
-        error.masked_fill_(is_large, 0.0)
-        if scale * _MEDIAN_TO_RMS * error.sum(1).abs_().median() <= _MAX_ERROR:
-            return threshold
-    return None
+        small = error.masked_fill(is_large, 0.0)
+        # Roundings of equal logits are alike.
+        suits = (small.square().sum(1) * scale).sqrt_() <= _MAX_ERROR
+        suits &= small.sum(1).abs_() * scale <= _MAX_SUM
+        suits &= is_large.sum(1) <= _MAX_SHARE_OF_ROW * p.shape[1]
+        thresholds[suits] = threshold
+    share = (p > torch.where(thresholds > 0, thresholds, 1.0)[:, None]).sum() / p.numel()
+    return thresholds * (share <= _MAX_SHARE)
 
 
 def bits(y: torch.Tensor) -> torch.Tensor:
@@ -118,17 +138,19 @@ def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, t
 class _LargeEntries:
     """Puts exact exp(z − S) of large entries in the place of coarse ones."""
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
-        self.difference = 0.0  # the largest between both, relative
+    def __init__(self, thresholds: torch.Tensor) -> None:
+        self.thresholds = thresholds
+        self.is_bf16 = True  # coarse entries are as accurate as bf16
 
     def correct(self, tile: Tile, rest: torch.Tensor) -> None:
-        v, row = entries_above(bits(tile.y), bits(self.threshold * rest))
+        v, row = entries_above(bits(tile.y), bits(self.thresholds[tile.rows] * rest))
         if not len(v):
             return
-        exact = self._logits(tile, v, row).sub_(tile.shift[row]).exp_()
+        shift = tile.shift[row]
+        exact = self._logits(tile, v, row).sub_(shift).exp_()
         coarse = tile.y[v, row].float()
-        self.difference = max(self.difference, (exact / coarse - 1).abs_().amax().item())
+        allowed = _MAX_DIFFERENCE + _ROUNDING * math.sqrt(tile.weight.shape[1]) * shift.abs_()
+        self.is_bf16 &= bool(((exact / coarse - 1).abs_() <= allowed).all())
         tile.masses.view(-1).index_add_(0, v // VOCAB_BLOCK * len(rest) + row, exact - coarse)
 
     def _logits(self, tile: Tile, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

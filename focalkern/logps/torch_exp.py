@@ -25,9 +25,9 @@ from focalkern.torch_logits import TILE_ROWS, matmul, nonfinite_to_nan, targets_
 # How far S_t is above an estimate of the row's logsumexp.
 MARGIN = 30.0
 # Where a block has more mass, the estimate was 18 too low, and y is not exp(z − S) to 6e-6: S_t is raised.
-_MAX_MASS, _RAISE, _MAX_RAISES = math.exp(-12.0), 20.0, 8
-# y below it is 0. What is lost of a row so may be this much of the mass beside its label, or of all.
-_SMALLEST, _MAX_LOST, _MAX_LOST_OF_ALL = math.exp(-87.0), 1e-6, 1e-9
+_MAX_MASS, _RAISE, _MAX_RAISES = math.exp(-12.0), 20.0, 100
+# y below it is 0. So much of a row's mass may be lost by that.
+_SMALLEST, _MAX_LOST = math.exp(-87.0), 1e-6
 # Vocabulary entries that the estimates come from, and rows at a time.
 _SAMPLED, _SAMPLED_ROWS = 256, 512
 # Below this many multiplications the calls cost more than they save.
@@ -78,6 +78,7 @@ class Tile(NamedTuple):
     weight: torch.Tensor  # [c, ΣK]
     wide_hidden: torch.Tensor  # [rows, ΣK] fp32
     shift: torch.Tensor  # [rows]
+    rows: slice  # of the head
 
 
 class Sampled(NamedTuple):
@@ -86,19 +87,31 @@ class Sampled(NamedTuple):
     head: Head
     targets: torch.Tensor  # [n]
     target_z: torch.Tensor  # [n] fp32, −inf where the label is in another shard
-    z: torch.Tensor  # [n, sampled entries] fp32
-    lse: torch.Tensor  # [n] estimates
+    lse: torch.Tensor  # [n] estimates, without the label
+    judgement: torch.Tensor  # [n]
 
     @classmethod
-    def of(cls, head: Head, targets: torch.Tensor) -> Sampled:
+    def of(
+        cls,
+        head: Head,
+        targets: torch.Tensor,
+        judge: Callable[[torch.Tensor, int], torch.Tensor],  # [n] from [n, sampled] log p, and V
+    ) -> Sampled:
         labels = entry_logits(head, torch.arange(len(targets)), targets.clamp(min=0))
         target_z = torch.cat([z for _, z, _, _ in labels]).masked_fill_(targets < 0, -torch.inf)
         v = torch.arange(_SAMPLED) * (head.vocab_size // _SAMPLED)
-        hidden = joined([h for h, _ in head.products]).split(_SAMPLED_ROWS)
         weight = joined([w[v] for _, w in head.products]).float()
-        z = torch.cat([matmul(h.float(), weight) for h in hidden])
-        lse = z.logsumexp(1) + math.log(head.vocab_size / _SAMPLED)
-        return cls(head, targets, target_z, z, torch.maximum(lse, target_z))
+        lse, judgement = [], []
+        hidden = joined([h for h, _ in head.products])
+        for h, target in zip(hidden.split(_SAMPLED_ROWS), targets.split(_SAMPLED_ROWS), strict=True):
+            z = matmul(h.float(), weight).masked_fill_(v == target[:, None], -torch.inf)
+            lse.append(z.logsumexp(1) + math.log(head.vocab_size / _SAMPLED))
+            judgement.append(judge(z.sub_(lse[-1][:, None]), head.vocab_size))
+        return cls(head, targets, target_z, torch.cat(lse), torch.cat(judgement))
+
+    def rows(self, row: torch.Tensor) -> Sampled:
+        head = self.head.with_hidden([h[row] for h, _ in self.head.products])
+        return Sampled(head, *(x[row] for x in self[1:]))
 
     def block_statistics(
         self, dtype: torch.dtype, correct: Callable[[Tile, torch.Tensor], None] | None = None
@@ -106,44 +119,45 @@ class Sampled(NamedTuple):
         """By a product in this dtype. None where S is not found, or something is not finite.
 
         The dense forward then tells which row it is. `correct` may change the masses of each tile; it is also
-        given those of its rows so far, without their labels.
+        given those of its rows so far, all without their labels.
         """
-        head, targets, n = self.head, self.targets, len(self.targets)
-        masses = torch.empty(-(-head.vocab_size // VOCAB_BLOCK), n)
-        shift = self.lse + MARGIN
-        poison = torch.zeros(())
+        head, n = self.head, len(self.targets)
+        masses = self.lse.new_empty(n, -(-head.vocab_size // VOCAB_BLOCK))
+        shifts = self.lse + MARGIN
+        poison = self.lse.new_zeros(())
         for row_start in range(0, n, TILE_ROWS):
-            rows = slice(row_start, min(row_start + TILE_ROWS, n))
+            rows = slice(row_start, row_start + TILE_ROWS)
+            shift, targets = shifts[rows], self.targets[rows]
             hidden = joined([h[rows] for h, _ in head.products]).to(dtype)
             wide_hidden = hidden.float()
             poison += nonfinite_to_nan(hidden)
-            rest = torch.zeros(len(hidden))
+            rest = torch.zeros_like(shift)
             for start, end in vocab_chunks(head.vocab_size, len(hidden)):
                 weight = joined([w[start:end] for _, w in head.products]).to(dtype)
                 if row_start == 0:
                     poison += nonfinite_to_nan(weight)
-                column, blocks = targets[rows] - start, slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
+                blocks = slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
+                y, sums = _exp_without_labels(weight, hidden, shift, targets - start)
                 for _ in range(_MAX_RAISES):
-                    y, sums = _exp_without_labels(weight, hidden, shift[rows], column)
-                    is_high = sums.amax(0) > _MAX_MASS
-                    if not is_high.any():
+                    high = (sums.amax(0) > _MAX_MASS).nonzero().squeeze(1)
+                    if not len(high):
                         break
-                    shift[rows] += _RAISE * is_high
-                    shrink = torch.where(is_high, math.exp(-_RAISE), 1.0)
-                    rest *= shrink
-                    masses[: blocks.start, rows] *= shrink
+                    shift[high] += _RAISE
+                    rest[high] *= math.exp(-_RAISE)
+                    masses[row_start + high, : blocks.start] *= math.exp(-_RAISE)
+                    y[:, high], sums[:, high] = _exp_without_labels(
+                        weight, hidden[high], shift[high], targets[high] - start
+                    )
                 else:
                     return None
                 rest += sums.sum(0)
                 if correct is not None:
-                    correct(Tile(y, sums, weight, wide_hidden, shift[rows]), rest)
-                masses[blocks, rows] = sums
-        rest = masses.sum(0) + poison
-        total = rest + (self.target_z - shift).exp()
-        lost = head.vocab_size * _SMALLEST
-        if not ((lost <= _MAX_LOST * rest) | (lost <= _MAX_LOST_OF_ALL * total)).all():
+                    correct(Tile(y, sums, weight, wide_hidden, shift, rows), rest)
+                masses[rows, blocks] = sums.t()
+        rest = masses.sum(1) + poison
+        if not (head.vocab_size * _SMALLEST <= _MAX_LOST * rest).all():
             return None
-        return BlockStatistics(self.target_z, lse=masses.log_().add_(shift).t().contiguous())
+        return BlockStatistics(self.target_z, lse=masses.log_().add_(shifts[:, None]))
 
 
 def _exp_without_labels(

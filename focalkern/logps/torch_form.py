@@ -18,7 +18,6 @@ from focalkern.logps.statistics import (
     values_of_shards,
 )
 from focalkern.logps.torch_certified import certified_backward as certified_backward
-from focalkern.logps.torch_exp import Sampled
 from focalkern.products import ExactGradients
 from focalkern.records import (
     BlockStatistics,
@@ -49,7 +48,7 @@ def block_statistics(
     """The forward of a head, or of a vocabulary shard: then targets of other shards are negative."""
     found = None
     if torch_exp.suits(head, transform, outputs):
-        found = torch_coarse.block_statistics(Sampled.of(head, targets))
+        found = torch_coarse.block_statistics(head, targets)
     return found or _dense_statistics(head, targets, transform, outputs)
 
 
