@@ -218,6 +218,15 @@ def test_other_heads_have_dense_logits(options, calls, or_dense):
     assert not calls
 
 
+def test_a_gradient_of_the_entropy_takes_dense_logits(calls, or_dense):
+    problem = sharp_problem(dtype=BF16)
+    leaves = problem.leaves()
+    result = problem.run("torch", leaves, outputs=("entropy",))
+    (result.logps + result.entropy).sum().backward()
+    assert leaves["hidden"].grad.any()
+    assert not calls
+
+
 @by_both
 @pytest.mark.parametrize("backward", ["certified", "exact"])
 def test_rows_may_have_logits_of_any_size(backward, take):
