@@ -22,7 +22,7 @@ from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
 # Large entries have more than one of these shares of their row's mass so far, without the label.
-_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17)
+_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-18, 2.0**-20)
 # By how much the rounding of the others may change that mass: root mean square where they are independent of
 # each other, and where they are all alike.
 _MAX_ERROR, _MAX_SUM = 6.5e-7, 5e-5
