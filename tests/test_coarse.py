@@ -364,11 +364,11 @@ def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     assert (y[labels, torch.arange(len(labels))] == 0).all()
 
 
-@pytest.mark.parametrize("rows", [0, 1, 12, 20, 64])
+@pytest.mark.parametrize("rows", [0, 1, 8, 20, 64])
 def test_rows_of_equal_logits_whose_roundings_add_up_take_fp32(rows, calls, monkeypatch):
     """Hidden states of zero, as of a head that is filled with zeros."""
     monkeypatch.setattr(torch_coarse, "_THRESHOLDS", (2.0**-10,))
-    monkeypatch.setattr(torch_coarse, "_MAX_ERROR", 3e-5)
+    monkeypatch.setattr(torch_coarse, "_MAX_ERROR", 1.0)
     monkeypatch.setattr(torch_coarse, "_MAX_SUM", 4e-4)
     weight, hidden = torch.randn(8192, 16), torch.randn(64, 16) / 8
     hidden[torch.randperm(64)[:rows]] = 0.0
