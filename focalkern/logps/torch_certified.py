@@ -120,9 +120,10 @@ def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: Sequence[t
 
 
 def _add_dweight(sums: list[_BlockSum], group: Group, dz: Sequence[torch.Tensor]) -> None:
+    dz = [part.to(group.hidden[0].dtype) for part in dz]
     for block_sum, hidden in zip(sums, group.hidden, strict=True):
         operands = zip(dz, group.split(hidden), strict=True)
-        block_sum.add(group.parts, (_product_over_rows(part.to(h.dtype), h) for part, h in operands))
+        block_sum.add(group.parts, (_product_over_rows(part, h) for part, h in operands))
 
 
 class _BlockSum:

@@ -2,7 +2,7 @@
 
 Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
 10 is off by up to 0.03. exp(z − S) of `torch_exp` is off by at most 2^-8 of itself, whatever its size.
-Entries with more than 2^-15 of a row's mass, some hundred, are computed again in fp32, one by one. The
+Entries with more than 2^-15 of a row's mass, some 300, are computed again in fp32, one by one. The
 roundings of the others are independent of each other: they change the mass by 1.4e-7, root mean square, and
 8e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, 2026-12). Equal logits round
 alike: rows where a sample shows it take an fp32 product.
@@ -75,9 +75,9 @@ def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | Non
 
     Of a head that suits (`torch_exp`), or its vocabulary shard.
     """
-    sampled = Sampled.of(head, targets, _thresholds)
+    sampled = Sampled.of(head, targets, _thresholds if is_trusted(head) else _none)
     suits = sampled.judgement > 0
-    if not is_trusted(head) or suits.double().mean() < _MIN_SUITED:
+    if suits.double().mean() < _MIN_SUITED:
         return sampled.block_statistics(torch.float32)
     if suits.all():
         return _coarse_statistics(sampled)
@@ -117,6 +117,10 @@ def _thresholds(log_p: torch.Tensor, vocab_size: int) -> torch.Tensor:
         thresholds[suits] = threshold
     share = (p > torch.where(thresholds > 0, thresholds, 1.0)[:, None]).sum() / p.numel()
     return thresholds * (share <= _MAX_SHARE)
+
+
+def _none(log_p: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    return torch.zeros_like(log_p[:, 0])
 
 
 def bits(y: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ from focalkern.torch_logits import targets_in, vocab_chunks
 _LARGE = 2.0**-5
 # y is at most this much of p: σ is exp to 1.3e-4 of small entries.
 _MAX_Y = 2.0**-8
+# With more, the power of 2 above |g| / _MAX_Y may overflow.
 _MAX_G = 2.0**100
 
 
@@ -60,7 +61,7 @@ class CoarseDz:
         self.take_large(y, group.row, group.first_v)
         y *= self.factor[group.row]
         # oneDNN builds a kernel for each distance between rows: that of a group is seldom met again.
-        return [part.contiguous().t() for part in y.split([part.size for part in group.parts], 1)]
+        return [part.contiguous().t() for part in group.split(y, 1)]
 
     def take_large(
         self,

@@ -43,7 +43,8 @@ def exp_product(weight: torch.Tensor, hidden: torch.Tensor, shift: torch.Tensor)
 
 def is_exp_accurate(dtype: torch.dtype, error: float) -> bool:
     """The operator is private to torch, and the accuracy of the logistic function nowhere stated."""
-    z, shift = -torch.arange(1.0, 81.0), torch.linspace(0.1, 5.0, 80)
+    z = -torch.arange(1, 81, dtype=torch.float32)
+    shift = torch.linspace(0.1, 5.0, 80, dtype=torch.float32)
     try:
         y = exp_product(torch.ones(2, 1, dtype=dtype), z[:, None].to(dtype), shift)
     except (AttributeError, RuntimeError, TypeError):
@@ -127,7 +128,7 @@ class Sampled(NamedTuple):
         poison = self.lse.new_zeros(())
         for row_start in range(0, n, TILE_ROWS):
             rows = slice(row_start, row_start + TILE_ROWS)
-            shift, targets = shifts[rows], self.targets[rows]
+            shift, targets = shifts[rows], self.targets[rows]  # `shift` is a view
             hidden = joined([h[rows] for h, _ in head.products]).to(dtype)
             wide_hidden = hidden.float()
             poison += nonfinite_to_nan(hidden)

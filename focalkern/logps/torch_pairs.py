@@ -65,9 +65,9 @@ class Group:
             self, hidden=[h.to(dtype) for h in self.hidden], weight=[w.to(dtype) for w in self.weight]
         )
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def split(self, x: torch.Tensor, dim: int = 0) -> tuple[torch.Tensor, ...]:
         """The rows of each part."""
-        return x.split([part.size for part in self.parts])
+        return x.split([part.size for part in self.parts], dim)
 
     def joined(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Hidden and weight of each part, [rows, ΣK] and [128, ΣK]: the products of a head as one."""
