@@ -63,7 +63,7 @@ def in_blocks(z: torch.Tensor) -> torch.Tensor:  # [n, c] -> [n, blocks, 128]
     """Columns as vocabulary blocks, the last one filled up."""
     if z.shape[1] % VOCAB_BLOCK:
         z = torch.nn.functional.pad(z, (0, -z.shape[1] % VOCAB_BLOCK), value=-torch.inf)
-    return z.view(z.shape[0], -1, VOCAB_BLOCK)
+    return z.unflatten(1, (-1, VOCAB_BLOCK))
 
 
 def _onednn_linear_works() -> bool:

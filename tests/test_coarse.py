@@ -50,11 +50,13 @@ def take(request, monkeypatch):
 
     monkeypatch.setattr(torch_logits, "_MAX_VOCAB_CHUNK", 512)
     monkeypatch.setattr(torch_exp, "_MIN_SIZE", 0)
-    monkeypatch.setattr(torch_exp, "TILE_ROWS", 64)
+    monkeypatch.setattr(torch_form, "TILE_ROWS", 64)
+    monkeypatch.setattr(torch_form, "_MIN_ROWS", 64)
     monkeypatch.setattr(torch_exp, "_GATHERED", 48 * 16)
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE_OF_ROW", 1.0)
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 1.0)
     monkeypatch.setattr(torch_coarse, "_WIDE", 48 * 100)
+    monkeypatch.setattr(torch_coarse, "_MAX_FOUND", 1000)
     monkeypatch.setattr(torch_pairs, "_GROUP_ROWS", 64)
     choose(way)
     return choose
@@ -281,33 +283,23 @@ def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward
     assert errors[0] <= 1.05 * errors[1] + 1e-5
 
 
-def test_the_order_of_the_threads_does_not_show(monkeypatch):
-    add_large, found = torch_coarse_backward.CoarseDz.add_large, []
-
-    def in_order(coarse, gradients):
-        assert len(coarse.large) > 1
-        if found:
-            coarse.large.reverse()
-        add_large(coarse, gradients)
-        found.append(gradients.dhidden[0].clone())
-
-    monkeypatch.setattr(torch_coarse_backward.CoarseDz, "add_large", in_order)
-    problem = sharp_problem(300, vocab_size=4096, dtype=BF16, sharpness=9.0)
-    for _ in range(2):
-        measure(problem)
-    assert torch.equal(*found)
-
-
-def test_a_forward_in_inference_mode_by_two_threads(calls):
-    problem, threads = sharp_problem(dtype=BF16), torch.get_num_threads()
-    torch.set_num_threads(2)
+@pytest.mark.parametrize("backward", ["certified", "exact"])
+def test_the_number_of_threads_does_not_show(backward, calls):
+    problem, threads = sharp_problem(300, vocab_size=4096, dtype=BF16, sharpness=9.0), torch.get_num_threads()
+    found = []
     try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(measure(problem, backward=backward)[1])
+            assert torch.get_num_threads() == count
         expected = problem.run("torch").logps
         with torch.inference_mode():
             assert torch.equal(problem.run("torch").logps, expected)
     finally:
         torch.set_num_threads(threads)
-    assert set(calls) == {(torch_exp, BF16)}
+    for name in found[0]:
+        assert torch.equal(*(gradients[name] for gradients in found)), name
+    assert set(calls) == {(torch_exp, BF16), (torch_coarse_backward, BF16)}
 
 
 def test_a_product_that_is_off_is_not_trusted_again(monkeypatch):
@@ -348,10 +340,9 @@ def test_entries_above_a_limit(rows):
     y, limit = torch.rand(rows, 50).to(BF16), torch.rand(50).mul(1.5).to(BF16)
     y[y < 0.1] = 0.0
     limit[:2] = 0.0
-    found = torch_coarse.entries_above(torch_coarse.bits(y), torch_coarse.bits(limit))
-    expected = (y > limit).nonzero()
-    assert torch.equal(found[0], found[0].sort()[0])
-    assert torch.equal(torch.stack(found, 1)[(found[0] * 50 + found[1]).argsort()], expected)
+    place, value = torch_coarse.entries_above(torch_coarse.bits(y), torch_coarse.bits(limit))
+    assert torch.equal(place, (y > limit).view(-1).nonzero().squeeze(1))
+    assert torch.equal(value.view(BF16), y.view(-1)[place])
 
 
 def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
@@ -383,6 +374,7 @@ def test_rows_of_equal_logits_whose_roundings_add_up_take_fp32(rows, calls, monk
 
 def test_rows_whose_entries_are_all_large_take_fp32(calls, monkeypatch):
     monkeypatch.setattr(torch_coarse, "_MAX_SHARE_OF_ROW", 0.16)
+    monkeypatch.setattr(torch_coarse, "_MAX_SHARE", 0.1)
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
     hidden[::8] /= 16
@@ -400,10 +392,10 @@ def test_a_shift_that_turns_out_too_low_is_raised(take):
     head, labels = Head(problem.hidden[problem.keep], problem.weight), problem.labels[problem.keep]
     sampled = Sampled.of(head, labels, torch_coarse._thresholds)
     lower = sampled._replace(lse=sampled.lse - 60.0 * (torch.arange(len(labels)) % 2))
-    dtype, correct = torch.float32, None
+    dtype, after = torch.float32, None
     if torch_coarse._is_trusted:
-        dtype, correct = BF16, torch_coarse._LargeEntries(sampled.judgement).correct
-    expected, found = (x.block_statistics(dtype, correct) for x in (sampled, lower))
+        dtype, after = BF16, torch_coarse._LargeEntries(head, sampled.judgement).take
+    expected, found = (x.block_statistics(dtype, after) for x in (sampled, lower))
     torch.testing.assert_close(found.lse, expected.lse, rtol=0.0, atol=2.0**-7)
     torch.testing.assert_close(found.lse.logsumexp(1), expected.lse.logsumexp(1), rtol=0.0, atol=1e-5)
 

@@ -5,7 +5,7 @@ Where bf16 products are fast, they compute the pairs but for large entries, whic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.distributed import AsyncReduction
 from focalkern.logps.torch_coarse_backward import CoarseDz
 from focalkern.logps.torch_pairs import Group, PairLogits, Part, extended
+from focalkern.logps.torch_threads import sums_in_two_threads
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, KeptPairs, Needs, RowGradients
 from focalkern.torch_logits import (
@@ -25,8 +26,6 @@ from focalkern.torch_logits import (
 
 # Where this much may be left out, how oneDNN adds up a logit (see `Product`) does not show.
 _ROUNDING_TAU = 2.0**-20
-
-DzOfGroup = Callable[[Group], Sequence[torch.Tensor]]  # of each part
 
 
 def certified_backward(
@@ -42,72 +41,57 @@ def certified_backward(
     head, targets, _, _ = forward
     coarse = CoarseDz.of(forward, RowGradients(g))
     sums_in_blocks = head.hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
-    logits = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
-    if coarse is not None:
-        gradients = _gradients_of_pairs(logits, coarse.of_group, needs, reduction, is_native=True)
-        coarse.add_large(gradients)
-    else:
-        is_native = _has_native_product(head.hidden)
-        gradients = _gradients_of_pairs(logits, _exact_dz(forward, g, logits), needs, reduction, is_native)
-    gradients.start_reduction()
-    return gradients.result()
+    pairs_of = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
+    dz_of = coarse or _ExactDz(forward, g, pairs_of)
+    # dweight by products in the dtype of the inputs.
+    is_native = coarse is not None or _has_native_product(head.hidden)
+    gradients = HeadGradients(head.with_hidden(pairs_of.hidden), needs, reduction, compute_dtype(head.hidden))
 
-
-def _exact_dz(forward: Forward, g: torch.Tensor, logits: PairLogits) -> DzOfGroup:
-    """Gradient of hidden @ weightᵀ for the pairs of a group, [k, 128]."""
-    saved = forward.saved
-    # The padding row has no gradient, and p = 0, whatever the bias.
-    lse, minus_g = extended(saved.lse, torch.inf)[:, None], -extended(g, 0.0)[:, None]
-    target_dz = extended(g * saved.one_minus_p, 0.0)
-
-    def of_group(group: Group) -> Sequence[torch.Tensor]:
-        z, slope = transform_logits(logits.logits(group), forward.transform)
-        # d logps / dz_v = 1[v = y] − p_v
-        dz = z.sub_(lse[group.row]).exp_().mul_(minus_g[group.row])
-        label_row, column = logits.labels(group)
-        dz[label_row, column] = target_dz[group.row[label_row]]
-        return group.split(times_slope(dz, slope))
-
-    return of_group
-
-
-def _gradients_of_pairs(
-    logits: PairLogits,
-    dz_of: DzOfGroup,
-    needs: Needs,
-    reduction: AsyncReduction | None,
-    is_native: bool,  # dweight by products in the dtype of the inputs
-) -> HeadGradients:
-    """What the pairs give, group by group; dhidden is yet to be reduced."""
-    head, n = logits.head, len(logits.head.hidden)
-    gradients = HeadGradients(head.with_hidden(logits.hidden), needs, reduction, compute_dtype(head.hidden))
-    # Each half of the pairs adds its blocks up by itself.
-    halves = [gradients.dhidden, [None if x is None else torch.zeros_like(x) for x in gradients.dhidden]]
-
-    def of_half(half: int) -> Callable[[Group], None]:
+    def add(parts: list[Part], dhidden: list[torch.Tensor | None]) -> None:
+        own_dz = dz_of.half()
         sums_of_weight = [_BlockSum(gradient) for gradient in gradients.dweight]
         sum_of_bias = _BlockSum(gradients.dbias)
-
-        def add(group: Group) -> None:
-            dz = dz_of(group)
-            _add_dhidden(halves[half], group, dz)
+        for group in pairs_of.groups(parts):
+            dz = own_dz.of_group(group)
+            _add_dhidden(dhidden, group, dz)
             if any(needs.of_weight):
                 _add_dweight(sums_of_weight, group if is_native else group.wide, dz)
             sum_of_bias.add(group.parts, (part.sum(0) for part in dz))
+        own_dz.add_large(dhidden, gradients.dweight)
 
-        return add
-
-    logits.for_each_group(of_half)
-    gradients.dhidden = [
-        None if one is None or other is None else one.add_(other)[:n]
-        for one, other in zip(*halves, strict=True)
-    ]
-    written = {part.block.start for part in logits.parts}
+    sums_in_two_threads(add, pairs_of.halves(), gradients.dhidden, head.hidden.device)
+    gradients.dhidden = [None if x is None else x[: len(g)] for x in gradients.dhidden]
+    written = {part.block.start for part in pairs_of.parts}
     for start in range(0, head.vocab_size, VOCAB_BLOCK):
         for gradient in (*gradients.dweight, gradients.dbias):
             if gradient is not None and start not in written:
                 gradient[start : start + VOCAB_BLOCK] = 0.0
-    return gradients
+    gradients.start_reduction()
+    return gradients.result()
+
+
+class _ExactDz:
+    """Gradient of hidden @ weightᵀ for the pairs of a group, all of them exact."""
+
+    def __init__(self, forward: Forward, g: torch.Tensor, pairs: PairLogits) -> None:
+        self.pairs, self.transform = pairs, forward.transform
+        # The padding row has no gradient, and p = 0, whatever the bias.
+        self.lse, self.minus_g = extended(forward.saved.lse, torch.inf)[:, None], -extended(g, 0.0)[:, None]
+        self.target_dz = extended(g * forward.saved.one_minus_p, 0.0)
+
+    def half(self) -> _ExactDz:
+        return self
+
+    def of_group(self, group: Group) -> Sequence[torch.Tensor]:  # of each part, [rows, 128]
+        z, slope = transform_logits(self.pairs.logits(group), self.transform)
+        # d logps / dz_v = 1[v = y] − p_v
+        dz = z.sub_(self.lse[group.row]).exp_().mul_(self.minus_g[group.row])
+        label_row, column = self.pairs.labels(group)
+        dz[label_row, column] = self.target_dz[group.row[label_row]]
+        return group.split(times_slope(dz, slope))
+
+    def add_large(self, dhidden: list[torch.Tensor | None], dweight: list[torch.Tensor | None]) -> None:
+        """None were left out."""
 
 
 def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: Sequence[torch.Tensor]) -> None:

@@ -18,22 +18,25 @@ import torch
 from csrc_triton.launch import VOCAB_BLOCK
 from focalkern.checks import warn_once
 from focalkern.logps.torch_exp import MARGIN, Sampled, Tile, is_exp_accurate
+from focalkern.logps.torch_pairs import joined
 from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
 # Large entries have more than one of these shares of their row's mass so far, without the label.
-_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-18, 2.0**-20)
+_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17, 2.0**-18, 2.0**-20)
 # By how much the rounding of the others may change that mass: root mean square where they are independent of
 # each other, and where they are all alike.
-_MAX_ERROR, _MAX_SUM = 6.5e-7, 5e-5
-# Where more entries are large, of a row and of all, one fp32 product of all is as fast; estimates are high.
+_MAX_ERROR, _MAX_SUM = 5e-7, 5e-5
+# Where more entries are large, of a row and of all, one fp32 product is as fast; estimates are high.
 _MAX_SHARE_OF_ROW, _MAX_SHARE = 0.16, 0.045
 # Of fewer rows a coarse product of their own gains nothing.
 _MIN_SUITED = 0.8
 # By how much a coarse and an exact entry may differ, and how that grows with √K·|S|.
 _MAX_DIFFERENCE, _ROUNDING = 2.0**-6, 2.0**-22
 # Numbers of weight that are in fp32 at once.
-_WIDE = 2**21
+_WIDE = 2**19
+# Entries that are kept until more of the mass is known.
+_MAX_FOUND = 2**19
 
 
 def logits_at(
@@ -92,8 +95,8 @@ def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | Non
 
 def _coarse_statistics(sampled: Sampled) -> BlockStatistics | None:
     global _is_trusted
-    entries = _LargeEntries(sampled.judgement)
-    found = sampled.block_statistics(torch.bfloat16, entries.correct)
+    entries = _LargeEntries(sampled.head, sampled.judgement)
+    found = sampled.block_statistics(torch.bfloat16, entries.take)
     if entries.is_bf16:
         return found
     _is_trusted = False
@@ -107,16 +110,21 @@ def _thresholds(log_p: torch.Tensor, vocab_size: int) -> torch.Tensor:
     error = p * (y.bfloat16() / y - 1).nan_to_num_(0.0)  # y may be 0
     scale = vocab_size / p.shape[1]
     thresholds = torch.zeros_like(p[:, 0])
-    for threshold in reversed(_THRESHOLDS):
-        is_large = p > threshold
-        small = error.masked_fill(is_large, 0.0)
+    share = torch.zeros_like(thresholds)
+    left = torch.arange(len(p))
+    for threshold in _THRESHOLDS:
+        is_large = p[left] > threshold
+        small = error[left].masked_fill_(is_large, 0.0)
         # Roundings of equal logits are alike.
         suits = (small.square().sum(1) * scale).sqrt_() <= _MAX_ERROR
         suits &= small.sum(1).abs_() * scale <= _MAX_SUM
-        suits &= is_large.sum(1) <= _MAX_SHARE_OF_ROW * p.shape[1]
-        thresholds[suits] = threshold
-    share = (p > torch.where(thresholds > 0, thresholds, 1.0)[:, None]).sum() / p.numel()
-    return thresholds * (share <= _MAX_SHARE)
+        thresholds[left[suits]] = threshold
+        share[left[suits]] = is_large[suits].float().mean(1)
+        left = left[~suits]
+    if share.mean() > _MAX_SHARE:
+        thresholds *= share <= _MAX_SHARE_OF_ROW
+        share *= thresholds > 0
+    return thresholds * (share.mean() <= _MAX_SHARE)
 
 
 def _none(log_p: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -129,38 +137,59 @@ def bits(y: torch.Tensor) -> torch.Tensor:
 
 
 def entries_above(x: torch.Tensor, limit: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and columns of the entries of x [c, k] above their column's limit [k], by rows; int16, >= 0."""
+    """Which entries of x [c, k] are above their column's limit [k], and these; int16, >= 0.
+
+    The first are places in x.view(-1), in rising order.
+    """
     # Row i of each slab together: few such groups hold any. The sign of a difference takes a tenth of a
     # comparison's time.
     slabs = x.view(8 if len(x) % 8 == 0 else 1, -1, len(limit))
-    row, column = (limit - slabs.amax(0)).bitwise_right_shift_(15).nonzero(as_tuple=True)
-    group = slabs.flatten(1).index_select(1, row * len(limit) + column)
-    slab, at = (limit[column] - group).bitwise_right_shift_(15).nonzero(as_tuple=True)
-    return slab * slabs.shape[1] + row[at], column[at]
+    place = (limit - slabs.amax(0)).bitwise_right_shift_(15).view(-1).nonzero().squeeze(1)
+    group = slabs.flatten(1).index_select(1, place)
+    slab, at = (limit[place % len(limit)] - group).bitwise_right_shift_(15).nonzero().unbind(1)
+    return slab * slabs[0].numel() + place[at], group[slab, at]
 
 
 class _LargeEntries:
     """Puts exact exp(z − S) of large entries in the place of coarse ones."""
 
-    def __init__(self, thresholds: torch.Tensor) -> None:
-        self.thresholds = thresholds
+    def __init__(self, head: Head, thresholds: torch.Tensor) -> None:
+        self.head, self.thresholds = head, thresholds
+        self.hidden = joined([h for h, _ in head.products]).float()
         self.is_bf16 = True  # coarse entries are as accurate as bf16
+        # Places in [V, n], y and S of entries that may turn out to be large.
+        self.found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def correct(self, tile: Tile, rest: torch.Tensor) -> None:
-        v, row = entries_above(bits(tile.y), bits(self.thresholds[tile.rows] * rest))
-        if not len(v):
-            return
-        shift = tile.shift[row]
-        exact = self._logits(tile, v, row).sub_(shift).exp_()
-        coarse = tile.y[v, row].float()
-        allowed = _MAX_DIFFERENCE + _ROUNDING * math.sqrt(tile.weight.shape[1]) * shift.abs_()
+    def take(self, tile: Tile) -> None:
+        n = len(tile.rest)
+        place, y = entries_above(bits(tile.y), bits(self.thresholds * tile.rest))
+        self.found.append((place + tile.start * n, y.view(torch.bfloat16), tile.shift[place % n]))
+        if tile.end == self.head.vocab_size or sum(len(place) for place, _, _ in self.found) > _MAX_FOUND:
+            self.correct(tile)
+
+    def correct(self, tile: Tile) -> None:
+        place, y, shift = (torch.cat(x) for x in zip(*self.found, strict=True))
+        self.found.clear()
+        v, row = place // len(tile.rest), place % len(tile.rest)
+        coarse = y.float() * (shift - tile.shift[row]).exp_()
+        # Of the first tiles most are not: the mass has grown.
+        large = (coarse > (self.thresholds * tile.rest)[row]).nonzero().squeeze(1)
+        v, row, coarse, shift = v[large], row[large], coarse[large], tile.shift[row[large]]
+        exact = self._logits(v, row).sub_(shift).exp_()
+        allowed = _MAX_DIFFERENCE + _ROUNDING * math.sqrt(self.hidden.shape[1]) * shift.abs_()
         self.is_bf16 &= bool(((exact / coarse - 1).abs_() <= allowed).all())
-        tile.masses.view(-1).index_add_(0, v // VOCAB_BLOCK * len(rest) + row, exact - coarse)
+        block = row * tile.masses.shape[1] + v // VOCAB_BLOCK
+        tile.masses.view(-1).index_add_(0, block, exact - coarse)
 
-    def _logits(self, tile: Tile, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
-        step = max(_WIDE // tile.weight.shape[1], 1)
-        weights = tile.weight.split(step)
-        counts = torch.bincount(v // step, minlength=len(weights)).tolist()
-        parts = zip(weights, (v % step).split(counts), row.split(counts), strict=True)
-        z = [logits_at(v, row, weight.float(), tile.wide_hidden) for weight, v, row in parts]
+    def _logits(self, v: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+        step = max(_WIDE // self.hidden.shape[1], 1)
+        first = torch.arange(0, self.head.vocab_size + step, step)
+        counts = torch.searchsorted(v, first).diff().tolist()
+        wide = self.hidden.new_empty(step, self.hidden.shape[1])  # once: new memory costs as much as copying
+        z = [wide.new_empty(0)]
+        parts = zip(first.tolist(), v.split(counts), row.split(counts), strict=False)
+        for start, v_part, row_part in parts:
+            if len(v_part):
+                weight = joined([w[start : start + step] for _, w in self.head.products])
+                z.append(logits_at(v_part - start, row_part, wide[: len(weight)].copy_(weight), self.hidden))
         return torch.cat(z)

@@ -12,6 +12,8 @@ times as large.
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 
 from focalkern.distributed import AsyncReduction
@@ -19,6 +21,7 @@ from focalkern.logps import torch_coarse, torch_exp
 from focalkern.logps.torch_coarse import bits, entries_above
 from focalkern.logps.torch_exp import entry_logits, exp_product
 from focalkern.logps.torch_pairs import Group, extended, joined
+from focalkern.logps.torch_threads import sums_in_two_threads
 from focalkern.products import HeadGradients
 from focalkern.records import Forward, Gradients, Needs, RowGradients
 from focalkern.torch_logits import targets_in, vocab_chunks
@@ -42,7 +45,7 @@ class CoarseDz:
         self.limit = extended(bits(_LARGE * share), 0)
         self.factor = extended(-g.sign() * scale, 0.0).bfloat16()
         self.targets = extended(forward.targets, -1)
-        # Row and vocabulary entry of large ones that are no labels; two threads append to it.
+        # Row and vocabulary entry of large ones and labels.
         self.large: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     @classmethod
@@ -54,6 +57,12 @@ class CoarseDz:
             return None
         is_finite = grads.logps.abs().amax() + forward.saved.lse.abs().amax() < _MAX_G
         return cls(forward, grads.logps) if is_finite else None
+
+    def half(self) -> CoarseDz:
+        """The same for one of two threads, which has large entries of its own."""
+        own = copy(self)
+        own.large = []
+        return own
 
     def of_group(self, group: Group) -> list[torch.Tensor]:  # of each part, −g·p [rows, 128] in bf16
         operands = zip(group.joined(), group.split(self.shift[group.row]), strict=True)
@@ -72,18 +81,19 @@ class CoarseDz:
         """Set labels and large entries to 0, and note them for `add_large`."""
         label_at, label_column = targets_in(self.targets[row] - first_v, len(y))
         y[label_column, label_at] = 0.0
-        column, at = entries_above(bits(y), self.limit[row])
-        y[column, at] = 0.0
+        place, _ = entries_above(bits(y), self.limit[row])
+        y.view(-1)[place] = 0.0
+        column = torch.cat([label_column, place // len(row)])
+        at = torch.cat([label_at, place % len(row)])
         self.large.append((row[at], column + first_v.expand_as(row)[at]))
 
-    def add_large(self, gradients: HeadGradients) -> None:
-        """Add the entries that were left out, in fp32."""
+    def add_large(self, dhidden: list[torch.Tensor | None], dweight: list[torch.Tensor | None]) -> None:
+        """Add the entries that were left out, in fp32, to the gradients of each product."""
+        if not self.large:
+            return
         head, targets, _, saved = self.forward
-        label_row = ((targets >= 0) & (self.g != 0)).nonzero().squeeze(1)
-        row = torch.cat([label_row, *(row for row, _ in self.large)])
-        entry = torch.cat([targets[label_row], *(entry for _, entry in self.large)])
-        # Two threads found them: sums must not depend on which came first. And the entries of a row of
-        # dweight are to be added up before they are rounded.
+        row, entry = (torch.cat(x) for x in zip(*self.large, strict=True))
+        # The entries of a row of dweight are to be added up before they are rounded.
         entry, order = entry.sort(stable=True)
         row = row[order]
 
@@ -94,16 +104,14 @@ class CoarseDz:
             rest = torch.where(v == targets[at], -saved.one_minus_p[at], (z - saved.lse[at]).exp())
             dz = (-self.g[at] * rest)[:, None]
             distinct, place = v.unique(return_inverse=True)
-            for i, (h, w, dhidden, dweight) in enumerate(
-                zip(hidden, weight, gradients.dhidden, gradients.dweight, strict=True)
-            ):
-                if dhidden is not None:
-                    dhidden.index_add_(0, at, w.mul_(dz))
-                if dweight is not None:
-                    total = dweight[distinct].float()
+            for i, (h, w, dh, dw) in enumerate(zip(hidden, weight, dhidden, dweight, strict=True)):
+                if dh is not None:
+                    dh.index_add_(0, at, w.mul_(dz))
+                if dw is not None:
+                    total = dw[distinct].float()
                     if goes_on:
                         total[0] = sums[i]
-                    dweight[distinct] = total.index_add_(0, place, h.mul_(dz)).to(dweight.dtype)
+                    dw[distinct] = total.index_add_(0, place, h.mul_(dz)).to(dw.dtype)
                     sums[i] = total[-1].clone()
 
 
@@ -119,21 +127,27 @@ def exact_backward(
     hidden, row = joined([h for h, _ in head.products]), torch.arange(n)
     shift, factor = coarse.shift[:n], coarse.factor[:n, None]
     scaled = [h * factor if any(needs.of_weight) else h for h, _ in head.products]
-    for start, end in vocab_chunks(head.vocab_size, n):
-        weights = [weight[start:end] for _, weight in head.products]
-        y = exp_product(joined(weights), hidden, shift)
-        coarse.take_large(y, row, torch.tensor(start))
-        # The rows' factors are in hidden for dweight, and come last for dhidden: dz itself is not formed.
-        for dhidden, weight in zip(gradients.dhidden, weights, strict=True):
-            if dhidden is not None:
-                dhidden += y.t() @ weight
-        for dweight, h in zip(gradients.dweight, scaled, strict=True):
-            if dweight is not None:
-                torch.mm(y, h, out=dweight[start:end])
-        del y
-    for dhidden in gradients.dhidden:
-        if dhidden is not None:
-            dhidden *= factor
-    coarse.add_large(gradients)
+
+    def add(chunks: list[tuple[int, int]], dhidden: list[torch.Tensor | None]) -> None:
+        own = coarse.half()
+        for start, end in chunks:
+            weights = [weight[start:end] for _, weight in head.products]
+            y = exp_product(joined(weights), hidden, shift)
+            own.take_large(y, row, torch.tensor(start))
+            # The rows' factors are in hidden for dweight, and come last for dhidden: dz itself is not formed.
+            for total, weight in zip(dhidden, weights, strict=True):
+                if total is not None:
+                    total += y.t() @ weight
+            for dweight, h in zip(gradients.dweight, scaled, strict=True):
+                if dweight is not None:
+                    torch.mm(y, h, out=dweight[start:end])
+        for total in dhidden:
+            if total is not None:
+                total *= factor
+        own.add_large(dhidden, gradients.dweight)
+
+    chunks = vocab_chunks(head.vocab_size, n)
+    middle = len(chunks) // 2
+    sums_in_two_threads(add, (chunks[:middle], chunks[middle:]), gradients.dhidden, hidden.device)
     gradients.start_reduction()
     return gradients.result()

@@ -18,6 +18,7 @@ from focalkern.logps.statistics import (
     values_of_shards,
 )
 from focalkern.logps.torch_certified import certified_backward as certified_backward
+from focalkern.logps.torch_threads import in_two_threads
 from focalkern.products import ExactGradients
 from focalkern.records import (
     BlockStatistics,
@@ -33,7 +34,6 @@ from focalkern.records import (
 from focalkern.torch_logits import (
     TILE_ROWS,
     Logits,
-    compute_dtype,
     in_blocks,
     nonfinite_to_nan,
     targets_in,
@@ -41,38 +41,47 @@ from focalkern.torch_logits import (
     vocab_chunks,
 )
 
+# Two threads have half of these rows each, at least: with fewer, both would mostly read the weight.
+_MIN_ROWS = 1024
+
 
 def block_statistics(
     head: Head, targets: torch.Tensor, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> BlockStatistics:
     """The forward of a head, or of a vocabulary shard: then targets of other shards are negative."""
-    found = None
-    if torch_exp.suits(head, transform, outputs):
-        found = torch_coarse.block_statistics(head, targets)
-    return found or _dense_statistics(head, targets, transform, outputs)
+    n = targets.numel()
+    count = 2 * -(-n // (2 * TILE_ROWS)) if n >= _MIN_ROWS else 1
+    bounds = [n * i // count for i in range(count + 1)]
+
+    def of_rows(rows: slice) -> BlockStatistics:
+        part = head.with_hidden([hidden[rows] for hidden, _ in head.products])
+        found = None
+        if torch_exp.suits(part, transform, outputs):
+            found = torch_coarse.block_statistics(part, targets[rows])
+        return found or _dense_statistics(part, targets[rows], transform, outputs)
+
+    parts = in_two_threads(of_rows, list(map(slice, bounds[:-1], bounds[1:])), head.hidden.device)
+    return _joined(parts)
+
+
+def _joined(parts: list[BlockStatistics]) -> BlockStatistics:
+    """Of all rows."""
+    names = [name for name, x in parts[0]._asdict().items() if x is not None]
+    return BlockStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
 def _dense_statistics(
     head: Head, targets: torch.Tensor, transform: LogitTransform, outputs: tuple[str, ...]
 ) -> BlockStatistics:
-    n, dtype = targets.numel(), compute_dtype(head.hidden)
-    blocks = empty_statistics(n, head, outputs)
+    blocks = empty_statistics(len(targets), head, outputs)
     blocks.target_z.fill_(-torch.inf)
-    row_poison = torch.zeros(n, dtype=dtype, device=head.hidden.device)
-    weight_poison = row_poison.new_zeros(())
-
-    for row_start in range(0, n, TILE_ROWS):
-        rows = slice(row_start, row_start + TILE_ROWS)
-        logits = Logits(head, transform, rows)
-        row_poison[rows] = logits.poison()
-        for start, end in vocab_chunks(head.vocab_size, len(targets[rows])):
-            z, _, weights = logits(start, end)
-            if row_start == 0:
-                for weight in weights:
-                    weight_poison += nonfinite_to_nan(weight)
-            _add_tile(blocks, z, targets[rows] - start, rows, start)
-
-    poison = row_poison + weight_poison
+    logits = Logits(head, transform)
+    poison = logits.poison()
+    for start, end in vocab_chunks(head.vocab_size, len(targets)):
+        z, _, weights = logits(start, end)
+        for weight in weights:
+            poison += nonfinite_to_nan(weight)
+        _add_tile(blocks, z, targets - start, start)
     blocks.target_z.add_(poison)
     if blocks.sum_z is not None:
         blocks.sum_z[:, 0] += poison
@@ -81,15 +90,14 @@ def _dense_statistics(
 
 def _add_tile(
     blocks: BlockStatistics,
-    z: torch.Tensor,  # logits of some rows, of the vocabulary from `start`; overwritten
+    z: torch.Tensor,  # logits of the vocabulary from `start`; overwritten
     column: torch.Tensor,  # of the rows' labels, perhaps outside
-    rows: slice,
     start: int,
 ) -> None:
     row, column = targets_in(column, z.shape[1])
     target_z = z[row, column]
-    blocks.target_z[rows][row] = target_z
-    at = rows, slice(start // VOCAB_BLOCK, -(-(start + z.shape[1]) // VOCAB_BLOCK))
+    blocks.target_z[row] = target_z
+    at = slice(None), slice(start // VOCAB_BLOCK, -(-(start + z.shape[1]) // VOCAB_BLOCK))
     if blocks.sum_z is not None:
         padding = -z.shape[1] % VOCAB_BLOCK
         blocks.sum_z[at] = torch.nn.functional.pad(z, (0, padding)).unflatten(1, (-1, VOCAB_BLOCK)).sum(-1)

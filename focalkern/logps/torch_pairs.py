@@ -1,16 +1,12 @@
 """Logits of kept (row, vocabulary block) pairs in plain PyTorch, a group of pairs at a time.
 
 One block after the other would be many small calls. Several blocks share the gathering of their rows and the
-element-wise work; each has its own product. Half of the blocks are worked on in a thread of its own: forward
-and backward of 2048 × 512 × 32768 with a fifth of the pairs kept are then 2.1 times as fast as exact ones,
-and 1.8 times otherwise (fp32 products, 2 cores of an AMD EPYC, 2026-11). A dispatch mode, such as a counter
-of operations, does not see into these threads.
+element-wise work; each has its own product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -104,39 +100,17 @@ class PairLogits:
         self.row_list, self.first_v = _padded_rows(pairs, targets.numel())
         self.parts = list(_parts(pairs, head.vocab_size, self.group_rows))
 
-    def for_each_group(self, process: Callable[[int], Callable[[Group], None]]) -> None:
-        """`process(half)` gives the function that takes the groups of a half, one after the other.
+    def halves(self) -> tuple[list[Part], list[Part]]:
+        """The parts in two runs of about as much work, each block in one of them."""
+        work = list(accumulate((part.size + _PART_ROWS for part in self.parts), initial=0))
+        middle = next(
+            (i for i, part in enumerate(self.parts) if part.is_first and 2 * work[i] >= work[-1]),
+            len(self.parts),
+        )
+        return self.parts[:middle], self.parts[middle:]
 
-        Each half has its share of the threads: products this small gain little from more than one.
-        """
-
-        def work(half: int, parts: list[Part]) -> None:
-            take = process(half)
-            for group in _groups(parts, self.group_rows):
-                take(self.gather(group))
-
-        halves = list(enumerate(_halves(self.parts)))
-        threads = torch.get_num_threads()
-        if self.head.hidden.device.type != "cpu" or threads < len(halves):
-            for half in halves:
-                work(*half)
-            return
-
-        is_inference = torch.is_inference_mode_enabled()  # a thread begins without
-
-        def run(half: int, parts: list[Part]) -> None:
-            torch.set_num_threads(threads // len(halves))
-            with torch.inference_mode(is_inference), torch.no_grad():
-                work(half, parts)
-
-        try:
-            with ThreadPoolExecutor(len(halves)) as pool:
-                for future in [pool.submit(run, *half) for half in halves]:
-                    future.result()
-        finally:
-            # Threads started later take over what was set last, in whichever thread; one started in the
-            # meantime keeps half.
-            torch.set_num_threads(threads)
+    def groups(self, parts: list[Part]) -> Iterator[Group]:
+        return (self.gather(group) for group in _groups(parts, self.group_rows))
 
     def gather(self, parts: list[Part]) -> Group:
         rows = slice(parts[0].rows.start, parts[-1].rows.stop)
@@ -172,15 +146,6 @@ def joined(operands: list[torch.Tensor]) -> torch.Tensor:
 def extended(values: torch.Tensor, value: float) -> torch.Tensor:
     """The rows, and the row that pads."""
     return torch.cat([values, values.new_full((1, *values.shape[1:]), value)])
-
-
-def _halves(parts: list[Part]) -> list[list[Part]]:
-    """The parts in two runs of about as much work, each block in one of them."""
-    work = list(accumulate((part.size + _PART_ROWS for part in parts), initial=0))
-    middle = next(
-        (i for i, part in enumerate(parts) if part.is_first and 2 * work[i] >= work[-1]), len(parts)
-    )
-    return [parts[:middle], parts[middle:]]
 
 
 def _padded_counts(pairs: KeptPairs) -> torch.Tensor:
