@@ -168,13 +168,17 @@ class _LargeEntries:
             self.correct(tile)
 
     def correct(self, tile: Tile) -> None:
+        # x.index_select(0, i) takes a quarter of the time of x[i].
         place, y, shift = (torch.cat(x) for x in zip(*self.found, strict=True))
         self.found.clear()
-        v, row = place // len(tile.rest), place % len(tile.rest)
-        coarse = y.float() * (shift - tile.shift[row]).exp_()
+        row = place % len(tile.rest)
+        coarse = y.float() * (shift - tile.shift.index_select(0, row)).exp_()
         # Of the first tiles most are not: the mass has grown.
-        large = (coarse > (self.thresholds * tile.rest)[row]).nonzero().squeeze(1)
-        v, row, coarse, shift = v[large], row[large], coarse[large], tile.shift[row[large]]
+        limit = (self.thresholds * tile.rest).index_select(0, row)
+        large = (coarse > limit).nonzero().squeeze(1)
+        row, coarse = row.index_select(0, large), coarse.index_select(0, large)
+        v = place.index_select(0, large) // len(tile.rest)
+        shift = tile.shift.index_select(0, row)
         exact = self._logits(v, row).sub_(shift).exp_()
         allowed = _MAX_DIFFERENCE + _ROUNDING * math.sqrt(self.hidden.shape[1]) * shift.abs_()
         self.is_bf16 &= bool(((exact / coarse - 1).abs_() <= allowed).all())

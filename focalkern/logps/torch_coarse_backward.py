@@ -141,6 +141,7 @@ def exact_backward(
             for dweight, h in zip(gradients.dweight, scaled, strict=True):
                 if dweight is not None:
                     torch.mm(y, h, out=dweight[start:end])
+            del y
         for total in dhidden:
             if total is not None:
                 total *= factor

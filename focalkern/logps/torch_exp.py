@@ -147,6 +147,7 @@ class Sampled(NamedTuple):
             masses[:, blocks] = sums.t()
             if after is not None:
                 after(Tile(y, start, end, shift, rest, masses))
+            del y  # the next one takes its memory
         if not (vocab_size * _SMALLEST <= _MAX_LOST * (masses.sum(1) + poison)).all():
             return None
         return BlockStatistics(self.target_z, lse=masses.log_().add_(shift[:, None]))
