@@ -14,7 +14,14 @@ from tolerance import relative_error
 
 import focalkern.logps.function
 from focalkern import torch_logits
-from focalkern.logps import torch_coarse, torch_coarse_backward, torch_exp, torch_form, torch_pairs
+from focalkern.logps import (
+    torch_certified,
+    torch_coarse,
+    torch_coarse_backward,
+    torch_exp,
+    torch_form,
+    torch_pairs,
+)
 from focalkern.logps.torch_exp import Sampled
 from focalkern.logps.torch_form import block_statistics
 from focalkern.records import Head, LogitTransform
@@ -195,8 +202,10 @@ def test_only_the_gradients_that_are_needed(backward, trained):
 @pytest.mark.parametrize("name", ["hidden", "weight"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_comes_out_as_nan(name, value, take, or_dense):
+    """The weight's is in a row that no sample of entries holds; its logits are all +inf, or all −inf."""
     problem = sharp_problem(dtype=BF16)
-    getattr(problem, name).view(-1)[7] = value
+    problem.hidden[..., 7].abs_()
+    getattr(problem, name).flatten(0, -2)[0 if name == "hidden" else 3, 7] = value
     result, found = measure(problem)
     assert result.logps[problem.keep][0].isnan()
     assert found["hidden"].isnan().any()
@@ -283,6 +292,32 @@ def test_a_common_offset_of_the_logits_does_not_shift_them_out_of_range(backward
     assert errors[0] <= 1.05 * errors[1] + 1e-5
 
 
+@pytest.mark.parametrize(
+    ("n", "expected"), [(1, [1]), (63, [63]), (64, [32, 32]), (129, [32, 32, 32, 33]), (256, [64] * 4)]
+)
+def test_the_rows_of_a_forward_are_split_evenly(n, expected, monkeypatch):
+    sizes, statistics = [], torch_coarse.block_statistics
+    monkeypatch.setattr(
+        torch_coarse, "block_statistics", lambda head, y: sizes.append(len(y)) or statistics(head, y)
+    )
+    weight = torch.randn(512, 16).to(BF16)
+    found = block_statistics(Head(torch.randn(n, 16).to(BF16), weight), torch.arange(n), LogitTransform(), ())
+    assert sorted(sizes) == expected
+    assert found.lse.shape == (n, 4)
+
+
+def test_the_pairs_of_a_backward_are_split_evenly(monkeypatch):
+    sizes, sums = [], torch_certified.sums_in_two_threads
+
+    def noted(work, halves, *others):
+        sizes.append([sum(part.size for part in parts) for parts in halves])
+        sums(work, halves, *others)
+
+    monkeypatch.setattr(torch_certified, "sums_in_two_threads", noted)
+    measure(sharp_problem(300, vocab_size=4096, dtype=BF16, sharpness=9.0))
+    assert 0.4 < sizes[0][0] / sum(sizes[0]) < 0.6
+
+
 @pytest.mark.parametrize("backward", ["certified", "exact"])
 def test_the_number_of_threads_does_not_show(backward, calls):
     problem, threads = sharp_problem(300, vocab_size=4096, dtype=BF16, sharpness=9.0), torch.get_num_threads()
@@ -345,6 +380,27 @@ def test_entries_above_a_limit(rows):
     assert torch.equal(value.view(BF16), y.view(-1)[place])
 
 
+@pytest.mark.parametrize("at_once", [1, 2**19])
+def test_large_entries_are_made_exact_once_the_mass_is_known(at_once, monkeypatch):
+    """Or when too many have been found; most of them where the last tiles have the mass."""
+    counts, logits_at = [], torch_coarse.logits_at
+    monkeypatch.setattr(
+        torch_coarse, "logits_at", lambda v, *others: counts.append(len(v)) or logits_at(v, *others)
+    )
+    monkeypatch.setattr(torch_coarse, "_MAX_FOUND", at_once)
+    monkeypatch.setattr(torch_coarse, "_WIDE", 2**30)
+    problem = sharp_problem(60, vocab_size=4096, dtype=BF16)
+    z = problem.logits()
+    problem.weight[:] = problem.weight[z.logsumexp(0).argsort()]
+    hidden, labels = problem.hidden[problem.keep][:32], problem.labels[problem.keep][:32]
+    block_statistics(Head(hidden, problem.weight), labels, LogitTransform(), ())
+    z = problem.logits()[:32].scatter_(1, labels[:, None], -torch.inf)
+    large = (z.softmax(1) > torch_coarse._THRESHOLDS[0]).sum()
+    assert len(counts) == (1 if at_once > 1 else 8)
+    assert sum(counts) >= large
+    assert (sum(counts) <= 1.2 * large) == (at_once > 1)
+
+
 def test_the_sums_of_coarse_blocks_are_not_rounded_to_bf16():
     problem = sharp_problem(100, vocab_size=4096, dtype=BF16)
     hidden, labels = problem.hidden[problem.keep], problem.labels[problem.keep]
@@ -361,8 +417,10 @@ def test_rows_of_equal_logits_whose_roundings_add_up_take_fp32(rows, calls, monk
     monkeypatch.setattr(torch_coarse, "_THRESHOLDS", (2.0**-10,))
     monkeypatch.setattr(torch_coarse, "_MAX_ERROR", 1.0)
     monkeypatch.setattr(torch_coarse, "_MAX_SUM", 4e-4)
-    weight, hidden = torch.randn(8192, 16), torch.randn(64, 16) / 8
-    hidden[torch.randperm(64)[:rows]] = 0.0
+    generator = torch.Generator().manual_seed(0)
+    weight, hidden = (torch.randn(size, 16, generator=generator) for size in (8192, 64))
+    hidden /= 8
+    hidden[torch.arange(rows) * 64 // max(rows, 1)] = 0.0  # as many in both halves
     head, labels = Head(hidden.to(BF16), weight.to(BF16)), torch.arange(64)
     found = block_statistics(head, labels, LogitTransform(), ())
     of_rows = {torch.float32} if rows >= 20 else {torch.float32, BF16} if rows else {BF16}
@@ -394,7 +452,7 @@ def test_a_shift_that_turns_out_too_low_is_raised(take):
     lower = sampled._replace(lse=sampled.lse - 60.0 * (torch.arange(len(labels)) % 2))
     dtype, after = torch.float32, None
     if torch_coarse._is_trusted:
-        dtype, after = BF16, torch_coarse._LargeEntries(head, sampled.judgement).take
+        dtype, after = BF16, torch_coarse._LargeEntries(head, sampled.judgement).find
     expected, found = (x.block_statistics(dtype, after) for x in (sampled, lower))
     torch.testing.assert_close(found.lse, expected.lse, rtol=0.0, atol=2.0**-7)
     torch.testing.assert_close(found.lse.logsumexp(1), expected.lse.logsumexp(1), rtol=0.0, atol=1e-5)

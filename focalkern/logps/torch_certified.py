@@ -5,7 +5,7 @@ Where bf16 products are fast, they compute the pairs but for large entries, whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -27,6 +27,8 @@ from focalkern.torch_logits import (
 # Where this much may be left out, how oneDNN adds up a logit (see `Product`) does not show.
 _ROUNDING_TAU = 2.0**-20
 
+DzOfGroup = Callable[[Group], Sequence[torch.Tensor]]  # of each part
+
 
 def certified_backward(
     forward: Forward,
@@ -41,27 +43,28 @@ def certified_backward(
     head, targets, _, _ = forward
     coarse = CoarseDz.of(forward, RowGradients(g))
     sums_in_blocks = head.hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
-    pairs_of = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
-    dz_of = coarse or _ExactDz(forward, g, pairs_of)
+    logits = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
+    exact_dz = _exact_dz(forward, g, logits)
     # dweight by products in the dtype of the inputs.
     is_native = coarse is not None or _has_native_product(head.hidden)
-    gradients = HeadGradients(head.with_hidden(pairs_of.hidden), needs, reduction, compute_dtype(head.hidden))
+    gradients = HeadGradients(head.with_hidden(logits.hidden), needs, reduction, compute_dtype(head.hidden))
 
     def add(parts: list[Part], dhidden: list[torch.Tensor | None]) -> None:
-        own_dz = dz_of.half()
+        own = coarse and coarse.with_own_large()
         sums_of_weight = [_BlockSum(gradient) for gradient in gradients.dweight]
         sum_of_bias = _BlockSum(gradients.dbias)
-        for group in pairs_of.groups(parts):
-            dz = own_dz.of_group(group)
+        for group in logits.groups(parts):
+            dz = own.of_group(group) if own else exact_dz(group)
             _add_dhidden(dhidden, group, dz)
             if any(needs.of_weight):
                 _add_dweight(sums_of_weight, group if is_native else group.wide, dz)
             sum_of_bias.add(group.parts, (part.sum(0) for part in dz))
-        own_dz.add_large(dhidden, gradients.dweight)
+        if own:
+            own.add_large(dhidden, gradients.dweight)
 
-    sums_in_two_threads(add, pairs_of.halves(), gradients.dhidden, head.hidden.device)
+    sums_in_two_threads(add, logits.halves(), gradients.dhidden, head.hidden.device)
     gradients.dhidden = [None if x is None else x[: len(g)] for x in gradients.dhidden]
-    written = {part.block.start for part in pairs_of.parts}
+    written = {part.block.start for part in logits.parts}
     for start in range(0, head.vocab_size, VOCAB_BLOCK):
         for gradient in (*gradients.dweight, gradients.dbias):
             if gradient is not None and start not in written:
@@ -70,28 +73,22 @@ def certified_backward(
     return gradients.result()
 
 
-class _ExactDz:
-    """Gradient of hidden @ weightᵀ for the pairs of a group, all of them exact."""
+def _exact_dz(forward: Forward, g: torch.Tensor, logits: PairLogits) -> DzOfGroup:
+    """Gradient of hidden @ weightᵀ for the pairs of a group, [k, 128]."""
+    saved = forward.saved
+    # The padding row has no gradient, and p = 0, whatever the bias.
+    lse, minus_g = extended(saved.lse, torch.inf)[:, None], -extended(g, 0.0)[:, None]
+    target_dz = extended(g * saved.one_minus_p, 0.0)
 
-    def __init__(self, forward: Forward, g: torch.Tensor, pairs: PairLogits) -> None:
-        self.pairs, self.transform = pairs, forward.transform
-        # The padding row has no gradient, and p = 0, whatever the bias.
-        self.lse, self.minus_g = extended(forward.saved.lse, torch.inf)[:, None], -extended(g, 0.0)[:, None]
-        self.target_dz = extended(g * forward.saved.one_minus_p, 0.0)
-
-    def half(self) -> _ExactDz:
-        return self
-
-    def of_group(self, group: Group) -> Sequence[torch.Tensor]:  # of each part, [rows, 128]
-        z, slope = transform_logits(self.pairs.logits(group), self.transform)
+    def of_group(group: Group) -> Sequence[torch.Tensor]:
+        z, slope = transform_logits(logits.logits(group), forward.transform)
         # d logps / dz_v = 1[v = y] − p_v
-        dz = z.sub_(self.lse[group.row]).exp_().mul_(self.minus_g[group.row])
-        label_row, column = self.pairs.labels(group)
-        dz[label_row, column] = self.target_dz[group.row[label_row]]
+        dz = z.sub_(lse[group.row]).exp_().mul_(minus_g[group.row])
+        label_row, column = logits.labels(group)
+        dz[label_row, column] = target_dz[group.row[label_row]]
         return group.split(times_slope(dz, slope))
 
-    def add_large(self, dhidden: list[torch.Tensor | None], dweight: list[torch.Tensor | None]) -> None:
-        """None were left out."""
+    return of_group
 
 
 def _add_dhidden(totals: list[torch.Tensor | None], group: Group, dz: Sequence[torch.Tensor]) -> None:

@@ -2,10 +2,10 @@
 
 Such a CPU multiplies bf16 matrices 2 to 7 times as fast as fp32, and rounds the result to bf16: a logit of
 10 is off by up to 0.03. exp(z − S) of `torch_exp` is off by at most 2^-8 of itself, whatever its size.
-Entries with more than 2^-15 of a row's mass, some 300, are computed again in fp32, one by one. The
-roundings of the others are independent of each other: they change the mass by 1.4e-7, root mean square, and
-8e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, 2026-12). Equal logits round
-alike: rows where a sample shows it take an fp32 product.
+Entries with more than 2^-16 of a row's mass, some 200, are computed again in fp32, one by one. The
+roundings of the others are independent of each other: they change the mass by 1.6e-7, root mean square, and
+8e-7 at most (2048 × 512 × 32768 and 1024 × 512 × 128256, 50 entries above 2^-12, and Gaussian logits of
+deviation 6 and 8, 2026-12). Equal logits round alike: rows where a sample shows it take an fp32 product.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from focalkern.logps.torch_pairs import joined
 from focalkern.records import BlockStatistics, Head
 from focalkern.torch_logits import HAS_BF16_PRODUCTS
 
-# Large entries have more than one of these shares of their row's mass so far, without the label.
-_THRESHOLDS = (2.0**-15, 2.0**-16, 2.0**-17, 2.0**-18, 2.0**-20)
+# Large entries have more than one of these shares of their row's mass without the label.
+_THRESHOLDS = (2.0**-16, 2.0**-17, 2.0**-18, 2.0**-20)
 # By how much the rounding of the others may change that mass: root mean square where they are independent of
 # each other, and where they are all alike.
 _MAX_ERROR, _MAX_SUM = 5e-7, 5e-5
@@ -35,7 +35,7 @@ _MIN_SUITED = 0.8
 _MAX_DIFFERENCE, _ROUNDING = 2.0**-6, 2.0**-22
 # Numbers of weight that are in fp32 at once.
 _WIDE = 2**19
-# Entries that are kept until more of the mass is known.
+# After the tile with which more entries have been found, these are made exact: 14 bytes each.
 _MAX_FOUND = 2**19
 
 
@@ -96,7 +96,7 @@ def block_statistics(head: Head, targets: torch.Tensor) -> BlockStatistics | Non
 def _coarse_statistics(sampled: Sampled) -> BlockStatistics | None:
     global _is_trusted
     entries = _LargeEntries(sampled.head, sampled.judgement)
-    found = sampled.block_statistics(torch.bfloat16, entries.take)
+    found = sampled.block_statistics(torch.bfloat16, entries.find)
     if entries.is_bf16:
         return found
     _is_trusted = False
@@ -160,7 +160,8 @@ class _LargeEntries:
         # Places in [V, n], y and S of entries that may turn out to be large.
         self.found: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def take(self, tile: Tile) -> None:
+    def find(self, tile: Tile) -> None:
+        """Note the entries that are large by the mass so far; with the last tile, make them exact."""
         n = len(tile.rest)
         place, y = entries_above(bits(tile.y), bits(self.thresholds * tile.rest))
         self.found.append((place + tile.start * n, y.view(torch.bfloat16), tile.shift[place % n]))
@@ -168,12 +169,12 @@ class _LargeEntries:
             self.correct(tile)
 
     def correct(self, tile: Tile) -> None:
+        """Put exact ones in the place of those that still are."""
         # x.index_select(0, i) takes a quarter of the time of x[i].
         place, y, shift = (torch.cat(x) for x in zip(*self.found, strict=True))
         self.found.clear()
         row = place % len(tile.rest)
         coarse = y.float() * (shift - tile.shift.index_select(0, row)).exp_()
-        # Of the first tiles most are not: the mass has grown.
         limit = (self.thresholds * tile.rest).index_select(0, row)
         large = (coarse > limit).nonzero().squeeze(1)
         row, coarse = row.index_select(0, large), coarse.index_select(0, large)

@@ -58,8 +58,8 @@ class CoarseDz:
         is_finite = grads.logps.abs().amax() + forward.saved.lse.abs().amax() < _MAX_G
         return cls(forward, grads.logps) if is_finite else None
 
-    def half(self) -> CoarseDz:
-        """The same for one of two threads, which has large entries of its own."""
+    def with_own_large(self) -> CoarseDz:
+        """For one of two threads."""
         own = copy(self)
         own.large = []
         return own
@@ -129,7 +129,7 @@ def exact_backward(
     scaled = [h * factor if any(needs.of_weight) else h for h, _ in head.products]
 
     def add(chunks: list[tuple[int, int]], dhidden: list[torch.Tensor | None]) -> None:
-        own = coarse.half()
+        own = coarse.with_own_large()
         for start, end in chunks:
             weights = [weight[start:end] for _, weight in head.products]
             y = exp_product(joined(weights), hidden, shift)

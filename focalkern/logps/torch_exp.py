@@ -30,7 +30,7 @@ _MAX_MASS, _RAISE, _MAX_RAISES = math.exp(-12.0), 20.0, 100
 _SMALLEST, _MAX_LOST = math.exp(-87.0), 1e-6
 # Vocabulary entries that the estimates come from, and rows at a time.
 _SAMPLED, _SAMPLED_ROWS = 256, 512
-# Below this many multiplications the calls cost more than they save.
+# With fewer multiplications the calls cost more than they save.
 _MIN_SIZE = 2**31
 # Numbers of hidden or weight that are gathered at once for single entries.
 _GATHERED = 2**19
@@ -78,8 +78,8 @@ class Tile(NamedTuple):
     start: int  # the first of the entries
     end: int
     shift: torch.Tensor  # [n]
-    rest: torch.Tensor  # [n] sums of y up to here
-    masses: torch.Tensor  # [n, NB] the same by blocks
+    rest: torch.Tensor  # [n] sums of y up to here, as it came
+    masses: torch.Tensor  # [n, NB] the same by blocks, and corrected
 
 
 class Sampled(NamedTuple):
@@ -119,7 +119,8 @@ class Sampled(NamedTuple):
     ) -> BlockStatistics | None:
         """By a product in this dtype. None where S is not found, or something is not finite.
 
-        The dense forward then tells which row it is. `after` each tile the masses may be changed.
+        The dense forward then tells which row it is. `after` is called after each tile, and may change the
+        masses.
         """
         vocab_size, targets, shift = self.head.vocab_size, self.targets, self.lse + MARGIN
         hidden = joined([h for h, _ in self.head.products]).to(dtype)
@@ -128,7 +129,8 @@ class Sampled(NamedTuple):
         masses = rest.new_empty(len(rest), -(-vocab_size // VOCAB_BLOCK))
         for start, end in vocab_chunks(vocab_size, len(rest)):
             weight = joined([w[start:end] for _, w in self.head.products]).to(dtype)
-            poison += nonfinite_to_nan(weight)
+            if (poison + nonfinite_to_nan(weight)).isnan():
+                return None
             blocks = slice(start // VOCAB_BLOCK, -(-end // VOCAB_BLOCK))
             y, sums = _exp_without_labels(weight, hidden, shift, targets - start)
             for _ in range(_MAX_RAISES):
@@ -148,7 +150,7 @@ class Sampled(NamedTuple):
             if after is not None:
                 after(Tile(y, start, end, shift, rest, masses))
             del y  # the next one takes its memory
-        if not (vocab_size * _SMALLEST <= _MAX_LOST * (masses.sum(1) + poison)).all():
+        if not (vocab_size * _SMALLEST <= _MAX_LOST * masses.sum(1)).all():
             return None
         return BlockStatistics(self.target_z, lse=masses.log_().add_(shift[:, None]))
 

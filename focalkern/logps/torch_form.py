@@ -52,12 +52,11 @@ def block_statistics(
     n = targets.numel()
     count = 2 * -(-n // (2 * TILE_ROWS)) if n >= _MIN_ROWS else 1
     bounds = [n * i // count for i in range(count + 1)]
+    suits = torch_exp.suits(head, transform, outputs)
 
     def of_rows(rows: slice) -> BlockStatistics:
         part = head.with_hidden([hidden[rows] for hidden, _ in head.products])
-        found = None
-        if torch_exp.suits(part, transform, outputs):
-            found = torch_coarse.block_statistics(part, targets[rows])
+        found = torch_coarse.block_statistics(part, targets[rows]) if suits else None
         return found or _dense_statistics(part, targets[rows], transform, outputs)
 
     parts = in_two_threads(of_rows, list(map(slice, bounds[:-1], bounds[1:])), head.hidden.device)
@@ -65,7 +64,9 @@ def block_statistics(
 
 
 def _joined(parts: list[BlockStatistics]) -> BlockStatistics:
-    """Of all rows."""
+    """The statistics of all rows, from those of consecutive ones."""
+    if len(parts) == 1:
+        return parts[0]
     names = [name for name, x in parts[0]._asdict().items() if x is not None]
     return BlockStatistics(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 

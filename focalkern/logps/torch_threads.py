@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -17,13 +18,20 @@ import torch
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
+# New threads of the process take over the count that was set last: one user's threads at a time set it.
+_setting_threads = Lock()
+
 
 def in_two_threads(
     work: Callable[[Part], Result], parts: Sequence[Part], device: torch.device
 ) -> list[Result]:
-    """What `work` gives for each part; one after the other on GPUs, and where torch has one thread."""
+    """What `work` gives for each part.
+
+    One after the other on GPUs, where torch has one thread, and beside another thread's call.
+    """
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads < 2 or len(parts) < 2:
+    is_apart = device.type == "cpu" and threads > 1 and len(parts) > 1
+    if not is_apart or not _setting_threads.acquire(blocking=False):
         return [work(part) for part in parts]
     is_inference = torch.is_inference_mode_enabled()  # a thread begins without
 
@@ -36,9 +44,8 @@ def in_two_threads(
         with ThreadPoolExecutor(2) as pool:
             return list(pool.map(run, parts))
     finally:
-        # Threads started later take over what was set last, in whichever thread; one started in the meantime
-        # keeps half.
         torch.set_num_threads(threads)
+        _setting_threads.release()
 
 
 def sums_in_two_threads(
