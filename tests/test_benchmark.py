@@ -10,6 +10,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from unittest import mock
 
@@ -225,7 +226,7 @@ def test_script_measures_time_error_and_memory_of_each_peer_with_its_logits_with
     assert done.returncode == 0, done.stdout + done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80
     result = json.loads(path.read_text())
-    assert result["versions"]["torch"] == torch.__version__ and result["finished"]
+    assert result["versions"]["torch"] == metadata.version("torch") and result["finished"]
     assert [comparison["dtype"] for comparison in result["comparisons"]] == ["fp32", "bf16"]
     for comparison in result["comparisons"]:
         triton, ours, exact, eager = comparison["rows"]

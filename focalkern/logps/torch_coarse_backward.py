@@ -59,7 +59,7 @@ class CoarseDz:
         return cls(forward, grads.logps) if is_finite else None
 
     def with_own_large(self) -> CoarseDz:
-        """For one of two threads."""
+        """The same with large entries of its own, for one of two threads."""
         own = copy(self)
         own.large = []
         return own
