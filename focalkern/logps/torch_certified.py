@@ -44,17 +44,17 @@ def certified_backward(
     coarse = CoarseDz.of(forward, RowGradients(g))
     sums_in_blocks = head.hidden.dtype == torch.float32 and tau < _ROUNDING_TAU
     logits = PairLogits(head, targets, pairs, workspace_bytes, sums_in_blocks)
-    exact_dz = _exact_dz(forward, g, logits)
     # dweight by products in the dtype of the inputs.
     is_native = coarse is not None or _has_native_product(head.hidden)
     gradients = HeadGradients(head.with_hidden(logits.hidden), needs, reduction, compute_dtype(head.hidden))
 
     def add(parts: list[Part], dhidden: list[torch.Tensor | None]) -> None:
         own = coarse and coarse.with_own_large()
+        dz_of = own.of_group if own else _exact_dz(forward, g, logits)
         sums_of_weight = [_BlockSum(gradient) for gradient in gradients.dweight]
         sum_of_bias = _BlockSum(gradients.dbias)
         for group in logits.groups(parts):
-            dz = own.of_group(group) if own else exact_dz(group)
+            dz = dz_of(group)
             _add_dhidden(dhidden, group, dz)
             if any(needs.of_weight):
                 _add_dweight(sums_of_weight, group if is_native else group.wide, dz)
